@@ -1,0 +1,1 @@
+"""The composition: configuration, placement on Ray Serve, router, telemetry, command line."""

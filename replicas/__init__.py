@@ -1,0 +1,1 @@
+"""One replica: engine, models, parallelism, checkpoints, energy. Never imports Ray or `cluster`."""

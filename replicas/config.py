@@ -1,0 +1,132 @@
+"""What one replica is told: frozen sections, validated where they are made. Reads no file, no environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from replicas.errors import BadParallelism
+
+LAYOUTS = ("shared",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+METERS = ("auto", "nvml", "cpu-model", "fake")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """Degrees of a group. In the `shared` layout every rank holds a tensor shard and an expert shard.
+
+    Ranks = max(tensor, expert): attention is split over `tensor` ranks and experts over `expert` ranks, so
+    each must be 1 or the number of ranks. Example: `tensor=2, expert=2` is two ranks, each with half of
+    every attention layer and half of the experts; `tensor=1, expert=2` replicates attention.
+    """
+
+    tensor: int = 1
+    expert: int = 1
+    layout: str = "shared"
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise BadParallelism(f"parallel.layout is {self.layout!r}; served here: {', '.join(LAYOUTS)}")
+        if self.tensor < 1 or self.expert < 1:
+            raise BadParallelism(f"parallel.tensor={self.tensor}, parallel.expert={self.expert}; at least 1")
+        if self.tensor not in (1, self.num_ranks) or self.expert not in (1, self.num_ranks):
+            raise BadParallelism(
+                f"parallel.tensor={self.tensor} and parallel.expert={self.expert} make no group: "
+                "with both above 1 they must be equal"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        return max(self.tensor, self.expert)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Bounds of one engine. `num_blocks` 0: from `kv_cache_bytes` per rank."""
+
+    max_sequences: int = 64
+    max_waiting: int = 1024
+    step_tokens: int = 512
+    block_tokens: int = 16
+    num_blocks: int = 0
+    kv_cache_bytes: int = 256 * 2**20
+    context_tokens: int = 0
+    """Longest prompt plus output; 0: what the model allows."""
+    lookahead: int = 0
+    """Steps planned before the tokens of the last one are known: 0 on CPU, 1 on CUDA."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NullEngineConfig:
+    """The engine without a model: token = hash(prompt, position). For tests of everything around it.
+
+    `fail_at_step` raises in a step, `hang_at_step` never returns from it, 0: never. `power_w` is what its
+    fake meter draws while a step runs, `idle_power_w` otherwise.
+    """
+
+    step_ms: float = 5.0
+    prefill_tokens_per_s: float = 50_000.0
+    vocab_size: int = 32_000
+    context_tokens: int = 8192
+    eos_every: int = 0
+    """An end-of-sequence token (id 2) about once in this many tokens; 0: never."""
+    fail_at_step: int = 0
+    hang_at_step: int = 0
+    power_w: float = 400.0
+    idle_power_w: float = 80.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankConfig:
+    """All one rank process needs. `source` is a checkpoint folder, or the word `null`.
+
+    `socket_path` (rank 0 only) is where the supervisor listens. `shared_dir` is on the shared-memory file
+    system; every file there is named by `group` and `epoch` and unlinked once all ranks are attached.
+    """
+
+    group: str
+    epoch: int
+    rank: int
+    source: str
+    parallel: ParallelConfig
+    limits: EngineLimits
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int = 1
+    socket_path: str = ""
+    shared_dir: str = "/dev/shm"
+    null: NullEngineConfig = field(default_factory=NullEngineConfig)
+    attach_timeout_s: float = 60.0
+    collective_timeout_s: float = 10.0
+
+    @property
+    def num_ranks(self) -> int:
+        return self.parallel.num_ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaConfig:
+    """All one supervisor needs to run a replica of `model`.
+
+    `routers` are `host:port` link addresses; a DNS name is resolved again at each dial.
+    `energy_agent` is a gRPC target (`unix:/path` or `host:port`) of the host's energy agent.
+    """
+
+    model: str
+    source: str
+    replica_id: str
+    routers: tuple[str, ...]
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    null: NullEngineConfig = field(default_factory=NullEngineConfig)
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads_per_rank: int = 1
+    runtime_dir: str = "/tmp"
+    shared_dir: str = "/dev/shm"
+    energy_agent: str = ""
+    meter: str = "auto"
+    drain_s: float = 30.0
+    ready_timeout_s: float = 600.0
+    stall_floor_s: float = 2.0
+    """A step longer than max(this, 5 x its p99) is a hang."""

@@ -1,0 +1,65 @@
+"""What a meter is: a counter of millijoules with a time, a source and a confidence.
+
+Implementations: `nvml.py` (GPU counter), `cpu_model.py` (estimate for machines without a meter), `replay.py`
+(recorded and scripted ones). Unknown is None, never 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class Source(StrEnum):
+    """Where a joule comes from, best first. The text is the label on the wire and in metrics."""
+
+    COUNTER = "counter"
+    POWER_INTEGRATED = "power_integrated"
+    SHARED = "shared"
+    MODEL_CALIBRATED = "model_calibrated"
+    MODEL_TABLE = "model_table"
+    TDP = "tdp"
+    FAKE = "fake"
+
+
+CONFIDENCE_FACTORS = {
+    Source.COUNTER: 1.05,
+    Source.POWER_INTEGRATED: 1.10,
+    Source.SHARED: 1.25,
+    Source.MODEL_CALIBRATED: 1.15,
+    Source.MODEL_TABLE: 1.5,
+    Source.TDP: 2.0,
+    Source.FAKE: 1.0,
+}
+"""The truth lies within value / factor .. value * factor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A meter's counter at one instant.
+
+    `t_ns` is on the host's monotonic clock, `energy_mj` counts from an arbitrary start and never falls.
+    `static_mj` is the part drawn whatever the work, where the meter can tell. `gap`: the energy between the
+    reading before and this one is not known to be complete (meter lost, reset, or re-opened).
+    """
+
+    t_ns: int
+    energy_mj: int
+    source: Source
+    static_mj: int | None = None
+    gap: bool = False
+
+    @property
+    def confidence_factor(self) -> float:
+        return CONFIDENCE_FACTORS[self.source]
+
+
+class Meter(Protocol):
+    """Something that counts the energy of a fixed set of devices or processes."""
+
+    def read(self) -> Reading | None:
+        """The counter now; None while it is not known. Never blocks for more than milliseconds."""
+
+    def close(self) -> None:
+        """Release the meter's library handles."""

@@ -1,0 +1,1 @@
+"""Arithmetic leaves: linear shards, attention over pages, rotary embedding, norm, experts."""

@@ -1,0 +1,1 @@
+"""Model shapes, weights and the decoder that serves Llama, Granite and Granite MoE."""

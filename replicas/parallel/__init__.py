@@ -1,0 +1,1 @@
+"""How ranks agree: validated degrees, collectives, the plan ring."""

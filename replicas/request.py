@@ -1,0 +1,175 @@
+"""The nouns that travel through a replica: what is asked, what one step gave.
+
+Plain data, shared by engine, scheduler, supervisor and energy ledger. No torch, no protobuf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+
+class FinishReason(Enum):
+    """Why a sequence ended. Every accepted sequence gets exactly one."""
+
+    STOP = auto()
+    LENGTH = auto()
+    CANCELLED = auto()
+    DEADLINE = auto()
+    ERROR = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 is all tokens."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """Tokens in, and the limits of what comes out.
+
+    `first_offset` is the number of tokens at the end of `prompt_ids` that were already delivered to the
+    client (0 except after a failover). `deadline_ns` is on the monotonic clock of this host; None: none.
+    """
+
+    request_id: int
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    deadline_ns: int | None = None
+    lane: int = 0
+    attempt: int = 0
+    first_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceTiming:
+    """Where the time of one sequence went, and what it cost beyond its tokens."""
+
+    queue_us: int
+    prefill_us: int
+    decode_us: int
+    cached_tokens: int
+    wasted_tokens: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceDelta:
+    """New tokens of one sequence. `finish`, `timing` and `error` are set on its last delta alone.
+
+    `first_offset` is the offset of `token_ids[0]` among all tokens delivered for the request.
+    `error` is (gRPC status name, text) and goes with `FinishReason.ERROR`.
+    """
+
+    request_id: int
+    attempt: int
+    first_offset: int
+    token_ids: tuple[int, ...]
+    finish: FinishReason | None = None
+    timing: SequenceTiming | None = None
+    error: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSnapshot:
+    """The state of an engine after a step; tuples hold one entry per lane, rates are averages."""
+
+    step: int
+    running: tuple[int, ...]
+    waiting: tuple[int, ...]
+    waiting_prefill_tokens: tuple[int, ...]
+    free_blocks: tuple[int, ...]
+    total_blocks: tuple[int, ...]
+    step_ms: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    prompt_tokens_total: int = 0
+    generated_tokens_total: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMember:
+    """One sequence's part in one forward pass.
+
+    `context_tokens` counts the KV tokens read, without the `new_tokens`. `wasted_tokens` is the part of
+    `new_tokens` that was computed before (preemption).
+    """
+
+    request_id: int
+    new_tokens: int
+    context_tokens: int
+    is_prefill: bool
+    wasted_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One forward pass, as the energy ledger needs it. Times are monotonic nanoseconds of this host.
+
+    `experts_hit` sums over layers the distinct experts touched; 0 for dense models.
+    """
+
+    step: int
+    start_ns: int
+    end_ns: int
+    members: tuple[StepMember, ...]
+    experts_hit: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCosts:
+    """What a token costs this model over the whole group, in FLOP and byte terms (`energy/weights.py`).
+
+    `active_params` counts the weights a token multiplies; `shared_weight_bytes` every step reads once;
+    `expert_bytes` is one expert of one layer (0 for dense); `attention_dim` = heads x head_dim.
+    """
+
+    active_params: int
+    shared_weight_bytes: int
+    expert_bytes: int
+    num_layers: int
+    attention_dim: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReady:
+    """What an engine says of itself once every rank generated its golden token."""
+
+    architecture: str
+    lanes: int
+    context_tokens: int
+    max_sequences: int
+    vocab_size: int
+    block_tokens: int
+    weights_digest: str
+    dtype: str
+    device: str
+    eos_token_ids: tuple[int, ...]
+    costs: EngineCosts
+    load: LoadSnapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """All one `Engine.step()` gave: deltas of live and ended sequences, the load, and the record.
+
+    `record` is None when nothing ran (only cancels or refusals were committed).
+    """
+
+    step: int
+    deltas: tuple[SequenceDelta, ...]
+    load: LoadSnapshot
+    record: StepRecord | None
