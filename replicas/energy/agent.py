@@ -1,0 +1,352 @@
+"""The energy agent: the one process of a host that reads its meters, and serves the edges to whoever watches.
+
+Started by the first supervisor of the host (`EnergyAgent`), or by hand: `python -m replicas.energy.agent`.
+It never runs inside a rank. One meter is polled once, however many watch it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+from grpc import aio
+from prometheus_client import CollectorRegistry, start_http_server
+
+from protos import wattline_energy_pb2 as wire
+from protos.wattline_energy_pb2_grpc import EnergyAgentServicer, add_EnergyAgentServicer_to_server
+from replicas.config import METERS
+from replicas.energy.agent_metrics import MeterSeries
+from replicas.energy.cpu_model import CpuModelMeter
+from replicas.energy.meter import CONFIDENCE_FACTORS, Meter, Reading, Source
+from replicas.energy.nvml import NvmlMeter, discover_gpus
+from replicas.energy.polling import MeterPoller
+from replicas.energy.replay import FakeMeter
+from replicas.errors import MeterUnavailable
+
+_LOG = logging.getLogger(__name__)
+_FAKE_POWER_W = 100.0
+_MAX_DEVICES = 64
+_MAX_PIDS = 1024
+_MAX_GROUP_CHARS = 256
+_MAX_WATCHES = 256
+_SOCKET_PATH_BYTES = 107
+_STOP_GRACE_S = 0.1
+
+
+class WatchKey(NamedTuple):
+    """Watches with equal keys share one meter."""
+
+    meter: str
+    gpu_uuids: tuple[str, ...]
+    pids: tuple[int, ...]
+
+
+class EnergyAgent:
+    """Serves `wattline.v1.EnergyAgent`. Lives in one event loop; every method is called from there.
+
+    `exit_after_idle_s`: how long `serve_until_unused` goes on without any watch; None: for ever.
+    """
+
+    def __init__(
+        self,
+        *,
+        poll_s: float = 0.03,
+        cpu_static_w: float = 10.0,
+        cpu_core_w: float = 8.0,
+        clock: Callable[[], int] = time.monotonic_ns,
+        exit_after_idle_s: float | None = 60.0,
+    ) -> None:
+        if not 0.001 <= poll_s <= 1.0:
+            raise ValueError(f"poll_s={poll_s}: give 0.001 to 1.0 (a GPU counter moves every 0.1 s)")
+        self.registry = CollectorRegistry()
+        self._poll_s = poll_s
+        self._cpu_static_w = cpu_static_w
+        self._cpu_core_w = cpu_core_w
+        self._clock = clock
+        self._exit_after_idle_s = exit_after_idle_s
+        self._pollers: dict[WatchKey, MeterPoller] = {}
+        self._making = asyncio.Lock()
+        self._series = MeterSeries(self._pollers.values)
+        self.registry.register(self._series)
+        self._num_watches = 0
+        self._server: aio.Server | None = None
+        self._socket_paths: list[Path] = []
+        self._used_ns = self._started_ns = clock()
+        self._started_cpu_ns = time.process_time_ns()
+
+    @property
+    def cpu_share(self) -> float:
+        """Part of one core this process has used since the agent was made: what measuring costs."""
+        elapsed_ns = max(self._clock() - self._started_ns, 1)
+        return (time.process_time_ns() - self._started_cpu_ns) / elapsed_ns
+
+    async def start(self, *addresses: str) -> tuple[str, ...]:
+        """Listen on `unix:/path` and `host:port` addresses; gives them back with port 0 filled in."""
+        server = aio.server(options=(("grpc.so_reuseport", 0),))
+        add_EnergyAgentServicer_to_server(_Servicer(self), server)
+        bound = tuple(self._bind(server, address) for address in addresses)
+        await server.start()
+        self._server = server
+        for path in self._socket_paths:
+            path.chmod(0o600)
+        _LOG.info("energy_agent.started", extra={"addresses": bound, "poll_s": self._poll_s})
+        return bound
+
+    async def serve_until_unused(self) -> None:
+        """Return, stopped, when nobody has watched for `exit_after_idle_s`."""
+        while True:
+            await asyncio.sleep(self._unused_left_s())
+            if self._unused_left_s() <= 0.0:
+                break
+        await self.stop()
+
+    async def stop(self) -> None:
+        server, self._server = self._server, None
+        if server is None:
+            return
+        await server.stop(_STOP_GRACE_S)
+        for poller in list(self._pollers.values()):
+            await poller.stop()
+        self._pollers.clear()
+        for path in self._socket_paths:
+            path.unlink(missing_ok=True)
+        _LOG.info("energy_agent.stopped", extra={"cpu_share": round(self.cpu_share, 5)})
+
+    async def watch(self, key: WatchKey, group: str) -> AsyncGenerator[list[Reading], None]:
+        """Edges of a meter, from now on. Raises MeterUnavailable before the first one."""
+        async with self._making:
+            poller = self._pollers.get(key)
+            if poller is None:
+                meter = await asyncio.to_thread(self._make_meter, key)
+                poller = MeterPoller(
+                    meter, group=group, poll_s=self._poll_s, on_read_s=self._series.note_read
+                )
+                self._pollers[key] = poller
+                poller.start()
+                _LOG.info("energy_agent.meter_opened", extra={"group": group, "meter": type(meter).__name__})
+            subscriber = poller.subscribe()
+            self._num_watches += 1
+        try:
+            while True:
+                yield await subscriber.take()
+        finally:
+            self._num_watches -= 1
+            self._used_ns = self._clock()
+            poller.unsubscribe(subscriber)
+            if not poller.is_watched and self._pollers.get(key) is poller:
+                del self._pollers[key]
+                self._series.retire(poller)
+                await poller.stop()
+
+    def check_room(self) -> None:
+        if self._num_watches >= _MAX_WATCHES:
+            raise MeterUnavailable(
+                f"{self._num_watches} watches are open, {_MAX_WATCHES} is the limit; close some"
+            )
+
+    def _unused_left_s(self) -> float:
+        if self._exit_after_idle_s is None:
+            return 3600.0
+        if self._num_watches:
+            return self._exit_after_idle_s
+        return max(0.0, self._exit_after_idle_s - (self._clock() - self._used_ns) / 1e9)
+
+    def _make_meter(self, key: WatchKey) -> Meter:
+        """`auto` never answers for GPUs with an estimate of the CPUs: that would be off by any factor."""
+        if key.meter == "fake":
+            return FakeMeter(((0, _FAKE_POWER_W),), clock=self._clock)
+        if key.meter == "nvml" or (key.meter == "auto" and key.gpu_uuids):
+            return NvmlMeter(key.gpu_uuids, clock=self._clock)
+        if key.pids:
+            return CpuModelMeter(
+                key.pids, static_w=self._cpu_static_w, core_w=self._cpu_core_w, clock=self._clock
+            )
+        raise MeterUnavailable(
+            f"meter {key.meter!r} has nothing to read: name gpu_uuids, or pids for an estimate"
+        )
+
+    def _bind(self, server: aio.Server, address: str) -> str:
+        if address.startswith("unix:"):
+            path = Path(address.removeprefix("unix:"))
+            _check_socket_path(path)
+            self._socket_paths.append(path)
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"energy agent cannot listen on {address!r}: {error}") from error
+        host, colon, asked = address.rpartition(":")
+        return f"{host}{colon}{port}" if asked == "0" else address
+
+
+class _Servicer(EnergyAgentServicer):
+    """Bytes in, bytes out; the agent does the work."""
+
+    def __init__(self, agent: EnergyAgent) -> None:
+        self._agent = agent
+
+    async def Watch(  # noqa: N802
+        self,
+        request: wire.WatchEnergyRequest,
+        context: aio.ServicerContext[wire.WatchEnergyRequest, wire.EnergyReadings],
+    ) -> AsyncIterator[wire.EnergyReadings]:
+        problem = _problem(request)
+        if problem:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        try:
+            self._agent.check_room()
+        except MeterUnavailable as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        key = WatchKey(request.meter or "auto", tuple(sorted(request.gpu_uuids)), tuple(sorted(request.pids)))
+        edges = self._agent.watch(key, request.group)
+        try:
+            async for batch in edges:
+                yield wire.EnergyReadings(readings=[_message(reading) for reading in batch])
+        except MeterUnavailable as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        finally:
+            await edges.aclose()
+
+    async def DescribeMeters(  # noqa: N802
+        self,
+        request: wire.DescribeMetersRequest,
+        context: aio.ServicerContext[wire.DescribeMetersRequest, wire.DescribeMetersResponse],
+    ) -> wire.DescribeMetersResponse:
+        return wire.DescribeMetersResponse(meters=await asyncio.to_thread(_describe_meters))
+
+
+def _problem(request: wire.WatchEnergyRequest) -> str:
+    """What is wrong with a watch, empty if nothing is."""
+    if request.meter and request.meter not in METERS:
+        return f"meter={request.meter!r}; give one of {', '.join(METERS)}"
+    if len(request.gpu_uuids) > _MAX_DEVICES:
+        return f"gpu_uuids has {len(request.gpu_uuids)} entries, {_MAX_DEVICES} is the limit; watch fewer"
+    if len(request.pids) > _MAX_PIDS:
+        return f"pids has {len(request.pids)} entries, {_MAX_PIDS} is the limit; watch fewer"
+    if len(request.group) > _MAX_GROUP_CHARS:
+        return f"group has {len(request.group)} characters, {_MAX_GROUP_CHARS} is the limit; shorten it"
+    return ""
+
+
+def _message(reading: Reading) -> wire.EnergyReading:
+    return wire.EnergyReading(
+        t_ns=reading.t_ns,
+        energy_mj=reading.energy_mj,
+        static_mj=reading.static_mj,
+        source=reading.source.value,
+        confidence_factor=reading.confidence_factor,
+        gap=reading.gap,
+    )
+
+
+def _describe_meters() -> list[wire.MeterDescription]:
+    """What this host can measure, the unusable ones with their reason."""
+    counter, estimate = Source.COUNTER, Source.TDP
+    meters = [
+        wire.MeterDescription(
+            name="cpu-model",
+            source=estimate.value,
+            device="processes",
+            available=True,
+            detail="estimate: watts while warm plus watts per busy core",
+            confidence_factor=CONFIDENCE_FACTORS[estimate],
+        )
+    ]
+    try:
+        gpus = discover_gpus()
+    except MeterUnavailable as error:
+        return [wire.MeterDescription(name="nvml", source=counter.value, detail=str(error)), *meters]
+    found = [
+        wire.MeterDescription(
+            name="nvml",
+            source=counter.value,
+            device=gpu.uuid,
+            available=not gpu.unreadable,
+            detail=gpu.unreadable or gpu.name,
+            confidence_factor=CONFIDENCE_FACTORS[counter],
+        )
+        for gpu in gpus
+    ]
+    return found + meters
+
+
+def _check_socket_path(path: Path) -> None:
+    """gRPC takes a socket file over in silence, also from a living agent; and it cuts long paths."""
+    if len(bytes(path)) > _SOCKET_PATH_BYTES:
+        raise ValueError(
+            f"socket path {path} is longer than {_SOCKET_PATH_BYTES} bytes; use a shorter folder"
+        )
+    if not path.exists():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return
+    raise OSError(f"an energy agent already listens on {path}; use it, or give --listen another path")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m replicas.energy.agent",
+        description="Read this host's energy meters and serve them over gRPC (wattline.v1.EnergyAgent).",
+        epilog="example: --listen unix:/run/wattline/energy.sock --listen 127.0.0.1:9101 --metrics-port 9102",
+    )
+    parser.add_argument(
+        "--listen",
+        action="append",
+        required=True,
+        metavar="ADDRESS",
+        help="unix:/path or host:port, may be repeated; there is no authentication, so prefer the socket",
+    )
+    parser.add_argument("--poll-ms", type=float, default=30.0, help="time between two reads (default 30)")
+    parser.add_argument(
+        "--cpu-static-w", type=float, default=10.0, help="cpu-model: always drawn (default 10)"
+    )
+    parser.add_argument("--cpu-core-w", type=float, default=8.0, help="cpu-model: per busy core (default 8)")
+    parser.add_argument(
+        "--exit-after-idle-s", type=float, help="end after this long unwatched (default never)"
+    )
+    parser.add_argument(
+        "--metrics-host", default="127.0.0.1", help="where /metrics listens (default 127.0.0.1)"
+    )
+    parser.add_argument("--metrics-port", type=int, help="serve Prometheus /metrics there (default none)")
+    return parser
+
+
+async def _serve(options: argparse.Namespace) -> None:
+    agent = EnergyAgent(
+        poll_s=options.poll_ms / 1e3,
+        cpu_static_w=options.cpu_static_w,
+        cpu_core_w=options.cpu_core_w,
+        exit_after_idle_s=options.exit_after_idle_s,
+    )
+    addresses = await agent.start(*options.listen)
+    if options.metrics_port is not None:
+        start_http_server(options.metrics_port, addr=options.metrics_host, registry=agent.registry)
+    print(f"energy agent listens on {', '.join(addresses)}", flush=True)
+    serving = asyncio.ensure_future(agent.serve_until_unused())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
+    await asyncio.gather(serving, return_exceptions=True)
+    await agent.stop()
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        asyncio.run(_serve(_parser().parse_args()))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"energy agent: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Readings of a host's energy agent, as one endless stream that survives the agent's restarts.
+
+Called by the supervisor; the other end is `agent.py` on the same host, so both clocks are one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+
+import grpc
+from grpc import aio
+
+from protos import wattline_energy_pb2 as wire
+from protos.wattline_energy_pb2_grpc import EnergyAgentStub
+from replicas.energy.meter import Reading, Source
+from replicas.errors import MeterUnavailable
+
+_LOG = logging.getLogger(__name__)
+_FIRST_DELAY_S = 0.05
+_LONGEST_DELAY_S = 2.0
+_GIVE_UP = frozenset(
+    {
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+_CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+
+async def watch_readings(
+    address: str,
+    *,
+    group: str,
+    gpu_uuids: Sequence[str] = (),
+    pids: Sequence[int] = (),
+    meter: str = "auto",
+) -> AsyncGenerator[Reading, None]:
+    """Yield the edges of a group's meter until the caller stops iterating (close it: `aclosing`).
+
+    `address` is a gRPC target, `unix:/path` or `host:port`. A lost agent is dialled again, first after 50 ms,
+    then doubling up to 2 s; the first reading after that has `gap` set, and `energy_mj` goes on from where it
+    was. Raises MeterUnavailable, with the agent's own words, when it refuses the watch.
+    """
+    request = wire.WatchEnergyRequest(group=group, gpu_uuids=gpu_uuids, pids=pids, meter=meter)
+    splice = _Splice()
+    delay_s = _FIRST_DELAY_S
+    while True:
+        async with aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
+            try:
+                async for batch in EnergyAgentStub(channel).Watch(request):
+                    delay_s = _FIRST_DELAY_S
+                    for message in batch.readings:
+                        yield splice.join(_reading(message))
+            except aio.AioRpcError as error:
+                if error.code() in _GIVE_UP:
+                    raise MeterUnavailable(f"energy agent at {address}: {error.details()}") from error
+                _LOG.warning(
+                    "energy_watch.lost",
+                    extra={"address": address, "status": error.code().name, "group": group},
+                )
+        splice.cut()
+        await asyncio.sleep(delay_s)
+        delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+
+
+class _Splice:
+    """Joins the counts of successive watches, each of which starts at 0, into one that never falls."""
+
+    def __init__(self) -> None:
+        self._last: Reading | None = None
+        self._base_mj = 0
+        self._base_static_mj = 0
+        self._is_cut = False
+
+    def cut(self) -> None:
+        self._is_cut = self._last is not None
+
+    def join(self, reading: Reading) -> Reading:
+        last = self._last
+        if self._is_cut and last is not None:
+            self._base_mj = last.energy_mj - reading.energy_mj
+            if last.static_mj is not None and reading.static_mj is not None:
+                self._base_static_mj = last.static_mj - reading.static_mj
+        static_mj = None if reading.static_mj is None else reading.static_mj + self._base_static_mj
+        joined = replace(
+            reading,
+            energy_mj=reading.energy_mj + self._base_mj,
+            static_mj=static_mj,
+            gap=reading.gap or self._is_cut,
+        )
+        self._is_cut = False
+        self._last = joined
+        return joined
+
+
+def _reading(message: wire.EnergyReading) -> Reading:
+    return Reading(
+        t_ns=message.t_ns,
+        energy_mj=message.energy_mj,
+        source=Source(message.source),
+        static_mj=message.static_mj if message.HasField("static_mj") else None,
+        gap=message.gap,
+    )

@@ -1,0 +1,73 @@
+"""The meter series of a host for Prometheus. The agent alone exports them, so every joule is counted once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from replicas.energy.meter import Source
+from replicas.energy.polling import MeterPoller
+
+_LABELS = ["hw_id", "hw_type", "source"]
+_MAX_RETIRED = 256
+
+
+class MeterSeries(Collector):
+    """`hw_energy_joules_total`, `hw_power_watts` and the agent's own cost, from the live pollers.
+
+    `hw_id` is the group of the watch. A measured and an estimated joule never share a series, by `source`.
+    The count of a group whose watch ended goes on where it was if it is watched again.
+    """
+
+    def __init__(self, pollers: Callable[[], Iterable[MeterPoller]]) -> None:
+        self._pollers = pollers
+        self._retired_mj: dict[tuple[str, Source], int] = {}
+        self._num_reads = 0
+        self._reading_s = 0.0
+
+    def note_read(self, took_s: float) -> None:
+        self._num_reads += 1
+        self._reading_s += took_s
+
+    def retire(self, poller: MeterPoller) -> None:
+        """Keep the count of a poller that stops: a counter must not fall."""
+        if poller.last is None:
+            return
+        key = (poller.group, poller.last.source)
+        self._retired_mj[key] = self._retired_mj.get(key, 0) + poller.energy_mj
+        if len(self._retired_mj) > _MAX_RETIRED:
+            del self._retired_mj[next(iter(self._retired_mj))]
+
+    def collect(self) -> Iterable[Metric]:
+        """Called from the HTTP server's thread; works on a copy."""
+        sums_mj = dict(self._retired_mj)
+        power = GaugeMetricFamily("hw_power_watts", "Average power of the last edges.", labels=_LABELS)
+        for poller in list(self._pollers()):
+            if poller.last is None:
+                continue
+            key = (poller.group, poller.last.source)
+            sums_mj[key] = sums_mj.get(key, 0) + poller.energy_mj
+            if poller.power_w is not None:
+                power.add_metric(_labels(*key), poller.power_w)
+        energy = CounterMetricFamily(
+            "hw_energy_joules", "Energy since the agent began to watch.", labels=_LABELS
+        )
+        for key, energy_mj in sums_mj.items():
+            energy.add_metric(_labels(*key), energy_mj / 1e3)
+        yield energy
+        yield power
+        yield CounterMetricFamily("wattline_energy_agent_reads", "Meter reads.", value=self._num_reads)
+        yield CounterMetricFamily(
+            "wattline_energy_agent_reading_seconds", "Time spent in meter reads.", value=self._reading_s
+        )
+        yield CounterMetricFamily(
+            "wattline_energy_agent_cpu_seconds", "CPU time of the agent's process.", value=time.process_time()
+        )
+
+
+def _labels(group: str, source: Source) -> list[str]:
+    hw_type = {Source.COUNTER: "gpu", Source.TDP: "cpu"}.get(source, "other")
+    return [group, hw_type, source.value]

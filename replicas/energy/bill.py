@@ -1,0 +1,221 @@
+"""What requests owe: open accounts in integer nanojoules, bills in integer millijoules. Pure.
+
+Accounts are kept a million times finer than the meter counts, so equal work is equal money; the `Cashier`
+rounds once, when a bill closes, and carries the remainder into the next bill. Nothing is ever lost:
+`taken == billed + rounding + dust + open accounts`, as integers.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from replicas.energy.meter import CONFIDENCE_FACTORS, Source
+from replicas.energy.window import Share
+
+METHOD = "step-ledger/1"
+NJ_PER_MJ = 1_000_000
+_WIDTHS_KEPT = 64
+_LEAST_COVERAGE = 1e-3
+_RANK = {source: rank for rank, source in enumerate(Source)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestJoules:
+    """Energy of one request. `static_mj` and `wasted_mj` are parts of `prefill_mj + decode_mj`.
+
+    `window_ms` is the median width of the meter windows used; 0 when the request never ran. The truth lies
+    within total / confidence_factor .. total * confidence_factor. Not `final`: some windows are estimated.
+    """
+
+    request_id: int
+    prefill_mj: int
+    decode_mj: int
+    static_mj: int
+    wasted_mj: int
+    source: Source
+    method: str
+    window_ms: float
+    confidence_factor: float
+    final: bool
+
+    @property
+    def total_mj(self) -> int:
+        return self.prefill_mj + self.decode_mj
+
+
+@dataclass(slots=True)
+class Claim:
+    """What one request did in one window, in weights; `static` and `wasted` are parts of the other two."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    static: float = 0.0
+    wasted: float = 0.0
+    ran_ns: int = 0
+
+
+def claims_of(shares: Iterable[Share]) -> dict[int, Claim]:
+    """Add up by request what the steps of one window weigh, each by the part of its time in the window."""
+    claims: dict[int, Claim] = {}
+    for share in shares:
+        ran_ns = share.ran_ns
+        fraction = (ran_ns + share.waited_ns) / share.step.duration_ns
+        for request_id, weight, static, wasted, is_prefill in share.step.weights:
+            claim = claims.get(request_id)
+            if claim is None:
+                claim = claims[request_id] = Claim()
+            if is_prefill:
+                claim.prefill += fraction * weight
+            else:
+                claim.decode += fraction * weight
+            claim.static += fraction * static
+            claim.wasted += fraction * wasted
+            claim.ran_ns += ran_ns
+    return claims
+
+
+class Account:
+    """Running sums of one request, mutated by the ledger and the cashier only. Times are monotonic ns.
+
+    `step_ns` is how long steps with this request ran; `covered_ns` the part inside windows that were billed.
+    """
+
+    __slots__ = (
+        "covered_ns",
+        "decode_nj",
+        "first_ns",
+        "last_ns",
+        "prefill_nj",
+        "request_id",
+        "source",
+        "static_nj",
+        "step_ns",
+        "wasted_nj",
+        "widths_ns",
+    )
+
+    def __init__(self, request_id: int) -> None:
+        self.request_id = request_id
+        self.prefill_nj = 0
+        self.decode_nj = 0
+        self.static_nj = 0
+        self.wasted_nj = 0
+        self.first_ns: int | None = None
+        self.last_ns = 0
+        self.step_ns = 0
+        self.covered_ns = 0
+        self.source: Source | None = None
+        self.widths_ns: deque[int] = deque(maxlen=_WIDTHS_KEPT)
+
+    @property
+    def total_nj(self) -> int:
+        return self.prefill_nj + self.decode_nj
+
+    @property
+    def is_measured(self) -> bool:
+        """False when steps ran and no billed window saw any of them: its energy is unknown, not 0."""
+        return self.covered_ns > 0 or self.step_ns == 0 or self.total_nj > 0
+
+    @property
+    def coverage(self) -> float:
+        return min(1.0, self.covered_ns / self.step_ns) if self.step_ns else 1.0
+
+    def note_step(self, start_ns: int, end_ns: int, duration_ns: int) -> None:
+        self.step_ns += duration_ns
+        if self.first_ns is None or start_ns < self.first_ns:
+            self.first_ns = start_ns
+        if end_ns > self.last_ns:
+            self.last_ns = end_ns
+
+    def note_window(self, *, width_ns: int, ran_ns: int, source: Source) -> None:
+        """A billed window saw `ran_ns` of this account's steps; of two sources the worse label stays."""
+        self.widths_ns.append(width_ns)
+        self.covered_ns += ran_ns
+        if self.source is None or _RANK[source] > _RANK[self.source]:
+            self.source = source
+
+    def joules(
+        self,
+        *,
+        total_mj: int,
+        source: Source,
+        final: bool,
+        open_prefill_nj: float = 0.0,
+        open_decode_nj: float = 0.0,
+        coverage: float = 1.0,
+    ) -> RequestJoules:
+        """A bill of `total_mj`, split as the account (and what is estimated to be open) is."""
+        prefill_nj = self.prefill_nj + open_prefill_nj
+        decode_nj = self.decode_nj + open_decode_nj
+        prefill_mj = round(total_mj * (prefill_nj / (prefill_nj + decode_nj))) if decode_nj else total_mj
+        scale = total_mj / self.total_nj if self.total_nj else 0.0
+        source = self.source or source
+        return RequestJoules(
+            request_id=self.request_id,
+            prefill_mj=prefill_mj,
+            decode_mj=total_mj - prefill_mj,
+            static_mj=min(total_mj, round(self.static_nj * scale)),
+            wasted_mj=min(total_mj, round(self.wasted_nj * scale)),
+            source=source,
+            method=METHOD,
+            window_ms=statistics.median(self.widths_ns) / 1e6 if self.widths_ns else 0.0,
+            confidence_factor=CONFIDENCE_FACTORS[source] / max(coverage, _LEAST_COVERAGE),
+            final=final,
+        )
+
+
+class Cashier:
+    """Takes whole millijoules in, hands whole millijoules out, and owns every remainder between."""
+
+    def __init__(self) -> None:
+        self.taken_mj = 0
+        self.billed_mj = 0
+        self.open_nj = 0
+        self.nj_per_weight: float | None = None
+        self._dust_nj = 0
+        self._rounding_nj = 0
+
+    def take(
+        self, busy_mj: int, static_nj: int, claims: Mapping[int, Claim], accounts: Mapping[int, Account]
+    ) -> None:
+        """Share `busy_mj` among the accounts of `claims`, by weight; `static_nj` of it is the static part."""
+        self.taken_mj += busy_mj
+        pool_nj = busy_mj * NJ_PER_MJ + self._dust_nj
+        weight = math.fsum(claim.prefill + claim.decode for claim in claims.values())
+        static_weight = math.fsum(claim.static for claim in claims.values())
+        assert weight > 0.0, "busy energy without anybody to bill"
+        price = max(pool_nj, 0) / weight
+        static_price = min(static_nj, max(pool_nj, 0)) / static_weight if static_weight else 0.0
+        given_nj = 0
+        for request_id, claim in claims.items():
+            account = accounts[request_id]
+            prefill_nj = int(price * claim.prefill)
+            decode_nj = int(price * claim.decode)
+            account.prefill_nj += prefill_nj
+            account.decode_nj += decode_nj
+            account.static_nj += min(int(static_price * claim.static), prefill_nj + decode_nj)
+            account.wasted_nj += int(price * claim.wasted)
+            given_nj += prefill_nj + decode_nj
+        self._dust_nj = pool_nj - given_nj
+        self.open_nj += given_nj
+        last = self.nj_per_weight
+        self.nj_per_weight = price if last is None else last + 0.2 * (price - last)
+
+    def bill_mj(self, account: Account) -> int:
+        """Close an account: its total, at most 1 mJ off, with the remainder carried to the next bill."""
+        exact_nj = account.total_nj + self._rounding_nj
+        total_mj = (exact_nj + NJ_PER_MJ // 2) // NJ_PER_MJ
+        self._rounding_nj = exact_nj - total_mj * NJ_PER_MJ
+        self.open_nj -= account.total_nj
+        self.billed_mj += total_mj
+        return total_mj
+
+    def check(self) -> None:
+        """Joules in equal joules out."""
+        kept_nj = self._rounding_nj + self._dust_nj + self.open_nj
+        assert self.taken_mj * NJ_PER_MJ == self.billed_mj * NJ_PER_MJ + kept_nj
+        assert self.open_nj >= 0

@@ -1,0 +1,131 @@
+"""One meter window and the time in it: which steps ran when, what was idle, what is not known. Pure.
+
+Every instant of a window is busy, idle, or a hole where a step must have run that nobody recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from replicas.energy.meter import Reading, Source
+from replicas.energy.weights import MemberWeight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """The meter between two readings. `static_mj`: None where the meter cannot tell. `gap`: not complete."""
+
+    start_ns: int
+    end_ns: int
+    delta_mj: int
+    source: Source
+    static_mj: int | None
+    gap: bool
+
+    @property
+    def width_ns(self) -> int:
+        return self.end_ns - self.start_ns
+
+    def overlap_ns(self, start_ns: int, end_ns: int) -> int:
+        return max(0, min(self.end_ns, end_ns) - max(self.start_ns, start_ns))
+
+
+def window_between(last: Reading, reading: Reading) -> Window:
+    """A counter that fell has lost count: nothing is known of this window, and it is never negative."""
+    delta_mj = reading.energy_mj - last.energy_mj
+    static_mj = None
+    if reading.static_mj is not None and last.static_mj is not None:
+        static_mj = max(0, reading.static_mj - last.static_mj)
+    return Window(
+        start_ns=last.t_ns,
+        end_ns=reading.t_ns,
+        delta_mj=max(0, delta_mj),
+        source=reading.source,
+        static_mj=static_mj,
+        gap=reading.gap or delta_mj < 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A forward pass that waits for its windows to close."""
+
+    start_ns: int
+    end_ns: int
+    number: int
+    weights: tuple[MemberWeight, ...]
+
+    @property
+    def duration_ns(self) -> int:
+        return max(self.end_ns - self.start_ns, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A step's part in a window: time it ran there, and time it was waited for there."""
+
+    step: Step
+    ran_ns: int
+    waited_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """The time of one window; `busy_ns + idle_ns + hole_ns` is its width."""
+
+    shares: tuple[Share, ...]
+    busy_ns: int
+    idle_ns: int
+    hole_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class LastStep:
+    """End and number of the newest step before a window."""
+
+    end_ns: int
+    number: int
+
+
+def partition(
+    window: Window,
+    steps: Iterable[Step],
+    *,
+    before: LastStep | None,
+    is_continued: Callable[[Step], bool],
+) -> Partition:
+    """Lay `steps` (sorted by start) over `window`.
+
+    Steps are numbered without a break, so a missing number before a step proves a record lost: that pause is
+    a hole. `is_continued(step)` says whether a member of it was in an earlier step: then the engine was never
+    idle in the pause before it, which is time waited for that step. All other pauses are idle. Overlapping
+    steps each get their time; busy time counts the overlap once.
+    """
+    shares: list[Share] = []
+    cursor_ns = window.start_ns
+    busy_ns = idle_ns = hole_ns = 0
+    for step in steps:
+        pause_ns = max(0, min(step.start_ns, window.end_ns) - cursor_ns)
+        waited_ns = 0
+        if pause_ns:
+            if before is not None and step.number > before.number + 1:
+                hole_ns += pause_ns
+            elif before is not None and is_continued(step):
+                waited_ns = pause_ns
+                busy_ns += pause_ns
+            else:
+                idle_ns += pause_ns
+            cursor_ns += pause_ns
+        ran_ns = window.overlap_ns(step.start_ns, step.end_ns)
+        if ran_ns or waited_ns:
+            shares.append(Share(step, ran_ns, waited_ns))
+        reached_ns = max(cursor_ns, min(step.end_ns, window.end_ns))
+        busy_ns += reached_ns - cursor_ns
+        cursor_ns = reached_ns
+        if before is None or step.end_ns >= before.end_ns:
+            before = LastStep(step.end_ns, step.number)
+        if step.start_ns >= window.end_ns:
+            break
+    idle_ns += window.end_ns - cursor_ns
+    return Partition(shares=tuple(shares), busy_ns=busy_ns, idle_ns=idle_ns, hole_ns=hole_ns)

@@ -1,0 +1,200 @@
+"""The energy agent as a real process on a Unix socket, measuring real processes; and its restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from grpc import aio
+
+from protos import wattline_energy_pb2 as wire
+from protos.wattline_energy_pb2_grpc import EnergyAgentStub
+from replicas.energy.agent import EnergyAgent
+from replicas.energy.agent_client import watch_readings
+from replicas.energy.meter import Reading, Source
+from replicas.errors import MeterUnavailable
+
+
+@pytest.fixture
+def socket_address(tmp_path: Path) -> str:
+    return f"unix:{tmp_path / 'energy.sock'}"
+
+
+@pytest.fixture
+def busy_pid() -> Iterator[int]:
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+@asynccontextmanager
+async def running_agent(address: str, *, poll_s: float = 0.01) -> AsyncIterator[EnergyAgent]:
+    agent = EnergyAgent(poll_s=poll_s)
+    await agent.start(address)
+    try:
+        yield agent
+    finally:
+        await agent.stop()
+
+
+async def take(address: str, count: int, **watch: object) -> list[Reading]:
+    readings = []
+    async with asyncio.timeout(30), aclosing(watch_readings(address, group="test", **watch)) as stream:  # type: ignore[arg-type]
+        async for reading in stream:
+            readings.append(reading)
+            if len(readings) == count:
+                break
+    return readings
+
+
+@pytest.mark.processes
+async def test_a_real_agent_measures_a_busy_process(socket_address: str, busy_pid: int) -> None:
+    process = subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-m", "replicas.energy.agent", "--listen", socket_address, "--poll-ms", "20"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert (
+            await asyncio.to_thread(process.stdout.readline) == f"energy agent listens on {socket_address}\n"
+        )
+        readings = await take(socket_address, 20, pids=[busy_pid])
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 20) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert not Path(socket_address.removeprefix("unix:")).exists()
+    assert readings[0].energy_mj == 0
+    for earlier, later in pairwise(readings):
+        assert later.t_ns > earlier.t_ns
+        assert later.energy_mj >= earlier.energy_mj
+        assert not later.gap
+    assert {reading.source for reading in readings} == {Source.TDP}
+    last = readings[-1]
+    seconds = (last.t_ns - readings[0].t_ns) / 1e9
+    assert last.static_mj == pytest.approx(10_000 * seconds, abs=2)
+    # One busy core at 8 W at most, on top of 10 W; how much of a core it got is up to the machine.
+    assert 10_000 * seconds < last.energy_mj <= 18_100 * seconds + 100
+
+
+async def test_a_restarted_agent_is_found_again_with_a_gap(socket_address: str, busy_pid: int) -> None:
+    readings: list[Reading] = []
+    async with asyncio.timeout(30):
+        stream = watch_readings(socket_address, group="test", pids=[busy_pid])
+        async with aclosing(stream):
+            async with running_agent(socket_address):
+                readings.append(await anext(stream))
+            async with running_agent(socket_address):
+                while not readings[-1].gap:
+                    readings.append(await anext(stream))
+                readings.append(await anext(stream))
+    assert [reading.gap for reading in readings].count(True) == 1
+    assert all(a.energy_mj <= b.energy_mj and a.t_ns < b.t_ns for a, b in pairwise(readings))
+
+
+async def test_watchers_of_the_same_processes_share_a_meter(socket_address: str, busy_pid: int) -> None:
+    async with running_agent(socket_address) as agent:
+        first, second = await asyncio.gather(
+            take(socket_address, 4, pids=[busy_pid]), take(socket_address, 4, pids=[busy_pid])
+        )
+        assert {reading.t_ns for reading in first} & {reading.t_ns for reading in second}
+        assert 0.0 < agent.cpu_share < 1.5
+
+
+async def test_a_watch_that_nothing_can_serve_says_why(socket_address: str) -> None:
+    async with running_agent(socket_address):
+        with pytest.raises(MeterUnavailable, match="name gpu_uuids, or pids"):
+            await take(socket_address, 1)
+        with pytest.raises(MeterUnavailable, match="meter='abacus'; give one of auto, nvml"):
+            await take(socket_address, 1, meter="abacus", pids=[1])
+        with pytest.raises(MeterUnavailable, match="1024 is the limit"):
+            await take(socket_address, 1, pids=list(range(1025)))
+
+
+async def test_gpus_that_cannot_be_read_are_never_answered_with_an_estimate_of_the_cpus(
+    socket_address: str, busy_pid: int
+) -> None:
+    async with running_agent(socket_address):
+        with pytest.raises(MeterUnavailable, match=r"NVML|not on this host"):
+            await take(socket_address, 1, gpu_uuids=["GPU-00000000"], pids=[busy_pid])
+
+
+async def test_the_fake_meter_is_labelled_fake(socket_address: str) -> None:
+    async with running_agent(socket_address):
+        (reading,) = await take(socket_address, 1, meter="fake")
+        assert reading.source is Source.FAKE
+
+
+async def test_a_second_agent_does_not_take_a_living_ones_socket(socket_address: str) -> None:
+    async with running_agent(socket_address):
+        with pytest.raises(OSError, match="already listens"):
+            await EnergyAgent().start(socket_address)
+
+
+async def test_an_agent_that_nobody_watches_ends(socket_address: str) -> None:
+    agent = EnergyAgent(exit_after_idle_s=0.05)
+    await agent.start(socket_address)
+    await asyncio.wait_for(agent.serve_until_unused(), 20)
+    assert not Path(socket_address.removeprefix("unix:")).exists()
+
+
+async def test_describe_says_what_can_be_measured(socket_address: str) -> None:
+    async with running_agent(socket_address), aio.insecure_channel(socket_address) as channel:
+        response = await EnergyAgentStub(channel).DescribeMeters(wire.DescribeMetersRequest())
+    meters = {meter.name: meter for meter in response.meters}
+    assert meters["cpu-model"].available
+    assert meters["cpu-model"].source == "tdp"
+    assert meters["nvml"].available or meters["nvml"].detail
+
+
+async def test_a_cancelled_watch_leaves_no_poller_behind(socket_address: str, busy_pid: int) -> None:
+    async with running_agent(socket_address), aio.insecure_channel(socket_address) as channel:
+        call = EnergyAgentStub(channel).Watch(wire.WatchEnergyRequest(group="test", pids=[busy_pid]))
+        await call.read()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call.read()
+        polls = [task for task in asyncio.all_tasks() if "energy-poll" in task.get_name()]
+        _, still_running = await asyncio.wait(polls, timeout=20) if polls else (set(), set())
+        assert not still_running
+
+
+def test_the_command_line_teaches() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "replicas.energy.agent", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--exit-after-idle-s" in shown.stdout
+    assert "unix:/path or host:port" in shown.stdout
+    refused = subprocess.run(
+        [sys.executable, "-m", "replicas.energy.agent", "--listen", "unix:/x", "--poll-ms", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 1
+    assert "poll_s=0.0: give 0.001 to 1.0" in refused.stderr
+
+
+async def test_tcp_addresses_get_their_port_filled_in() -> None:
+    agent = EnergyAgent(poll_s=0.01)
+    (address,) = await agent.start("127.0.0.1:0")
+    try:
+        (reading,) = await take(address, 1, meter="fake")
+    finally:
+        await agent.stop()
+    assert not address.endswith(":0")
+    assert reading.energy_mj == 0
+
+
+def test_a_poll_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"poll_s=5\.0: give"):
+        EnergyAgent(poll_s=5.0)

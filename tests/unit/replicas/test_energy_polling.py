@@ -1,0 +1,110 @@
+"""One poller, many watchers: edges only, counted from each watcher's first one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from replicas.energy.agent_metrics import MeterSeries
+from replicas.energy.meter import Reading, Source
+from replicas.energy.polling import MeterPoller, Subscriber
+
+MS = 1_000_000
+
+
+class ScriptedMeter:
+    """Gives the readings it was made with, one per read, the last one again and again."""
+
+    def __init__(self, *readings: Reading | None) -> None:
+        self._readings = list(readings)
+        self.is_closed = False
+
+    def read(self) -> Reading | None:
+        return self._readings.pop(0) if len(self._readings) > 1 else self._readings[0]
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class BrokenMeter(ScriptedMeter):
+    def read(self) -> Reading | None:
+        raise OSError("the bus is gone")
+
+
+def make_reading(t_ms: int, energy_mj: int, *, gap: bool = False, static_mj: int | None = None) -> Reading:
+    return Reading(t_ns=t_ms * MS, energy_mj=energy_mj, source=Source.COUNTER, gap=gap, static_mj=static_mj)
+
+
+def make_poller(meter: ScriptedMeter, group: str = "llama-0") -> MeterPoller:
+    return MeterPoller(meter, group=group, poll_s=0.001, on_read_s=lambda _: None)
+
+
+async def test_watchers_get_edges_counted_from_their_first_one() -> None:
+    poller = make_poller(
+        ScriptedMeter(
+            make_reading(0, 500, static_mj=50),
+            make_reading(0, 500, static_mj=50),
+            None,
+            make_reading(100, 700, static_mj=60),
+        )
+    )
+    early = poller.subscribe()
+    for _ in range(4):
+        poller.poll()
+    late = poller.subscribe()
+    assert await early.take() == [
+        make_reading(0, 0, static_mj=0),
+        make_reading(100, 200, static_mj=10),
+    ]
+    assert await late.take() == [make_reading(100, 0, static_mj=0)]
+    assert poller.energy_mj == 200
+    assert poller.power_w == pytest.approx(2.0)
+
+
+async def test_an_edge_without_energy_is_an_edge() -> None:
+    poller = make_poller(ScriptedMeter(make_reading(0, 500), make_reading(100, 500)))
+    watcher = poller.subscribe()
+    poller.poll()
+    poller.poll()
+    assert await watcher.take() == [make_reading(0, 0), make_reading(100, 0)]
+
+
+async def test_a_slow_watcher_gets_wider_windows_and_keeps_the_gap() -> None:
+    watcher = Subscriber()
+    for number in range(1000):
+        watcher.put(make_reading(number, 10 * number, gap=number == 3))
+    edges = await watcher.take()
+    assert len(edges) == 256
+    assert edges[0] == make_reading(744, 7440, gap=True)
+    assert edges[-1] == make_reading(999, 9990)
+
+
+async def test_a_meter_that_breaks_ends_the_watch_with_its_error() -> None:
+    meter = BrokenMeter(None)
+    poller = make_poller(meter)
+    watcher = poller.subscribe()
+    poller.start()
+    with pytest.raises(RuntimeError, match="polling ended") as caught:
+        await asyncio.wait_for(watcher.take(), 5)
+    assert isinstance(caught.value.__cause__, OSError)
+    await poller.stop()
+    assert meter.is_closed
+
+
+def test_series_carry_their_source_and_go_on_when_a_watch_is_opened_again() -> None:
+    pollers: list[MeterPoller] = []
+    series = MeterSeries(lambda: pollers)
+    registry = CollectorRegistry()
+    registry.register(series)
+    for _ in range(2):
+        poller = make_poller(ScriptedMeter(make_reading(0, 0), make_reading(100, 2000)))
+        pollers.append(poller)
+        poller.poll()
+        poller.poll()
+        text = generate_latest(registry).decode()
+        pollers.remove(poller)
+        series.retire(poller)
+    assert 'hw_energy_joules_total{hw_id="llama-0",hw_type="gpu",source="counter"} 4.0' in text
+    assert 'hw_power_watts{hw_id="llama-0",hw_type="gpu",source="counter"} 20.0' in text
