@@ -1,0 +1,58 @@
+# The whole developer interface. Every target creates the virtual environment on first use and reuses it
+# while pyproject.toml and constraints.txt are unchanged. `make help` lists the targets.
+VENV   ?= .venv
+PYTHON ?= python3
+PIP_ARGS ?=
+ONCE   ?=
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+# The stamp names what was installed and for which checkout: a changed pin, or a virtual environment shared
+# with another checkout, is noticed.
+STAMP_TEXT := $(shell cat pyproject.toml constraints.txt 2>/dev/null | sha256sum | cut -c1-16) $(CURDIR)
+
+.PHONY: help venv demo test lint types layers proto proto-check pytest bench soak format
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: ## create or update the virtual environment (VENV=.venv)
+	@[ "$$(cat $(VENV)/.wattline 2>/dev/null)" = "$(STAMP_TEXT)" ] || { \
+	  echo "installing into $(VENV) (a few minutes the first time)"; \
+	  [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]' \
+	  && echo "$(STAMP_TEXT)" > $(VENV)/.wattline; }
+
+demo: venv ## serve the two demonstration models and ask them something (ONCE=1: then stop)
+	@$(BIN)/wattline demo $(if $(ONCE),--once) $(ARGS)
+
+test: venv ## everything that must hold: lint, types, layers, generated code, all CPU tests
+	@$(MAKE) --no-print-directory lint types layers proto-check pytest
+
+lint: venv ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check -q .
+
+format: venv ## rewrite the code in the house format
+	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
+
+types: venv ## mypy --strict
+	@$(BIN)/mypy
+
+layers: venv ## imports go down the house only
+	@$(BIN)/lint-imports
+
+proto: venv ## regenerate the protobuf code
+	@$(BIN)/python -m protos.generate
+
+proto-check: venv ## fail if the committed protobuf code is stale
+	@$(BIN)/python -m protos.generate --check
+
+pytest: venv ## the CPU tests (ARGS="-k name" to choose)
+	@$(BIN)/python -m pytest -m "not soak" --durations=15 $(ARGS)
+
+soak: venv ## a minute of mixed load with cancels and deadlines on the demonstration models
+	@$(BIN)/python -m pytest -m soak $(ARGS)
+
+bench: venv ## measure engine, line and edge on this machine; results go to bench/results/
+	@$(BIN)/python -m bench $(ARGS)

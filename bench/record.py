@@ -1,0 +1,96 @@
+"""What every result file says beside its numbers: command, versions, hardware, load, date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS_DIR = ROOT / "bench" / "results"
+VERSIONED = ("wattline", "torch", "transformers", "ray", "grpcio", "protobuf", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTimes:
+    """Monotonic seconds of one request, seen by its client."""
+
+    submitted_s: float
+    first_token_s: float
+    last_token_s: float
+    output_tokens: int
+
+    @property
+    def ttft_ms(self) -> float:
+        return (self.first_token_s - self.submitted_s) * 1e3
+
+    @property
+    def tpot_ms(self) -> float:
+        return (self.last_token_s - self.first_token_s) * 1e3 / max(1, self.output_tokens - 1)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Nearest-rank percentile of a non-empty sequence."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def summarize(times: Sequence[RequestTimes], *, wall_s: float, prompt_tokens: int) -> dict[str, float]:
+    """The row fields that come from the clock."""
+    output_tokens = sum(one.output_tokens for one in times)
+    ttft_ms, tpot_ms = [one.ttft_ms for one in times], [one.tpot_ms for one in times]
+    row = {
+        "output_tok_s": output_tokens / wall_s,
+        "total_tok_s": (output_tokens + prompt_tokens) / wall_s,
+        "ttft_ms_p50": statistics.median(ttft_ms),
+        "ttft_ms_p99": percentile(ttft_ms, 99),
+        "tpot_ms_p50": statistics.median(tpot_ms),
+        "tpot_ms_p99": percentile(tpot_ms, 99),
+    }
+    return {key: round(value, 3) for key, value in row.items()}
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def git_revision() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def write_results(name: str, rows: Sequence[dict[str, object]], path: Path | None) -> Path:
+    """Write one JSON file of `rows`; default path `bench/results/<name>-<date>.json`."""
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    target = path or RESULTS_DIR / f"{name}-{today}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    body = {
+        "command": "python -m bench " + " ".join(sys.argv[1:]),
+        "date": today,
+        "revision": git_revision(),
+        "versions": {"python": platform.python_version()}
+        | {one: importlib.metadata.version(one) for one in VERSIONED},
+        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "load_average": list(os.getloadavg()),
+        "rows": list(rows),
+    }
+    target.write_text(json.dumps(body, indent=1) + "\n")
+    return target
+
+
+def as_row(value: object) -> dict[str, object]:
+    """A dataclass instance as a plain row."""
+    return asdict(value)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,267 @@
+"""The three suites: engine alone, the whole line beside it, and what the edge costs per token."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from bench.closed_loop import LineRun, run_closed_loop
+from bench.engine import EngineSetup, EngineUnderTest
+from bench.record import summarize, write_results
+from bench.workload import Workload, mix
+from cluster.config import Config, EnergySection, ModelSection, load_config
+from replicas.energy.cpu_model import CpuModelMeter
+
+if TYPE_CHECKING:
+    from cluster.stack import Stack
+
+SEED = 20261121
+REQUESTS_PER_STREAM = 4
+MIN_REQUESTS = 8
+WARM_UP_OUTPUT_TOKENS = 8
+NULL_VOCAB_SIZE = 32_000
+COLUMNS = (
+    "system",
+    "model",
+    "concurrency",
+    "output_tok_s",
+    "ttft_ms_p50",
+    "tpot_ms_p50",
+    "joules_per_output_token",
+)
+
+ENERGY = EnergySection()
+
+console = Console()
+
+
+async def run_engine_suite(
+    models: Sequence[Path],
+    tp: int,
+    ep: int,
+    concurrencies: Sequence[int],
+    output_tokens: int,
+    path: Path | None,
+) -> None:
+    """Measure each checkpoint's engine at each concurrency and write one file."""
+    rows: list[dict[str, object]] = []
+    for model in models:
+        setup = EngineSetup(source=str(model.resolve()), tensor=tp, expert=ep)
+        rows += await measure_engine(model.name, setup, concurrencies, output_tokens)
+    finish("engine", rows, path)
+
+
+async def run_line_suite(
+    config_path: Path, concurrencies: Sequence[int], output_tokens: int, path: Path | None
+) -> None:
+    """Measure the line of every model, then the same engines alone, in one run."""
+    config = load_config(config_path)
+    rows: list[dict[str, object]] = []
+    with serving(config) as stack:
+        for section in config.models:
+            for concurrency in concurrencies:
+                workload = make_workload(concurrency, vocab_size(section), output_tokens)
+                rows.append(await measure_line(stack, section, workload))
+    for section in config.models:
+        setup = EngineSetup(
+            source=section.source,
+            tensor=section.parallel.tensor,
+            expert=section.parallel.expert,
+            threads=section.threads_per_rank,
+            dtype=section.dtype,
+        )
+        rows += await measure_engine(section.name, setup, concurrencies, output_tokens)
+    add_line_share(rows)
+    finish("line", rows, path)
+
+
+async def run_edge_suite(
+    concurrencies: Sequence[int], output_tokens: int, step_ms: float, path: Path | None
+) -> None:
+    """CPU microseconds per streamed token of router, supervisor and ranks, over a null engine."""
+    section = ModelSection.model_validate(
+        {
+            "name": "null",
+            "source": "null",
+            "null": {"step_ms": step_ms, "vocab_size": NULL_VOCAB_SIZE, "prefill_tokens_per_s": 1e9},
+            "limits": {"max_sequences": max(concurrencies), "step_tokens": 2048},
+        }
+    )
+    rows: list[dict[str, object]] = []
+    with serving(Config.model_validate({"models": [section]})) as stack:
+        for concurrency in concurrencies:
+            workload = make_workload(concurrency, NULL_VOCAB_SIZE, output_tokens)
+            before = cpu_seconds(stack)
+            row = await measure_line(stack, section, workload, warm_up=False)
+            after = cpu_seconds(stack)
+            tokens = len(workload.prompts) * output_tokens
+            row |= {
+                f"{role}_cpu_us_per_token": round((after[role] - before[role]) * 1e6 / tokens, 2)
+                for role in after
+            }
+            rows.append(row)
+    finish("edge", rows, path)
+
+
+def make_workload(concurrency: int, size: int, output_tokens: int) -> Workload:
+    return mix(
+        concurrency=concurrency,
+        vocab_size=size,
+        num_requests=max(MIN_REQUESTS, REQUESTS_PER_STREAM * concurrency),
+        output_tokens=output_tokens,
+        seed=SEED,
+    )
+
+
+async def measure_engine(
+    name: str, setup: EngineSetup, concurrencies: Sequence[int], output_tokens: int
+) -> list[dict[str, object]]:
+    """Rows of one engine; joules are the CPU estimate over its rank processes."""
+    rows = []
+    async with EngineUnderTest(setup) as engine:
+        assert engine.ready is not None
+        meter = CpuModelMeter(
+            pids=[process.pid for process in engine.processes],
+            static_w=ENERGY.cpu_static_w,
+            core_w=ENERGY.cpu_core_w,
+        )
+        for concurrency in concurrencies:
+            workload = make_workload(concurrency, engine.ready.vocab_size, output_tokens)
+            await engine.run(make_workload(concurrency, engine.ready.vocab_size, WARM_UP_OUTPUT_TOKENS))
+            before = meter.read()
+            times, wall_s = await engine.run(workload)
+            after = meter.read()
+            assert before is not None
+            assert after is not None
+            rows.append(
+                identity("wattline-engine", name, setup.dtype, workload)
+                | summarize(times, wall_s=wall_s, prompt_tokens=workload.prompt_tokens)
+                | energy_fields(
+                    (after.energy_mj - before.energy_mj) / 1e3, after.source.value, times_tokens(workload)
+                )
+                | {"tensor_parallel": setup.tensor, "expert_parallel": setup.expert}
+            )
+            show(rows[-1])
+    return rows
+
+
+async def measure_line(
+    stack: Stack, section: ModelSection, workload: Workload, *, warm_up: bool = True
+) -> dict[str, object]:
+    """One row of the whole line, as its gRPC clients see it."""
+    address = stack.addresses.grpc
+    if warm_up:
+        short = make_workload(workload.concurrency, vocab_size(section), WARM_UP_OUTPUT_TOKENS)
+        await run_closed_loop(address, section.name, short)
+    run: LineRun = await run_closed_loop(address, section.name, workload)
+    row = (
+        identity("wattline-line", section.name, section.dtype, workload)
+        | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
+        | energy_fields(run.energy_j, run.energy_source, times_tokens(workload))
+        | {"tensor_parallel": section.parallel.tensor, "expert_parallel": section.parallel.expert}
+        | {"energy_final_share": round(run.energy_final_share, 3)}
+    )
+    show(row)
+    return row
+
+
+def identity(system: str, model: str, dtype: str, workload: Workload) -> dict[str, object]:
+    return {
+        "system": system,
+        "model": model,
+        "dtype": "float32" if dtype == "auto" else dtype,
+        "workload": workload.name,
+        "concurrency": workload.concurrency,
+        "requests": len(workload.prompts),
+    }
+
+
+def times_tokens(workload: Workload) -> int:
+    return len(workload.prompts) * workload.output_tokens
+
+
+def energy_fields(energy_j: float | None, source: str, tokens: int) -> dict[str, object]:
+    per_token = None if energy_j is None else round(energy_j / tokens, 5)
+    return {"joules_per_output_token": per_token, "energy_source": source}
+
+
+def add_line_share(rows: list[dict[str, object]]) -> None:
+    """Add to each line row its throughput as a share of the engine's own, from the same run."""
+    engines = {
+        (row["model"], row["concurrency"]): row["output_tok_s"]
+        for row in rows
+        if row["system"] == "wattline-engine"
+    }
+    for row in rows:
+        if row["system"] == "wattline-line":
+            line, engine = row["output_tok_s"], engines[row["model"], row["concurrency"]]
+            assert isinstance(line, float)
+            assert isinstance(engine, float)
+            row["share_of_engine"] = round(line / engine, 3)
+
+
+@contextmanager
+def serving(config: Config) -> Iterator[Stack]:
+    """The models of `config` behind a router on free ports, in a scratch folder, until the block ends."""
+    from cluster.commands.running import running_stack
+
+    with tempfile.TemporaryDirectory(prefix="wlb-") as folder:
+        free = config.router.model_copy(update={"grpc_port": 0, "http_port": 0, "link_port": 0})
+        quiet = config.model_copy(update={"router": free, "runtime_dir": folder})
+        with running_stack(quiet, console) as (stack, _interrupts):
+            yield stack
+
+
+def vocab_size(section: ModelSection) -> int:
+    """Of a null model or of a checkpoint folder."""
+    if section.is_null:
+        return section.null.vocab_size
+    return int(json.loads((Path(section.source) / "config.json").read_text())["vocab_size"])
+
+
+def cpu_seconds(stack: Stack) -> dict[str, float]:
+    """CPU time so far of the router, the supervisors and the ranks."""
+    state = stack.status()
+    assert state is not None
+    replicas = [replica for model in state.models for replica in model.replicas]
+    router = [
+        one
+        for one in psutil.Process().children(recursive=True)
+        if "cluster.router" in " ".join(one.cmdline())
+    ]
+    return {
+        "router": sum(cpu_of(one.pid) for one in router),
+        "supervisor": sum(cpu_of(replica.supervisor_pid) for replica in replicas),
+        "ranks": sum(cpu_of(rank.pid) for replica in replicas for rank in replica.ranks),
+    }
+
+
+def cpu_of(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def show(row: dict[str, object]) -> None:
+    console.print("  ".join(f"{key} [bold]{row[key]}[/]" for key in COLUMNS if key in row), highlight=False)
+
+
+def finish(name: str, rows: list[dict[str, object]], path: Path | None) -> None:
+    """Print the table and write the file."""
+    extra = sorted(
+        {key for row in rows for key in row if key.endswith(("_per_token", "share_of_engine"))} - {*COLUMNS}
+    )
+    table = Table(title=name)
+    for column in (*COLUMNS, *extra):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in (*COLUMNS, *extra)))
+    console.print(table)
+    console.print(f"written to {write_results(name, rows, path)}")
