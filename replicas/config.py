@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 
 from replicas.errors import BadParallelism
 
@@ -55,6 +56,13 @@ class EngineLimits:
     lookahead: int = 0
     """Steps planned before the tokens of the last one are known: 0 on CPU, 1 on CUDA."""
 
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_waiting", "step_tokens", "block_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"limits.{name} is {getattr(self, name)}; at least 1")
+        if self.lookahead not in (0, 1):
+            raise ValueError(f"limits.lookahead is {self.lookahead}; 0 or 1")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NullEngineConfig:
@@ -82,6 +90,7 @@ class RankConfig:
 
     `socket_path` (rank 0 only) is where the supervisor listens. `shared_dir` is on the shared-memory file
     system; every file there is named by `group` and `epoch` and unlinked once all ranks are attached.
+    `rendezvous` is the `host:port` that rank 0 opens for a group over hosts; empty: all ranks share a host.
     """
 
     group: str
@@ -95,6 +104,7 @@ class RankConfig:
     threads: int = 1
     socket_path: str = ""
     shared_dir: str = "/dev/shm"
+    rendezvous: str = ""
     null: NullEngineConfig = field(default_factory=NullEngineConfig)
     attach_timeout_s: float = 60.0
     collective_timeout_s: float = 10.0
@@ -130,3 +140,17 @@ class ReplicaConfig:
     ready_timeout_s: float = 600.0
     stall_floor_s: float = 2.0
     """A step longer than max(this, 5 x its p99) is a hang."""
+
+
+def rank_config_to_json(config: RankConfig) -> str:
+    """What `python -m replicas.rank_main --config` takes."""
+    return json.dumps(asdict(config))
+
+
+def rank_config_from_json(text: str) -> RankConfig:
+    """The inverse of `rank_config_to_json`; an unknown or missing key is a TypeError that names it."""
+    fields = json.loads(text)
+    fields["parallel"] = ParallelConfig(**fields["parallel"])
+    fields["limits"] = EngineLimits(**fields["limits"])
+    fields["null"] = NullEngineConfig(**fields["null"])
+    return RankConfig(**fields)

@@ -1,12 +1,12 @@
 """The errors of a replica.
 
-    ReplicaError
-    ├── BadRequest            the caller's fault; fails alone, never a step
-    │   └── DoesNotFit        longer than the context or the whole KV pool
-    ├── BadCheckpoint         the model folder cannot be served; names file, field and fix
-    ├── BadParallelism        degrees that do not divide the model; prints every factor
-    ├── RankLost              a rank died or stalled; the whole group goes
-    └── MeterUnavailable      this host cannot measure; says what is missing
+ReplicaError
+├── BadRequest            the caller's fault; fails alone, never a step
+│   └── DoesNotFit        longer than the context or the whole KV pool
+├── BadCheckpoint         the model folder cannot be served; names file, field and fix
+├── BadParallelism        degrees that do not divide the model; prints every factor
+├── RankLost              a rank died or stalled; the whole group goes
+└── MeterUnavailable      this host cannot measure; says what is missing
 """
 
 from __future__ import annotations

@@ -6,10 +6,20 @@ holds only differences: a follower keeps its own block tables and sampling param
 
 from __future__ import annotations
 
+import struct
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from replicas.request import SamplingParams
+from replicas.request import EngineCosts, SamplingParams
+
+WORD = "i"
+"""Array code of a plan word: int32, in the byte order of the hosts of a group."""
+SAMPLING_WORDS = struct.Struct("=5i")
+SAMPLING_FIELDS = struct.Struct("=ffiQ")
+STEP_WORDS = struct.Struct("=2i")
+STEP_FIELDS = struct.Struct("=Q")
 
 LAST_SAMPLED = -1
 """Placeholder token: the one this row sampled in the step before, which the planner has not seen yet."""
@@ -57,8 +67,23 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineShape:
+    """What a built runner says of itself. `num_blocks` counts block 0, which is scratch and never planned."""
+
+    architecture: str
+    vocab_size: int
+    context_tokens: int
+    num_blocks: int
+    eos_token_ids: tuple[int, ...]
+    weights_digest: str
+    dtype: str
+    device: str
+    costs: EngineCosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
-    """What a rank computed: one id per planned row with `samples`, in order; -1: its logits were not finite."""
+    """What a rank computed: one id per planned row with `samples`, in order; -1: logits were not finite."""
 
     sampled_ids: tuple[int, ...]
     experts_hit: int = 0
@@ -79,3 +104,84 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Release memory and collectives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltRunner:
+    """A runner that is loaded and ready to launch, and what it is."""
+
+    runner: Runner
+    shape: EngineShape
+
+
+Progress = Callable[[str, int, int], None]
+"""Told while a runner is built: stage, done, total."""
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    """A plan as int32 words.
+
+    Layout: step (2 words), counts of freed rows, new rows and rows; the freed rows; per new row: row and 5
+    words of sampling; per row: row, start position, samples, counts of tokens and blocks, tokens, blocks.
+    Sampling floats travel as float32: a planner that wants all ranks to agree plans float32 values.
+    """
+    words = [
+        *STEP_WORDS.unpack(STEP_FIELDS.pack(plan.step)),
+        len(plan.freed_rows),
+        len(plan.new_rows),
+        len(plan.rows),
+        *plan.freed_rows,
+    ]
+    for new in plan.new_rows:
+        sampling = new.sampling
+        fields = SAMPLING_FIELDS.pack(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
+        words += (new.row, *SAMPLING_WORDS.unpack(fields))
+    for row in plan.rows:
+        num_tokens, num_blocks = len(row.token_ids), len(row.new_blocks)
+        words += (row.row, row.start_pos, row.samples, num_tokens, num_blocks)
+        words += row.token_ids
+        words += row.new_blocks
+    return array(WORD, words).tobytes()
+
+
+def decode_plan(payload: bytes) -> StepPlan:
+    """What `encode_plan` was given, up to the float32 of its sampling."""
+    packed = array(WORD)
+    packed.frombytes(payload)
+    words = packed.tolist()
+    (step,) = STEP_FIELDS.unpack(STEP_WORDS.pack(*words[:2]))
+    num_freed, num_new, num_rows = words[2:5]
+    at = 5 + num_freed
+    freed_rows = tuple(words[5:at])
+    new_rows = []
+    for _ in range(num_new):
+        fields = SAMPLING_FIELDS.unpack(SAMPLING_WORDS.pack(*words[at + 1 : at + 6]))
+        temperature, top_p, top_k, seed = fields
+        sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        new_rows.append(NewRow(row=words[at], sampling=sampling))
+        at += 6
+    rows = []
+    for _ in range(num_rows):
+        row, start_pos, samples, num_tokens, num_blocks = words[at : at + 5]
+        tokens_end = at + 5 + num_tokens
+        rows.append(
+            PlannedRow(
+                row=row,
+                start_pos=start_pos,
+                token_ids=tuple(words[at + 5 : tokens_end]),
+                new_blocks=tuple(words[tokens_end : tokens_end + num_blocks]),
+                samples=bool(samples),
+            )
+        )
+        at = tokens_end + num_blocks
+    assert at == len(words), "a plan ends where its payload does"
+    return StepPlan(step=step, freed_rows=freed_rows, new_rows=tuple(new_rows), rows=tuple(rows))
+
+
+def as_float32(sampling: SamplingParams) -> SamplingParams:
+    """The parameters every rank sees: floats cut to what a plan word holds."""
+    fields = SAMPLING_FIELDS.unpack(
+        SAMPLING_FIELDS.pack(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
+    )
+    temperature, top_p, top_k, seed = fields
+    return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)

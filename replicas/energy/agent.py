@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -340,10 +340,11 @@ async def _serve(options: argparse.Namespace) -> None:
     await agent.stop()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until a signal; None takes the process's own arguments. Also behind `wattline agent`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        asyncio.run(_serve(_parser().parse_args()))
+        asyncio.run(_serve(_parser().parse_args(arguments)))
     except (OSError, ValueError) as error:
         raise SystemExit(f"energy agent: {error}") from error
 

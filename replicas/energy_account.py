@@ -1,0 +1,153 @@
+"""The energy side of a supervisor: feeds the step ledger and keeps what is published of it.
+
+Sums per source: when a meter changes its kind (a counter is lost and power is integrated instead), the new
+joules get a series of their own. Pure but for the clock it is given; one supervisor owns it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from replicas.energy.bill import RequestJoules
+from replicas.energy.ledger import Ledger
+from replicas.energy.meter import Reading, Source
+from replicas.request import StepResult
+
+POWER_TIME_CONSTANT_S = 1.0
+COST_WINDOW_NS = 1_000_000_000
+"""The joules per token are averaged over windows at least this wide."""
+COST_WEIGHT = 0.3
+
+Clock = Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnergySums:
+    """Closed windows of one source: `request_mj + idle_mj + unattributed_mj == meter_mj`."""
+
+    request_mj: int = 0
+    idle_mj: int = 0
+    unattributed_mj: int = 0
+    meter_mj: int = 0
+
+    def __add__(self, other: EnergySums) -> EnergySums:
+        return EnergySums(
+            request_mj=self.request_mj + other.request_mj,
+            idle_mj=self.idle_mj + other.idle_mj,
+            unattributed_mj=self.unattributed_mj + other.unattributed_mj,
+            meter_mj=self.meter_mj + other.meter_mj,
+        )
+
+    def __sub__(self, other: EnergySums) -> EnergySums:
+        return EnergySums(
+            request_mj=self.request_mj - other.request_mj,
+            idle_mj=self.idle_mj - other.idle_mj,
+            unattributed_mj=self.unattributed_mj - other.unattributed_mj,
+            meter_mj=self.meter_mj - other.meter_mj,
+        )
+
+
+class EnergyAccount:
+    """Steps and meter readings in, bills and rates out.
+
+    `power_w` and `joules_per_token` (request energy by generated token) are running averages; None until
+    the meter spoke. All calls are cheap enough for the step path.
+    """
+
+    def __init__(self, ledger: Ledger, *, clock: Clock) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._last_reading: Reading | None = None
+        self._sums: dict[Source, EnergySums] = {}
+        self._generated_tokens = 0
+        self._cost_since: tuple[int, int, int] | None = None
+        self.power_w: float | None = None
+        self.joules_per_token: float | None = None
+
+    @property
+    def source(self) -> Source | None:
+        """Of the newest reading."""
+        return None if self._last_reading is None else self._last_reading.source
+
+    @property
+    def sums(self) -> dict[Source, EnergySums]:
+        """A copy, by source; over all sources it equals the ledger's totals."""
+        return dict(self._sums)
+
+    def begin(self, engine_id: int) -> None:
+        """A request went down to the engine."""
+        self._ledger.begin_request(engine_id)
+
+    def add_step(self, result: StepResult) -> None:
+        """A step came up, with the requests it ended."""
+        if result.record is not None:
+            self._ledger.add_step(result.record)
+        now_ns = self._clock()
+        for delta in result.deltas:
+            self._generated_tokens += len(delta.token_ids)
+            if delta.finish is not None:
+                self._ledger.end_request(delta.request_id, now_ns)
+        self._advance()
+
+    def add_reading(self, reading: Reading) -> None:
+        last, self._last_reading = self._last_reading, reading
+        self._ledger.add_reading(reading)
+        self._advance()
+        if last is not None and reading.t_ns > last.t_ns and not reading.gap:
+            self._note_power(last, reading)
+
+    def tick(self) -> None:
+        """Time passed. Call it several times a second, also when nothing runs."""
+        self._advance()
+        self._note_cost()
+
+    def provisional(self, engine_id: int) -> RequestJoules | None:
+        """What is known of a request now; None if nothing is."""
+        return self._ledger.provisional(engine_id)
+
+    def take_closed(self) -> list[RequestJoules]:
+        """Final bills since the last call."""
+        return self._ledger.take_closed()
+
+    def take_unmeasured(self) -> list[int]:
+        """Requests whose energy will never be known."""
+        return self._ledger.take_unmeasured()
+
+    def _advance(self) -> None:
+        self._ledger.advance(self._clock())
+        if self._last_reading is None:
+            return
+        totals = self._ledger.totals()
+        closed = EnergySums(
+            request_mj=totals.requests_mj,
+            idle_mj=totals.idle_mj,
+            unattributed_mj=totals.unattributed_mj,
+            meter_mj=totals.meter_mj,
+        )
+        new = closed - sum(self._sums.values(), EnergySums())
+        source = self._last_reading.source
+        self._sums[source] = self._sums.get(source, EnergySums()) + new
+
+    def _note_power(self, last: Reading, reading: Reading) -> None:
+        seconds = (reading.t_ns - last.t_ns) / 1e9
+        power_w = (reading.energy_mj - last.energy_mj) / 1e3 / seconds
+        keep = math.exp(-seconds / POWER_TIME_CONSTANT_S)
+        self.power_w = power_w if self.power_w is None else keep * self.power_w + (1.0 - keep) * power_w
+
+    def _note_cost(self) -> None:
+        """Request energy by generated token since the last window. A window without tokens says nothing."""
+        now_ns = self._clock()
+        request_mj = sum(sums.request_mj for sums in self._sums.values())
+        since = self._cost_since or (now_ns, request_mj, self._generated_tokens)
+        self._cost_since = since
+        if now_ns - since[0] < COST_WINDOW_NS or self._last_reading is None:
+            return
+        self._cost_since = (now_ns, request_mj, self._generated_tokens)
+        num_tokens = self._generated_tokens - since[2]
+        if num_tokens == 0:
+            return
+        cost_j = (request_mj - since[1]) / 1e3 / num_tokens
+        last_j = self.joules_per_token
+        self.joules_per_token = cost_j if last_j is None else last_j + COST_WEIGHT * (cost_j - last_j)

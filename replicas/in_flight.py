@@ -1,0 +1,112 @@
+"""Which router asked for what: the map between requests on links and requests in the engine.
+
+Routers number their requests per stream; the engine needs one numbering. Pure: no I/O, no clock. Owned by
+one supervisor.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+MAX_UNBILLED = 8192
+"""Finished requests whose energy is still open; beyond it the oldest is forgotten, and stays unknown."""
+
+LinkT = TypeVar("LinkT", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flight(Generic[LinkT]):
+    """One request in the engine, and where it came from."""
+
+    engine_id: int
+    link: LinkT
+    request_id: int
+    attempt: int
+
+
+class InFlight(Generic[LinkT]):
+    """All requests between their submission and their last joule.
+
+    A flight is *live* until its router cancels it or is lost, *in the engine* until the engine ends it,
+    and *unbilled* from then until its energy is closed.
+    """
+
+    def __init__(self) -> None:
+        self._last_engine_id = 0
+        self._in_engine: dict[int, Flight[LinkT]] = {}
+        self._live: dict[tuple[LinkT, int], Flight[LinkT]] = {}
+        self._stopped: set[int] = set()
+        self._unbilled: OrderedDict[int, Flight[LinkT]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many requests the engine holds."""
+        return len(self._in_engine)
+
+    @property
+    def num_unbilled(self) -> int:
+        """Landed requests whose energy is still open."""
+        return len(self._unbilled)
+
+    def open(self, link: LinkT, *, request_id: int, attempt: int) -> Flight[LinkT]:
+        """Number a new request. The caller has made sure that no live one has its id."""
+        assert (link, request_id) not in self._live
+        self._last_engine_id += 1
+        flight = Flight(engine_id=self._last_engine_id, link=link, request_id=request_id, attempt=attempt)
+        self._in_engine[flight.engine_id] = flight
+        self._live[link, request_id] = flight
+        return flight
+
+    def find(self, link: LinkT, request_id: int) -> Flight[LinkT] | None:
+        """The live flight of a router's request."""
+        return self._live.get((link, request_id))
+
+    def stop(self, link: LinkT, request_id: int) -> Flight[LinkT] | None:
+        """The live flight of a request whose answer is complete; None if unknown or stopped before."""
+        flight = self.find(link, request_id)
+        if flight is None or flight.engine_id in self._stopped:
+            return None
+        self._stopped.add(flight.engine_id)
+        return flight
+
+    def mute(self, flight: Flight[LinkT]) -> None:
+        """Nobody waits for its tokens any more. It stays in the engine until the engine ends it."""
+        if self._live.get((flight.link, flight.request_id)) is flight:
+            del self._live[flight.link, flight.request_id]
+
+    def listener(self, engine_id: int) -> Flight[LinkT] | None:
+        """The live flight with this number; None if muted or unknown."""
+        flight = self._in_engine.get(engine_id)
+        if flight is None or self._live.get((flight.link, flight.request_id)) is not flight:
+            return None
+        return flight
+
+    def land(self, engine_id: int) -> None:
+        """The engine ended it: from now on it only waits for its energy."""
+        flight = self._in_engine.pop(engine_id, None)
+        if flight is None:
+            return
+        self.mute(flight)
+        self._stopped.discard(engine_id)
+        self._unbilled[engine_id] = flight
+        if len(self._unbilled) > MAX_UNBILLED:
+            self._unbilled.popitem(last=False)
+
+    def settle(self, engine_id: int) -> Flight[LinkT] | None:
+        """Its energy is closed (or will never be known): forget it."""
+        return self._unbilled.pop(engine_id, None)
+
+    def forget_unbilled(self) -> None:
+        """No energy will be closed any more."""
+        self._unbilled.clear()
+
+    def drop_link(self, link: LinkT) -> tuple[int, ...]:
+        """A router is gone: forget its unbilled requests and return those to cancel in the engine."""
+        for engine_id in [number for number, flight in self._unbilled.items() if flight.link == link]:
+            del self._unbilled[engine_id]
+        orphans = [flight for flight in self._live.values() if flight.link == link]
+        for flight in orphans:
+            self.mute(flight)
+        return tuple(flight.engine_id for flight in orphans)

@@ -1,0 +1,91 @@
+"""How the ranks of a group add up and exchange tensors within a step.
+
+All ranks call the same operations in the same order. Every rank gets bit-identical results, so that all of
+them sample the same token. `make_collectives` picks the implementation a group needs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from replicas.config import RankConfig
+from replicas.parallel.process_group import ProcessGroupCollectives, open_store
+from replicas.parallel.shared_memory import SharedMemoryCollectives
+
+
+class Collectives(Protocol):
+    """One rank's end of a group. Every operation raises RankLost when a peer is gone or too late."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum contiguous `x` over the ranks, in place; returns `x`."""
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` of every rank, stacked in rank order: shape [size, ...]."""
+
+    def barrier(self, timeout_s: float | None = None) -> None:
+        """Return when every rank is here; `timeout_s` None: the group's timeout."""
+
+    def abort(self) -> None:
+        """Make every rank's current and next operation raise RankLost."""
+
+    def close(self) -> None:
+        """Release memory, descriptors and connections."""
+
+
+class SoloCollectives:
+    """A group of one: nothing to add, nobody to wait for."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self.size = 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unsqueeze(0)
+
+    def barrier(self, timeout_s: float | None = None) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def make_collectives(config: RankConfig) -> Collectives:
+    """Attach to the group; blocks until all ranks are here, at most `attach_timeout_s`, else RankLost."""
+    if config.num_ranks == 1:
+        return SoloCollectives()
+    path = Path(config.shared_dir) / f"{config.group}.{config.epoch}.collectives"
+    if config.device == "cpu" and not config.rendezvous:
+        return SharedMemoryCollectives(
+            path,
+            rank=config.rank,
+            size=config.num_ranks,
+            timeout_s=config.collective_timeout_s,
+            attach_timeout_s=config.attach_timeout_s,
+        )
+    store = open_store(
+        path,
+        rendezvous=config.rendezvous,
+        rank=config.rank,
+        size=config.num_ranks,
+        epoch=config.epoch,
+        timeout_s=config.attach_timeout_s,
+    )
+    return ProcessGroupCollectives(
+        store,
+        rank=config.rank,
+        size=config.num_ranks,
+        device=torch.device(config.device),
+        timeout_s=config.collective_timeout_s,
+    )

@@ -1,0 +1,169 @@
+"""The plan channel between hosts: one TCP connection per follower, length-prefixed messages.
+
+A follower greets with its rank and the epoch; one that belongs to another life is turned away. A closed
+connection means that the other side is gone, unless rank 0 said goodbye.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import time
+
+from replicas.errors import RankLost
+from replicas.parallel.channel import REPLY_BYTES, StepReply, decode_reply, encode_reply
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+_SIZE = struct.Struct("<I")
+_GOODBYE = 2**32 - 1
+"""In place of a message's size."""
+_GREETING = struct.Struct("<8sQII")
+_MAGIC = b"wattline"
+_CONNECT_POLL_S = 0.05
+_GREETING_TIMEOUT_S = 5.0
+
+
+class TcpLeader:
+    """Rank 0's end. `listener` is closed once all followers are attached."""
+
+    def __init__(
+        self, listener: socket.socket, *, size: int, epoch: int, attach_timeout_s: float, timeout_s: float
+    ) -> None:
+        self.timeout_s = timeout_s
+        with listener:
+            joined = _accept_all(listener, size, epoch, time.monotonic() + attach_timeout_s)
+        self._connections = [joined[rank] for rank in sorted(joined)]
+
+    def publish(self, payload: bytes) -> None:
+        if len(payload) > MAX_MESSAGE_BYTES:
+            raise RankLost(f"a plan of {len(payload)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
+        for rank, connection in enumerate(self._connections, 1):
+            self._send(rank, connection, _SIZE.pack(len(payload)) + payload)
+
+    def collect(self) -> tuple[StepReply, ...]:
+        replies = []
+        for rank, connection in enumerate(self._connections, 1):
+            connection.settimeout(self.timeout_s)
+            try:
+                replies.append(decode_reply(_receive_exactly(connection, REPLY_BYTES)))
+            except TimeoutError as error:
+                raise RankLost(f"rank {rank} kept rank 0 waiting for {self.timeout_s:g} s") from error
+            except OSError as error:
+                raise RankLost(f"rank {rank} is gone: {error}") from error
+        return tuple(replies)
+
+    def close(self) -> None:
+        for rank, connection in enumerate(self._connections, 1):
+            try:
+                self._send(rank, connection, _SIZE.pack(_GOODBYE))
+            except RankLost:
+                continue  # Gone already, which is what close is for.
+            finally:
+                connection.close()
+        self._connections.clear()
+
+    def _send(self, rank: int, connection: socket.socket, message: bytes) -> None:
+        connection.settimeout(self.timeout_s)
+        try:
+            connection.sendall(message)
+        except OSError as error:
+            raise RankLost(f"rank {rank} does not read its plans: {error}") from error
+
+
+class TcpFollower:
+    """The end of rank `rank`, 1 or more."""
+
+    def __init__(
+        self, address: tuple[str, int], *, rank: int, size: int, epoch: int, attach_timeout_s: float
+    ) -> None:
+        self._connection = _connect(address, time.monotonic() + attach_timeout_s)
+        self._connection.sendall(_GREETING.pack(_MAGIC, epoch, rank, size))
+
+    def receive(self) -> bytes | None:
+        try:
+            (size_bytes,) = _SIZE.unpack(_receive_exactly(self._connection, _SIZE.size))
+            if size_bytes == _GOODBYE:
+                return None
+            if size_bytes > MAX_MESSAGE_BYTES:
+                raise RankLost(f"a plan of {size_bytes} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
+            return _receive_exactly(self._connection, size_bytes)
+        except OSError as error:
+            raise RankLost(f"rank 0 is gone: {error}") from error
+
+    def has_message(self) -> bool:
+        return bool(select.select([self._connection], [], [], 0)[0])
+
+    def reply(self, reply: StepReply) -> None:
+        try:
+            self._connection.sendall(encode_reply(reply))
+        except OSError as error:
+            raise RankLost(f"rank 0 is gone: {error}") from error
+
+    def fail(self) -> None:
+        """The connection's end says it."""
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _accept_all(
+    listener: socket.socket, size: int, epoch: int, deadline_s: float
+) -> dict[int, socket.socket]:
+    joined: dict[int, socket.socket] = {}
+    try:
+        while len(joined) < size - 1:
+            listener.settimeout(max(deadline_s - time.monotonic(), 0.001))
+            connection, _ = listener.accept()
+            rank = _greet(connection, size, epoch)
+            if rank is None or rank in joined:
+                connection.close()
+            else:
+                joined[rank] = connection
+    except TimeoutError as error:
+        for connection in joined.values():
+            connection.close()
+        missing = sorted(set(range(1, size)) - set(joined))
+        raise RankLost(f"ranks {missing} did not attach in time") from error
+    return joined
+
+
+def _greet(connection: socket.socket, size: int, epoch: int) -> int | None:
+    """The rank that dialled; None if it is not one of this group and life."""
+    connection.settimeout(_GREETING_TIMEOUT_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        magic, its_epoch, rank, its_size = _GREETING.unpack(_receive_exactly(connection, _GREETING.size))
+    except OSError:
+        return None
+    is_ours = (magic, its_epoch, its_size) == (_MAGIC, epoch, size) and 1 <= rank < size
+    return int(rank) if is_ours else None
+
+
+def _connect(address: tuple[str, int], deadline_s: float) -> socket.socket:
+    """Dial until rank 0 listens."""
+    while True:
+        left_s = deadline_s - time.monotonic()
+        try:
+            connection = socket.create_connection(address, timeout=max(left_s, 0.001))
+        except OSError as error:
+            if left_s < 0:
+                raise RankLost(f"rank 0 does not listen at {address[0]}:{address[1]}: {error}") from error
+            time.sleep(_CONNECT_POLL_S)
+        else:
+            connection.settimeout(None)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            return connection
+
+
+def _receive_exactly(connection: socket.socket, size_bytes: int) -> bytes:
+    """All of `size_bytes`; ConnectionError when the other side ends before."""
+    received = bytearray()
+    while len(received) < size_bytes:
+        chunk = connection.recv(size_bytes - len(received))
+        if not chunk:
+            raise ConnectionError("the connection ended")
+        received += chunk
+    return bytes(received)

@@ -1,0 +1,46 @@
+"""Refuses, before it is queued, a request that no step should ever see. Pure; called by the scheduler."""
+
+from __future__ import annotations
+
+import math
+
+from replicas.errors import BadRequest, DoesNotFit
+from replicas.request import GenerationRequest, SamplingParams
+
+MAX_SEED = 2**64 - 1
+MAX_TOP_K = 2**31 - 1
+
+
+def check_request(
+    request: GenerationRequest, *, vocab_size: int, context_tokens: int, num_lanes: int
+) -> None:
+    """Raise BadRequest with the field, its value and the limit."""
+    prompt_ids = request.prompt_ids
+    if not 0 <= request.lane < num_lanes:
+        raise BadRequest(f"lane is {request.lane}; this engine has lanes 0 to {num_lanes - 1}")
+    if not prompt_ids:
+        raise BadRequest("prompt_ids is empty; give at least one token")
+    if len(prompt_ids) >= context_tokens:
+        raise DoesNotFit(
+            f"prompt_ids holds {len(prompt_ids)} tokens; a context of {context_tokens} leaves room for "
+            f"{context_tokens - 1}; shorten the prompt"
+        )
+    for token_id in (min(prompt_ids), max(prompt_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise BadRequest(f"prompt_ids holds {token_id}; the vocabulary is 0 to {vocab_size - 1}")
+    if request.max_tokens < 1:
+        raise BadRequest(f"max_tokens is {request.max_tokens}; ask for at least 1")
+    if not 0 <= request.first_offset <= len(prompt_ids):
+        raise BadRequest(f"first_offset is {request.first_offset}; the prompt holds {len(prompt_ids)} tokens")
+    _check_sampling(request.sampling)
+
+
+def _check_sampling(sampling: SamplingParams) -> None:
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise BadRequest(f"temperature is {sampling.temperature}; give a finite number of at least 0")
+    if not 0 < sampling.top_p <= 1:
+        raise BadRequest(f"top_p is {sampling.top_p}; give a number above 0 and up to 1")
+    if not 0 <= sampling.top_k <= MAX_TOP_K:
+        raise BadRequest(f"top_k is {sampling.top_k}; give 0 (all tokens) to {MAX_TOP_K}")
+    if not 0 <= sampling.seed <= MAX_SEED:
+        raise BadRequest(f"seed is {sampling.seed}; give an unsigned 64-bit number")

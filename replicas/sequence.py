@@ -1,0 +1,170 @@
+"""One request on its way through the engine: its tokens, its place, and what it has cost.
+
+States: WAITING -> RUNNING -> FINISHED, with RUNNING -> WAITING on preemption and WAITING -> FINISHED on
+cancel, stop or deadline. The scheduler moves a sequence between states; this file owns the arithmetic of
+positions and the rules of when a sequence ends. Pure.
+
+Positions, for a prompt of 5 and two tokens generated while a third is being computed:
+
+    tokens        p0 p1 p2 p3 p4 g0 g1          len(tokens) = 7, known
+    num_pending                        1        g2 is sampled by a step under way
+    length                                      8
+    num_computed                       7        the KV of positions 0..6 is written, or will be by that step
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from replicas.plan import LAST_SAMPLED
+from replicas.request import FinishReason, GenerationRequest, SequenceDelta, SequenceTiming
+
+NS_PER_US = 1_000
+
+
+class SequenceState(Enum):
+    """Where a sequence is. It leaves FINISHED never."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """Mutable; owned by the scheduler. `order` sorts: highest priority first, then first come."""
+
+    request: GenerationRequest
+    order: tuple[int, int]
+    submitted_ns: int
+    context_tokens: int
+    """The most tokens, prompt and output, that this sequence may have."""
+    tokens: list[int] = field(init=False)
+    state: SequenceState = SequenceState.WAITING
+    row: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    num_planned_blocks: int = 0
+    """The first blocks of `blocks` that a plan has already told the runners."""
+    num_computed: int = 0
+    num_pending: int = 0
+    num_ever_computed: int = 0
+    """The highest `num_computed` so far: below it, computing is repeating."""
+    num_useful_in_flight: int = 0
+    """New, not repeated, tokens in steps under way."""
+    wasted_tokens: int = 0
+    preemptions: int = 0
+    scheduled_ns: int | None = None
+    first_token_ns: int | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_ids)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens known and delivered by this attempt."""
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only its newest generated token is not computed yet."""
+        return self.num_uncomputed == 1 and self.length > len(self.request.prompt_ids)
+
+    @property
+    def awaits_last(self) -> bool:
+        """A step under way samples what is certainly its last token: there is nothing more to plan."""
+        return self.num_pending > 0 and (
+            self.num_generated + self.num_pending >= self.request.max_tokens
+            or self.length >= self.context_tokens
+        )
+
+    def take(self, count: int) -> tuple[tuple[int, ...], int]:
+        """Plan the next `count` positions: their token ids, and how many of them were computed before."""
+        start, end = self.num_computed, self.num_computed + count
+        known = self.tokens[start:end]
+        if len(known) < count:
+            known.append(LAST_SAMPLED)
+            assert len(known) == count, "at most one planned token is not known yet"
+        repeated = min(max(self.num_ever_computed - start, 0), count)
+        self.num_computed = end
+        self.num_ever_computed = max(self.num_ever_computed, end)
+        self.wasted_tokens += repeated
+        self.num_useful_in_flight += count - repeated
+        if end == self.length:
+            self.num_pending += 1
+        return tuple(known), repeated
+
+    def append(self, token_id: int, now_ns: int) -> FinishReason | None:
+        """The oldest pending token is known. Says whether it ends the sequence."""
+        self.num_pending -= 1
+        self.tokens.append(token_id)
+        if self.first_token_ns is None:
+            self.first_token_ns = now_ns
+        if token_id in self.request.stop_token_ids:
+            return FinishReason.STOP
+        if self.num_generated >= self.request.max_tokens or len(self.tokens) >= self.context_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def preempt(self) -> None:
+        """Forget all KV. Tokens stay, and so does a pending one: its step is under way and will give it."""
+        self.num_computed = 0
+        self.num_planned_blocks = 0
+        self.preemptions += 1
+
+    def finish(self) -> None:
+        """What is still under way buys nothing from here on."""
+        self.state = SequenceState.FINISHED
+        self.wasted_tokens += self.num_useful_in_flight
+        self.num_useful_in_flight = 0
+
+    def token_delta(self, token_id: int) -> SequenceDelta:
+        """The delta of the token appended last."""
+        request = self.request
+        return SequenceDelta(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            first_offset=request.first_offset + self.num_generated - 1,
+            token_ids=(token_id,),
+        )
+
+    def last_delta(
+        self,
+        token_ids: tuple[int, ...],
+        finish: FinishReason,
+        *,
+        now_ns: int,
+        error: tuple[str, str] | None = None,
+    ) -> SequenceDelta:
+        """The one delta that ends the sequence. `token_ids` are appended already; a stop token is one."""
+        request = self.request
+        return SequenceDelta(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            first_offset=request.first_offset + self.num_generated - len(token_ids),
+            token_ids=token_ids,
+            finish=finish,
+            timing=self._timing(now_ns),
+            error=error,
+        )
+
+    def _timing(self, now_ns: int) -> SequenceTiming:
+        """Queue until first planned, prefill until the first token, decode until now."""
+        scheduled_ns = now_ns if self.scheduled_ns is None else self.scheduled_ns
+        first_token_ns = now_ns if self.first_token_ns is None else self.first_token_ns
+        return SequenceTiming(
+            queue_us=(scheduled_ns - self.submitted_ns) // NS_PER_US,
+            prefill_us=(first_token_ns - scheduled_ns) // NS_PER_US,
+            decode_us=(now_ns - first_token_ns) // NS_PER_US,
+            cached_tokens=0,
+            wasted_tokens=self.wasted_tokens,
+            preemptions=self.preemptions,
+        )

@@ -1,0 +1,271 @@
+"""Domain nouns to protobuf messages and back: the one place of this package where the two meet.
+
+Used by `frames.py` (supervisor and rank 0) and by the supervisor's links to routers, which speak the same
+messages. Deadlines travel as time left, so `now_ns` is asked for wherever one crosses.
+"""
+
+from __future__ import annotations
+
+from protos import wattline_link_pb2 as link_pb2
+from protos import wattline_rank_pb2 as rank_pb2
+from replicas.request import (
+    EngineCosts,
+    EngineReady,
+    FinishReason,
+    GenerationRequest,
+    LoadSnapshot,
+    SamplingParams,
+    SequenceDelta,
+    SequenceTiming,
+    StepMember,
+    StepRecord,
+    StepResult,
+)
+
+NS_PER_MS = 1_000_000
+MAX_DEADLINE_MS = 2**32 - 1
+
+FINISH_TO_WIRE = {
+    FinishReason.STOP: link_pb2.ENGINE_FINISH_STOP,
+    FinishReason.LENGTH: link_pb2.ENGINE_FINISH_LENGTH,
+    FinishReason.CANCELLED: link_pb2.ENGINE_FINISH_CANCELLED,
+    FinishReason.DEADLINE: link_pb2.ENGINE_FINISH_DEADLINE,
+    FinishReason.ERROR: link_pb2.ENGINE_FINISH_ERROR,
+}
+FINISH_FROM_WIRE = {wire: reason for reason, wire in FINISH_TO_WIRE.items()}
+
+
+def request_to_wire(request: GenerationRequest, *, now_ns: int) -> link_pb2.Submit:
+    """An expired deadline becomes 1 ms: 0 on the wire means none."""
+    deadline_ms = 0
+    if request.deadline_ns is not None:
+        left_ms = -(-(request.deadline_ns - now_ns) // NS_PER_MS)
+        deadline_ms = min(max(left_ms, 1), MAX_DEADLINE_MS)
+    sampling = request.sampling
+    return link_pb2.Submit(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        first_offset=request.first_offset,
+        prompt_ids=request.prompt_ids,
+        sampling=link_pb2.EngineSampling(
+            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed
+        ),
+        max_tokens=request.max_tokens,
+        stop_token_ids=sorted(request.stop_token_ids),
+        priority=request.priority,
+        deadline_ms=deadline_ms,
+        lane=request.lane,
+    )
+
+
+def request_from_wire(message: link_pb2.Submit, *, now_ns: int) -> GenerationRequest:
+    """The fields are checked where they are used: by the engine."""
+    return GenerationRequest(
+        request_id=message.request_id,
+        prompt_ids=tuple(message.prompt_ids),
+        max_tokens=message.max_tokens,
+        sampling=SamplingParams(
+            temperature=message.sampling.temperature,
+            top_p=message.sampling.top_p,
+            top_k=message.sampling.top_k,
+            seed=message.sampling.seed,
+        ),
+        stop_token_ids=frozenset(message.stop_token_ids),
+        priority=message.priority,
+        deadline_ns=now_ns + message.deadline_ms * NS_PER_MS if message.deadline_ms else None,
+        lane=message.lane,
+        attempt=message.attempt,
+        first_offset=message.first_offset,
+    )
+
+
+def delta_to_wire(delta: SequenceDelta) -> link_pb2.SequenceDelta:
+    message = link_pb2.SequenceDelta(
+        request_id=delta.request_id,
+        attempt=delta.attempt,
+        first_offset=delta.first_offset,
+        token_ids=delta.token_ids,
+    )
+    if delta.finish is not None:
+        message.finish = FINISH_TO_WIRE[delta.finish]
+    if delta.timing is not None:
+        timing = delta.timing
+        message.timing.CopyFrom(
+            link_pb2.SequenceTiming(
+                queue_us=timing.queue_us,
+                prefill_us=timing.prefill_us,
+                decode_us=timing.decode_us,
+                cached_tokens=timing.cached_tokens,
+                wasted_tokens=timing.wasted_tokens,
+                preemptions=timing.preemptions,
+            )
+        )
+    if delta.error is not None:
+        message.error.code, message.error.message = delta.error
+    return message
+
+
+def delta_from_wire(message: link_pb2.SequenceDelta) -> SequenceDelta:
+    timing = None
+    if message.HasField("timing"):
+        timing = SequenceTiming(
+            queue_us=message.timing.queue_us,
+            prefill_us=message.timing.prefill_us,
+            decode_us=message.timing.decode_us,
+            cached_tokens=message.timing.cached_tokens,
+            wasted_tokens=message.timing.wasted_tokens,
+            preemptions=message.timing.preemptions,
+        )
+    return SequenceDelta(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        first_offset=message.first_offset,
+        token_ids=tuple(message.token_ids),
+        finish=FINISH_FROM_WIRE.get(message.finish),
+        timing=timing,
+        error=(message.error.code, message.error.message) if message.HasField("error") else None,
+    )
+
+
+def load_to_wire(load: LoadSnapshot) -> link_pb2.LoadSnapshot:
+    """Power and joules per token are left 0: the supervisor knows them, an engine does not."""
+    return link_pb2.LoadSnapshot(
+        step=load.step,
+        running=load.running,
+        waiting=load.waiting,
+        waiting_prefill_tokens=load.waiting_prefill_tokens,
+        free_blocks=load.free_blocks,
+        total_blocks=load.total_blocks,
+        step_ms=load.step_ms,
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
+        decode_tokens_per_s=load.decode_tokens_per_s,
+        prompt_tokens_total=load.prompt_tokens_total,
+        generated_tokens_total=load.generated_tokens_total,
+    )
+
+
+def load_from_wire(message: link_pb2.LoadSnapshot) -> LoadSnapshot:
+    return LoadSnapshot(
+        step=message.step,
+        running=tuple(message.running),
+        waiting=tuple(message.waiting),
+        waiting_prefill_tokens=tuple(message.waiting_prefill_tokens),
+        free_blocks=tuple(message.free_blocks),
+        total_blocks=tuple(message.total_blocks),
+        step_ms=message.step_ms,
+        prefill_tokens_per_s=message.prefill_tokens_per_s,
+        decode_tokens_per_s=message.decode_tokens_per_s,
+        prompt_tokens_total=message.prompt_tokens_total,
+        generated_tokens_total=message.generated_tokens_total,
+    )
+
+
+def record_to_wire(record: StepRecord) -> rank_pb2.StepRecord:
+    members = record.members
+    return rank_pb2.StepRecord(
+        step=record.step,
+        start_ns=record.start_ns,
+        end_ns=record.end_ns,
+        request_ids=[member.request_id for member in members],
+        new_tokens=[member.new_tokens for member in members],
+        context_tokens=[member.context_tokens for member in members],
+        is_prefill=[member.is_prefill for member in members],
+        wasted_tokens=[member.wasted_tokens for member in members],
+        experts_hit=record.experts_hit,
+    )
+
+
+def record_from_wire(message: rank_pb2.StepRecord) -> StepRecord:
+    columns = zip(
+        message.request_ids,
+        message.new_tokens,
+        message.context_tokens,
+        message.is_prefill,
+        message.wasted_tokens,
+        strict=True,
+    )
+    return StepRecord(
+        step=message.step,
+        start_ns=message.start_ns,
+        end_ns=message.end_ns,
+        members=tuple(
+            StepMember(
+                request_id=request_id,
+                new_tokens=new_tokens,
+                context_tokens=context_tokens,
+                is_prefill=is_prefill,
+                wasted_tokens=wasted_tokens,
+            )
+            for request_id, new_tokens, context_tokens, is_prefill, wasted_tokens in columns
+        ),
+        experts_hit=message.experts_hit,
+    )
+
+
+def result_to_wire(result: StepResult) -> rank_pb2.StepFrame:
+    return rank_pb2.StepFrame(
+        output=link_pb2.StepOutput(
+            step=result.step,
+            deltas=[delta_to_wire(delta) for delta in result.deltas],
+            load=load_to_wire(result.load),
+        ),
+        record=None if result.record is None else record_to_wire(result.record),
+    )
+
+
+def result_from_wire(message: rank_pb2.StepFrame) -> StepResult:
+    return StepResult(
+        step=message.output.step,
+        deltas=tuple(delta_from_wire(delta) for delta in message.output.deltas),
+        load=load_from_wire(message.output.load),
+        record=record_from_wire(message.record) if message.HasField("record") else None,
+    )
+
+
+def ready_to_wire(ready: EngineReady) -> rank_pb2.EngineReady:
+    costs = ready.costs
+    return rank_pb2.EngineReady(
+        architecture=ready.architecture,
+        lanes=ready.lanes,
+        context_tokens=ready.context_tokens,
+        max_sequences=ready.max_sequences,
+        vocab_size=ready.vocab_size,
+        block_tokens=ready.block_tokens,
+        weights_digest=ready.weights_digest,
+        dtype=ready.dtype,
+        device=ready.device,
+        load=load_to_wire(ready.load),
+        costs=rank_pb2.EngineCosts(
+            active_params=costs.active_params,
+            shared_weight_bytes=costs.shared_weight_bytes,
+            expert_bytes=costs.expert_bytes,
+            num_layers=costs.num_layers,
+            attention_dim=costs.attention_dim,
+            kv_bytes_per_token=costs.kv_bytes_per_token,
+        ),
+        eos_token_ids=ready.eos_token_ids,
+    )
+
+
+def ready_from_wire(message: rank_pb2.EngineReady) -> EngineReady:
+    return EngineReady(
+        architecture=message.architecture,
+        lanes=message.lanes,
+        context_tokens=message.context_tokens,
+        max_sequences=message.max_sequences,
+        vocab_size=message.vocab_size,
+        block_tokens=message.block_tokens,
+        weights_digest=message.weights_digest,
+        dtype=message.dtype,
+        device=message.device,
+        eos_token_ids=tuple(message.eos_token_ids),
+        costs=EngineCosts(
+            active_params=message.costs.active_params,
+            shared_weight_bytes=message.costs.shared_weight_bytes,
+            expert_bytes=message.costs.expert_bytes,
+            num_layers=message.costs.num_layers,
+            attention_dim=message.costs.attention_dim,
+            kv_bytes_per_token=message.costs.kv_bytes_per_token,
+        ),
+        load=load_from_wire(message.load),
+    )

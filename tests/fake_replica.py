@@ -1,0 +1,301 @@
+"""A replica without an engine: speaks the link protocol over real gRPC and makes up tokens.
+
+Token i of an answer is a hash of prompt and position, so a lost, doubled or swapped token shows. Tests, chaos
+runs and benchmarks decide when it steps, what it says and how it leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from hashlib import blake2b
+from time import monotonic
+from typing import Self
+
+import grpc
+
+from protos import wattline_link_pb2 as link
+from protos import wattline_link_pb2_grpc as link_grpc
+
+NUM_SPECIAL = 3
+EOS = 2
+HEARTBEAT_S = 0.25
+MJ_PER_TOKEN = 250
+
+Tokens = Callable[[link.Submit, int], int]
+"""Token at a position of an answer."""
+
+
+class EnergyMode(Enum):
+    """When a finished request's joules come."""
+
+    AT_ONCE = auto()
+    """Final, right behind the last token."""
+    LATE = auto()
+    """Provisional behind the last token, final when `close_energy` is called."""
+    NEVER = auto()
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One request under way."""
+
+    submit: link.Submit
+    ends_at_s: float | None
+    num_tokens: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeReplica:
+    """Dial with `async with FakeReplica(...)`, or `attach` and `leave`. `step_s` 0: as fast as it can."""
+
+    address: str
+    model: str
+    replica_id: str = "replica-0"
+    epoch: int = 1
+    vocab_size: int = 1000
+    context_tokens: int = 4096
+    max_sequences: int = 64
+    step_s: float = 0.0
+    tokens_per_step: int = 1
+    energy: EnergyMode = EnergyMode.AT_ONCE
+    tokens: Tokens | None = None
+    commands: list[link.ToReplica] = field(default_factory=list)
+    running: asyncio.Event = field(default_factory=asyncio.Event)
+    """Steps happen only while it is set."""
+    _sequences: dict[int, Sequence] = field(default_factory=dict)
+    _unbilled: list[link.RequestEnergy] = field(default_factory=list)
+    _arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _work: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _channel: grpc.aio.Channel | None = None
+    _call: grpc.aio.StreamStreamCall[link.FromReplica, link.ToReplica] | None = None
+    _step: int = 0
+
+    async def __aenter__(self) -> Self:
+        await self.attach()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.leave()
+
+    async def attach(self) -> None:
+        """Dial, say Hello, and wait for the Welcome. Raises AioRpcError if the router refuses."""
+        self._channel = grpc.aio.insecure_channel(self.address)
+        self._call = link_grpc.ReplicaLinkStub(self._channel).Attach()
+        await self.send(link.FromReplica(hello=self.hello()))
+        welcome = await self._call.read()
+        if welcome is grpc.aio.EOF:
+            raise grpc.aio.AioRpcError(
+                await self._call.code(), grpc.aio.Metadata(), grpc.aio.Metadata(), await self._call.details()
+            )
+        self.running.set()
+        self._tasks = [
+            asyncio.create_task(work) for work in (self._read_commands(), self._run_steps(), self._beat())
+        ]
+
+    async def leave(self, *, says_goodbye: bool = True) -> None:
+        """Go: politely, or as a process that was killed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._call is not None and not self._call.done():
+            if says_goodbye:
+                await self.send(link.FromReplica(goodbye=link.Goodbye(reason="test")))
+                await self._call.done_writing()
+                await self._call.read()
+            self._call.cancel()
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def send(self, message: link.FromReplica) -> None:
+        """Write one message of this replica's life (or of the `epoch` it carries)."""
+        assert self._call is not None
+        message.epoch = message.epoch or self.epoch
+        async with self._writing:
+            await self._call.write(message)
+
+    async def say_draining(self) -> None:
+        await self.send(link.FromReplica(draining=link.Draining(reason="test")))
+
+    async def close_energy(self) -> None:
+        """Send the final joules of everything that ended in `LATE` mode."""
+        report, self._unbilled = self._unbilled, []
+        for entry in report:
+            entry.final = True
+        await self.send(link.FromReplica(energy=link.EnergyReport(requests=report)))
+
+    async def wait_command(self, kind: str, *, count: int = 1) -> link.ToReplica:
+        """The `count`-th command of a kind (submit, cancel, stop, drain), once it came."""
+        async with self._arrived:
+            await self._arrived.wait_for(lambda: len(self.received(kind)) >= count)
+            return self.received(kind)[count - 1]
+
+    def received(self, kind: str) -> list[link.ToReplica]:
+        return [command for command in self.commands if command.WhichOneof("command") == kind]
+
+    def hello(self) -> link.Hello:
+        return link.Hello(
+            protocol=1,
+            replica_id=self.replica_id,
+            model=self.model,
+            architecture="NullForCausalLM",
+            tensor_parallel=1,
+            expert_parallel=1,
+            layout="shared",
+            lanes=1,
+            context_tokens=self.context_tokens,
+            max_sequences=self.max_sequences,
+            vocab_size=self.vocab_size,
+            engine_version="test",
+            dtype="float32",
+            device="cpu",
+            energy_source="fake",
+            block_tokens=16,
+            eos_token_ids=[EOS],
+            load=self.load(),
+        )
+
+    def load(self) -> link.LoadSnapshot:
+        return link.LoadSnapshot(
+            step=self._step,
+            running=[len(self._sequences)],
+            waiting=[0],
+            waiting_prefill_tokens=[0],
+            free_blocks=[1000 - len(self._sequences)],
+            total_blocks=[1000],
+            step_ms=self.step_s * 1e3,
+            prefill_tokens_per_s=50_000.0,
+        )
+
+    async def step(self) -> None:
+        """One engine step: tokens of every sequence in one message, then the joules of those that ended."""
+        self._step += 1
+        deltas, ended = [], []
+        for request_id, sequence in list(self._sequences.items()):
+            delta = self._advance(sequence)
+            deltas.append(delta)
+            if delta.finish:
+                del self._sequences[request_id]
+                ended.append(sequence)
+        output = link.StepOutput(step=self._step, deltas=deltas, load=self.load())
+        await self.send(link.FromReplica(step=output))
+        if ended and self.energy is not EnergyMode.NEVER:
+            await self._bill(ended)
+
+    def _advance(self, sequence: Sequence) -> link.SequenceDelta:
+        submit = sequence.submit
+        first_offset = sequence.num_tokens
+        token_ids: list[int] = []
+        finish = link.ENGINE_FINISH_NONE
+        if sequence.ends_at_s is not None and monotonic() > sequence.ends_at_s:
+            finish = link.ENGINE_FINISH_DEADLINE
+        while not finish and len(token_ids) < self.tokens_per_step:
+            token_ids.append((self.tokens or self._hash_token)(submit, first_offset + len(token_ids)))
+            if token_ids[-1] in submit.stop_token_ids:
+                finish = link.ENGINE_FINISH_STOP
+            elif first_offset + len(token_ids) >= submit.max_tokens:
+                finish = link.ENGINE_FINISH_LENGTH
+        sequence.num_tokens += len(token_ids)
+        return link.SequenceDelta(
+            request_id=submit.request_id,
+            attempt=submit.attempt,
+            first_offset=first_offset,
+            token_ids=token_ids,
+            finish=finish,
+            timing=_timing(sequence) if finish else None,
+        )
+
+    def _hash_token(self, submit: link.Submit, pos: int) -> int:
+        prompt = b"".join(token_id.to_bytes(4, "little") for token_id in submit.prompt_ids)
+        digest = blake2b(prompt + pos.to_bytes(4, "little"), digest_size=4).digest()
+        return NUM_SPECIAL + int.from_bytes(digest, "little") % (self.vocab_size - NUM_SPECIAL)
+
+    async def _bill(self, ended: list[Sequence]) -> None:
+        entries = [_energy(sequence, is_final=self.energy is EnergyMode.AT_ONCE) for sequence in ended]
+        if self.energy is EnergyMode.LATE:
+            self._unbilled += entries
+        await self.send(link.FromReplica(energy=link.EnergyReport(requests=entries)))
+
+    async def _read_commands(self) -> None:
+        assert self._call is not None
+        async for command in _messages(self._call):
+            match command.WhichOneof("command"):
+                case "submit":
+                    deadline_ms = command.submit.deadline_ms
+                    ends_at_s = monotonic() + deadline_ms / 1e3 if deadline_ms else None
+                    self._sequences[command.submit.request_id] = Sequence(command.submit, ends_at_s)
+                    self._work.set()
+                case "cancel":
+                    self._sequences.pop(command.cancel.request_id, None)
+                case "stop":
+                    await self._finish_now(command.stop.request_id)
+                case "drain":
+                    await self.say_draining()
+            async with self._arrived:
+                self.commands.append(command)
+                self._arrived.notify_all()
+
+    async def _finish_now(self, request_id: int) -> None:
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return
+        delta = link.SequenceDelta(
+            request_id=request_id,
+            attempt=sequence.submit.attempt,
+            first_offset=sequence.num_tokens,
+            finish=link.ENGINE_FINISH_STOP,
+            timing=_timing(sequence),
+        )
+        await self.send(
+            link.FromReplica(step=link.StepOutput(step=self._step, deltas=[delta], load=self.load()))
+        )
+        if self.energy is not EnergyMode.NEVER:
+            await self._bill([sequence])
+
+    async def _run_steps(self) -> None:
+        while True:
+            await self.running.wait()
+            if not self._sequences:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            await self.step()
+            await asyncio.sleep(self.step_s)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            await self.send(link.FromReplica(heartbeat=link.Heartbeat(load=self.load())))
+
+
+async def _messages(
+    call: grpc.aio.StreamStreamCall[link.FromReplica, link.ToReplica],
+) -> AsyncIterator[link.ToReplica]:
+    """Commands until the router hangs up; `read`, because the Welcome was read so too."""
+    while isinstance(message := await call.read(), link.ToReplica):
+        yield message
+
+
+def _timing(sequence: Sequence) -> link.SequenceTiming:
+    return link.SequenceTiming(
+        queue_us=100, prefill_us=2000, decode_us=1000 * sequence.num_tokens, cached_tokens=0, wasted_tokens=0
+    )
+
+
+def _energy(sequence: Sequence, *, is_final: bool) -> link.RequestEnergy:
+    return link.RequestEnergy(
+        request_id=sequence.submit.request_id,
+        attempt=sequence.submit.attempt,
+        prefill_mj=1000,
+        decode_mj=MJ_PER_TOKEN * sequence.num_tokens,
+        static_mj=300,
+        source="fake",
+        method="step-ledger/1",
+        window_ms=30.0,
+        confidence_factor=1.0,
+        final=is_final,
+    )

@@ -1,0 +1,101 @@
+"""A rank group as real processes, seen as a supervisor sees it: through one socket to rank 0."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+from replicas.config import RankConfig, rank_config_to_json
+from replicas.frames import Command, EngineFailure, Event, LoadingProgress, read_event, write_command
+from replicas.request import EngineReady, FinishReason, SequenceDelta, StepResult
+
+TIMEOUT_S = 60.0
+
+
+@dataclass(slots=True)
+class LiveGroup:
+    """The processes of a group, the open socket, and what has come through it."""
+
+    ranks: list[Process]
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    last: dict[int, SequenceDelta] = field(default_factory=dict)
+
+    @property
+    def finishes(self) -> dict[int, FinishReason | None]:
+        return {request_id: delta.finish for request_id, delta in self.last.items()}
+
+    async def send(self, command: Command) -> None:
+        await write_command(self.writer, command)
+
+    async def read(self) -> Event:
+        async with asyncio.timeout(TIMEOUT_S):
+            return await read_event(self.reader)
+
+    async def read_ready(self) -> EngineReady:
+        while True:
+            event = await self.read()
+            if isinstance(event, EngineReady):
+                return event
+            assert isinstance(event, LoadingProgress), event
+
+    async def read_step(self) -> StepResult:
+        event = await self.read()
+        assert isinstance(event, StepResult), event
+        for delta in event.deltas:
+            self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            if delta.finish is not None:
+                self.last[delta.request_id] = delta
+        return event
+
+    async def read_until(self, is_done: Callable[[LiveGroup], bool]) -> None:
+        while not is_done(self):
+            await self.read_step()
+
+    async def read_failure(self) -> EngineFailure:
+        while True:
+            event = await self.read()
+            if isinstance(event, EngineFailure):
+                return event
+
+    async def exit_codes(self) -> list[int]:
+        async with asyncio.timeout(TIMEOUT_S):
+            return [await rank.wait() for rank in self.ranks]
+
+
+@asynccontextmanager
+async def open_group(config: RankConfig) -> AsyncIterator[LiveGroup]:
+    """Start every rank of the group that `config` is rank 0 of; kill what is left of it at the end."""
+    connected: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+    server = await asyncio.start_unix_server(
+        lambda reader, writer: connected.put_nowait((reader, writer)), config.socket_path
+    )
+    ranks = [await spawn(replace(config, rank=rank)) for rank in range(config.num_ranks)]
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            reader, writer = await connected.get()
+        yield LiveGroup(ranks, reader, writer)
+        writer.close()
+    finally:
+        for rank in ranks:
+            if rank.returncode is None:
+                rank.kill()
+            await rank.communicate()
+        server.close()
+
+
+async def spawn(config: RankConfig) -> Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "replicas.rank_main",
+        "--config",
+        rank_config_to_json(config),
+        stdin=DEVNULL,
+        stderr=PIPE,
+    )

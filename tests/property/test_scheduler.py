@@ -1,0 +1,236 @@
+"""Random lives of requests through scheduler, engine and null runner, in pools too small for them.
+
+The null runner reads its cache through the block tables, so a lost, shared or early reused block shows as a
+wrong token. Tokens are compared with what the sequence alone determines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from replicas.config import EngineLimits, NullEngineConfig
+from replicas.engine import Engine
+from replicas.null_runner import EOS_TOKEN_ID, NullRunner, null_continuation
+from replicas.plan import PendingStep, StepPlan, decode_plan, encode_plan
+from replicas.request import FinishReason, GenerationRequest, SequenceDelta, StepMember, StepResult
+from replicas.scheduler import Scheduler
+
+BLOCK_TOKENS = 4
+MAX_WAITING = 6
+TICK_NS = 1_000
+CONFIG = NullEngineConfig(
+    step_ms=0.0, prefill_tokens_per_s=0.0, vocab_size=50, context_tokens=60, eos_every=25
+)
+
+
+@dataclass(slots=True)
+class TickingClock:
+    now_ns: int = 0
+
+    def __call__(self) -> int:
+        self.now_ns += TICK_NS
+        return self.now_ns
+
+
+@dataclass(slots=True)
+class WatchedRunner:
+    """The null runner behind the plan codec, checking what every plan promises."""
+
+    inner: NullRunner
+    limits: EngineLimits
+    live_rows: set[int] = field(default_factory=set)
+    last_step: int = 0
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        assert plan.step == self.last_step + 1
+        self.last_step = plan.step
+        assert 0 < plan.num_tokens <= self.limits.step_tokens
+        self.live_rows -= set(plan.freed_rows)
+        new_rows = {new.row for new in plan.new_rows}
+        assert len(new_rows) == len(plan.new_rows) and not new_rows & self.live_rows
+        self.live_rows |= new_rows
+        rows = [row.row for row in plan.rows]
+        assert len(set(rows)) == len(rows) and set(rows) <= self.live_rows
+        assert len(self.live_rows) <= self.limits.max_sequences
+        return self.inner.launch(decode_plan(encode_plan(plan)))
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@dataclass(slots=True)
+class Life:
+    """What one request asked for and has got so far."""
+
+    request: GenerationRequest
+    tokens: list[int] = field(default_factory=list)
+    last: SequenceDelta | None = None
+    has_started: bool = False
+    num_computed: int = 0
+    wasted_tokens: int = 0
+    allowed: set[FinishReason] = field(default_factory=lambda: {FinishReason.STOP, FinishReason.LENGTH})
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Submits, cancels, stops, lets deadlines pass and steps, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lives: dict[int, Life] = {}
+        self.newest_started: dict[int, int] = {}
+        self.open(7, 8, 3, 0)
+
+    @initialize(
+        num_blocks=st.integers(3, 16),
+        step_tokens=st.integers(1, 24),
+        max_sequences=st.integers(1, 5),
+        lookahead=st.integers(0, 1),
+    )
+    def open(self, num_blocks: int, step_tokens: int, max_sequences: int, lookahead: int) -> None:
+        limits = EngineLimits(
+            max_sequences=max_sequences,
+            max_waiting=MAX_WAITING,
+            step_tokens=step_tokens,
+            block_tokens=BLOCK_TOKENS,
+            num_blocks=num_blocks,
+            lookahead=lookahead,
+        )
+        runner = NullRunner(CONFIG, limits)
+        self.clock = TickingClock()
+        self.scheduler = Scheduler(limits, runner.shape)
+        self.engine = Engine(
+            WatchedRunner(runner, limits), self.scheduler, lookahead=lookahead, clock=self.clock
+        )
+
+    @rule(
+        num_prompt=st.integers(1, 40),
+        first_token=st.integers(3, 8),
+        max_tokens=st.integers(1, 30),
+        priority=st.integers(0, 2),
+        ticks_left=st.one_of(st.none(), st.integers(1, 200)),
+    )
+    def submit(
+        self, num_prompt: int, first_token: int, max_tokens: int, priority: int, ticks_left: int | None
+    ) -> None:
+        request = GenerationRequest(
+            request_id=len(self.lives) + 1,
+            prompt_ids=tuple(range(first_token, first_token + num_prompt)),
+            max_tokens=max_tokens,
+            stop_token_ids=frozenset({EOS_TOKEN_ID}),
+            priority=priority,
+            deadline_ns=None if ticks_left is None else self.clock.now_ns + ticks_left * TICK_NS,
+        )
+        life = self.lives[request.request_id] = Life(request=request)
+        if ticks_left is not None:
+            life.allowed.add(FinishReason.DEADLINE)
+        load = self.engine.load
+        if num_prompt >= self.scheduler.context_tokens or sum(load.waiting) >= MAX_WAITING:
+            life.allowed = {FinishReason.ERROR}
+        self.engine.submit(request)
+
+    @precondition(lambda self: self.lives)
+    @rule(pick=st.integers(0))
+    def cancel(self, pick: int) -> None:
+        life = self.lives[pick % len(self.lives) + 1]
+        life.allowed.add(FinishReason.CANCELLED)
+        self.engine.cancel(life.request.request_id)
+
+    @precondition(lambda self: self.lives)
+    @rule(pick=st.integers(0))
+    def stop(self, pick: int) -> None:
+        self.engine.stop(self.lives[pick % len(self.lives) + 1].request.request_id)
+
+    @precondition(lambda self: self.engine.has_work)
+    @rule(count=st.integers(1, 6))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            if self.engine.has_work:
+                self.run_step()
+
+    @rule(ticks=st.integers(1, 100))
+    def wait(self, ticks: int) -> None:
+        self.clock.now_ns += ticks * TICK_NS
+
+    @invariant()
+    def queues_rows_and_blocks_agree(self) -> None:
+        self.scheduler.check()
+
+    def teardown(self) -> None:
+        """Everything accepted ends, exactly once, within a number of steps that rules out starvation."""
+        for _ in range(200 * (len(self.lives) + 1)):
+            if not self.engine.has_work:
+                break
+            self.run_step()
+        assert not self.engine.has_work, "requests starve"
+        load = self.engine.load
+        assert load.free_blocks == load.total_blocks
+        for life in self.lives.values():
+            assert life.last is not None and life.last.finish in life.allowed
+            self.check_answer(life)
+
+    def run_step(self) -> None:
+        before_ns = self.clock.now_ns
+        self.take(self.engine.step())
+        for life in self.lives.values():
+            deadline_ns = life.request.deadline_ns
+            assert life.last is not None or deadline_ns is None or deadline_ns > before_ns
+
+    def take(self, result: StepResult) -> None:
+        for delta in result.deltas:
+            life = self.lives[delta.request_id]
+            assert life.last is None, "nothing follows the last delta"
+            assert not delta.token_ids or delta.first_offset == len(life.tokens)
+            life.tokens += delta.token_ids
+            if delta.finish is not None:
+                life.last = delta
+        members = result.record.members if result.record else ()
+        assert [member.is_prefill for member in members] == sorted(member.is_prefill for member in members)
+        for member in members:
+            life = self.lives[member.request_id]
+            self.check_turn(life)
+            self.check_work(life, member)
+
+    def check_turn(self, life: Life) -> None:
+        """Among equals, whoever came first starts first."""
+        if not life.has_started:
+            life.has_started = True
+            request = life.request
+            assert self.newest_started.get(request.priority, 0) < request.request_id
+            self.newest_started[request.priority] = request.request_id
+
+    def check_work(self, life: Life, member: StepMember) -> None:
+        """Wasted is what was computed before, or all once the request has ended; none is past the end."""
+        end = member.context_tokens + member.new_tokens
+        repeated = max(min(life.num_computed, end) - member.context_tokens, 0)
+        assert member.wasted_tokens == repeated or (life.last and member.wasted_tokens == member.new_tokens)
+        assert end < min(
+            len(life.request.prompt_ids) + life.request.max_tokens, self.scheduler.context_tokens
+        )
+        life.num_computed = max(life.num_computed, end)
+        life.wasted_tokens += member.wasted_tokens
+
+    def check_answer(self, life: Life) -> None:
+        assert life.last is not None and life.last.timing is not None
+        assert life.last.timing.wasted_tokens == life.wasted_tokens
+        request = life.request
+        room = min(request.max_tokens, self.scheduler.context_tokens - len(request.prompt_ids))
+        expected = null_continuation(request.prompt_ids, max(room, 0), CONFIG)
+        if EOS_TOKEN_ID in expected:
+            expected = expected[: expected.index(EOS_TOKEN_ID) + 1]
+        assert tuple(life.tokens) == expected[: len(life.tokens)]
+        if life.last.finish is FinishReason.LENGTH:
+            assert tuple(life.tokens) == expected and EOS_TOKEN_ID not in expected
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=150,
+    derandomize=True,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestScheduler = SchedulerMachine.TestCase

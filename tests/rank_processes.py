@@ -1,0 +1,79 @@
+"""Ranks as real processes. Children import no model classes of transformers; they stay in the parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.queues import Queue
+from pathlib import Path
+
+import torch
+
+from replicas.config import RankConfig
+from replicas.errors import RankLost
+from replicas.parallel.collectives import make_collectives
+from replicas.parallel.process_group import ProcessGroupCollectives, open_store
+from tests.scripted_rank import make_scripts, run_script
+
+Report = tuple[int, str, object]
+"""(rank, what, value) from a child."""
+
+
+def spawn_ranks(target: object, arguments: list[tuple[object, ...]]) -> tuple[list[int], list[Report]]:
+    """Run `target(queue, *arguments[rank])` once per rank; exit codes and reports when all have ended."""
+    context = multiprocessing.get_context("spawn")
+    queue: Queue[Report] = context.Queue()
+    children = [
+        context.Process(target=target, args=(queue, *own), daemon=True)  # type: ignore[arg-type]
+        for own in arguments
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=120.0)
+        if child.is_alive():
+            child.kill()
+    reports = []
+    while not queue.empty():
+        reports.append(queue.get())
+    return [child.exitcode if child.exitcode is not None else -1 for child in children], reports
+
+
+def follow_scripts(queue: Queue[Report], configs: list[RankConfig]) -> None:
+    """One rank of several groups in turn: token ids and experts hit of each."""
+    torch.set_num_threads(1)
+    for config in configs:
+        collectives = make_collectives(config)
+        result = run_script(config, collectives, make_scripts(seed=0, vocab_size=500))
+        queue.put((config.rank, config.group, (result.token_ids, result.experts_hit)))
+        collectives.close()
+
+
+def lose_a_peer(queue: Queue[Report], config: RankConfig, folder: Path) -> None:
+    """Add up over shared memory and over gloo; then rank 1 kills itself and rank 0 must notice."""
+    store = open_store(
+        folder / "store", rendezvous="", rank=config.rank, size=2, epoch=config.epoch, timeout_s=60.0
+    )
+    gloo = ProcessGroupCollectives(
+        store, rank=config.rank, size=2, device=torch.device("cpu"), timeout_s=60.0
+    )
+    mine = torch.arange(6.0).view(2, 3) * (config.rank + 1)
+    gloo.barrier()
+    queue.put((config.rank, "gathered", gloo.all_gather(mine).tolist()))
+    queue.put((config.rank, "summed", gloo.all_reduce(mine).tolist()))
+    shared = make_collectives(config)
+    queue.put((config.rank, "shared", shared.all_reduce(torch.ones(3) * config.rank).tolist()))
+    if config.rank == 1:
+        queue.close()
+        queue.join_thread()
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        shared.all_reduce(torch.ones(3))
+    except RankLost as error:
+        queue.put((0, "shared-lost", str(error)))
+    try:
+        gloo.all_reduce(torch.ones(3))
+    except RankLost as error:
+        queue.put((0, "gloo-lost", type(error.__cause__).__name__))
+    gloo.close()

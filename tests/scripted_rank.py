@@ -1,0 +1,163 @@
+"""A rank that follows a fixed script instead of a scheduler: sequences that join, are chunked, and leave.
+
+Every rank runs the same script on its own runner; only ids that the runner returned steer it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from replicas.batch import Batch
+from replicas.config import EngineLimits, ParallelConfig, RankConfig
+from replicas.models.decoder import Decoder
+from replicas.parallel.collectives import Collectives
+from replicas.plan import LAST_SAMPLED, NewRow, PlannedRow, StepPlan
+from replicas.request import SamplingParams
+from replicas.runner import ModelRunner
+from tests.rank_threads import make_rank_config
+
+LIMITS = EngineLimits(max_sequences=6, step_tokens=64, block_tokens=8, num_blocks=64, context_tokens=256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptedSequence:
+    """Joins at `join_step`, prefills in pieces of `chunk_tokens`, leaves after `num_tokens` new tokens."""
+
+    prompt_ids: tuple[int, ...]
+    num_tokens: int
+    join_step: int = 0
+    chunk_tokens: int = 1000
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(slots=True, kw_only=True)
+class ScriptedResult:
+    """What a script gave: token ids and whole-vocabulary logits rows of every sequence; experts per step."""
+
+    token_ids: list[list[int]]
+    logits: list[list[torch.Tensor]]
+    experts_hit: list[int]
+
+
+class RecordingDecoder(Decoder):
+    """Passes steps on to a decoder, and keeps the logits of all ranks."""
+
+    def __init__(self, inner: Decoder, collectives: Collectives, vocab_size: int) -> None:
+        self._inner = inner
+        self._ranks = collectives
+        self._vocab_size = vocab_size
+        self.last: dict[int, torch.Tensor] = {}
+
+    def logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
+        logits_SV, experts_hit = self._inner.logits(batch)
+        whole = self._ranks.all_gather(logits_SV).transpose(0, 1).flatten(1)[:, : self._vocab_size]
+        self.last = {draw.row: row.clone() for draw, row in zip(batch.draws, whole, strict=True)}
+        return logits_SV, experts_hit
+
+
+class _Live:
+    """A sequence that holds a row: its tokens, blocks, and how far they are computed."""
+
+    def __init__(self, row: int, script: ScriptedSequence) -> None:
+        self.row = row
+        self.script = script
+        self.token_ids = list(script.prompt_ids)
+        self.blocks: list[int] = []
+        self.computed = 0
+
+    def plan(self, free_blocks: list[int], *, is_placeholder: bool) -> PlannedRow:
+        chunk = self.token_ids[self.computed : self.computed + self.script.chunk_tokens]
+        start, end = self.computed, self.computed + len(chunk)
+        new_blocks = []
+        while len(self.blocks) * LIMITS.block_tokens < end:
+            self.blocks.append(free_blocks.pop())
+            new_blocks.append(self.blocks[-1])
+        samples = end == len(self.token_ids)
+        if is_placeholder and start >= len(self.script.prompt_ids):
+            chunk = [LAST_SAMPLED]
+        self.computed = end
+        return PlannedRow(
+            row=self.row,
+            start_pos=start,
+            token_ids=tuple(chunk),
+            new_blocks=tuple(new_blocks),
+            samples=samples,
+        )
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.token_ids) == len(self.script.prompt_ids) + self.script.num_tokens
+
+
+def run_script(
+    config: RankConfig, collectives: Collectives, scripts: Sequence[ScriptedSequence]
+) -> ScriptedResult:
+    """Build the runner of `config` and run all sequences to their end."""
+    runner = ModelRunner.build(config, collectives, lambda stage, done, total: None)
+    runner.warmup()
+    recorder = RecordingDecoder(runner.decoder, collectives, runner.spec.vocab_size)
+    runner.decoder = recorder
+    result = ScriptedResult(token_ids=[[] for _ in scripts], logits=[[] for _ in scripts], experts_hit=[])
+    waiting = dict(enumerate(scripts))
+    live: dict[int, _Live] = {}
+    free_blocks = list(range(1, LIMITS.num_blocks))
+    freed_rows: list[int] = []
+    step = 0
+    while waiting or live:
+        joining = [index for index, script in waiting.items() if script.join_step <= step]
+        taken = {sequence.row for sequence in live.values()}
+        free_rows = [row for row in range(LIMITS.max_sequences) if row not in taken]
+        for index, row in zip(joining, free_rows, strict=False):
+            live[index] = _Live(row, waiting.pop(index))
+        new_rows = [
+            NewRow(row=sequence.row, sampling=sequence.script.sampling)
+            for sequence in live.values()
+            if sequence.computed == 0
+        ]
+        rows = [sequence.plan(free_blocks, is_placeholder=step % 2 == 0) for sequence in live.values()]
+        step += 1
+        plan = StepPlan(step=step, freed_rows=tuple(freed_rows), new_rows=tuple(new_rows), rows=tuple(rows))
+        outcome = runner.launch(plan).result()
+        result.experts_hit.append(outcome.experts_hit)
+        sampled = iter(outcome.sampled_ids)
+        freed_rows = []
+        for (index, sequence), planned in zip(list(live.items()), rows, strict=True):
+            if not planned.samples:
+                continue
+            sequence.token_ids.append(next(sampled))
+            result.logits[index].append(recorder.last[sequence.row])
+            if sequence.is_done:
+                result.token_ids[index] = sequence.token_ids
+                free_blocks.extend(sequence.blocks)
+                freed_rows.append(sequence.row)
+                del live[index]
+    assert sorted(free_blocks) == list(range(1, LIMITS.num_blocks))
+    return result
+
+
+def make_scripts(seed: int, vocab_size: int) -> list[ScriptedSequence]:
+    """Five sequences of unequal lengths: two are chunked, two join late, into rows and blocks others left."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def prompt(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, vocab_size, (length,), generator=generator).tolist())
+
+    return [
+        ScriptedSequence(prompt_ids=prompt(5), num_tokens=64),
+        ScriptedSequence(prompt_ids=prompt(37), num_tokens=9, chunk_tokens=16),
+        ScriptedSequence(prompt_ids=prompt(1), num_tokens=20, join_step=2),
+        ScriptedSequence(prompt_ids=prompt(50), num_tokens=16, chunk_tokens=7, join_step=12),
+        ScriptedSequence(prompt_ids=prompt(24), num_tokens=12, join_step=30),
+    ]
+
+
+def make_script_configs(folder: Path, source: Path, *, tensor: int, expert: int) -> list[RankConfig]:
+    parallel = ParallelConfig(tensor=tensor, expert=expert)
+    return [
+        make_rank_config(folder, rank=rank, parallel=parallel, source=str(source), limits=LIMITS)
+        for rank in range(parallel.num_ranks)
+    ]

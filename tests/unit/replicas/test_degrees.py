@@ -1,0 +1,95 @@
+"""Shards of a group cover a model exactly once; degrees that do not divide it are refused by factor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from replicas.config import ParallelConfig
+from replicas.errors import BadParallelism
+from replicas.models.costs import costs_of
+from replicas.models.spec import ModelSpec, RopeSpec
+from replicas.parallel.degrees import Shard, shard_of
+
+MOE = ModelSpec(
+    architecture="GraniteMoeForCausalLM",
+    vocab_size=49155,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_size=32,
+    num_experts=8,
+    experts_per_token=2,
+    norm_eps=1e-6,
+    rope=RopeSpec(theta=10_000.0),
+    is_head_tied=True,
+    context_tokens=512,
+    eos_token_ids=(2,),
+    attention_scale=0.1,
+)
+DENSE = replace(MOE, architecture="LlamaForCausalLM", num_experts=0, experts_per_token=0)
+
+
+def shards(spec: ModelSpec, tensor: int, expert: int) -> list[Shard]:
+    parallel = ParallelConfig(tensor=tensor, expert=expert)
+    return [shard_of(spec, parallel, rank) for rank in range(parallel.num_ranks)]
+
+
+def test_kv_heads_are_shared_when_there_are_more_ranks() -> None:
+    four = shards(MOE, 4, 1)
+    assert [(shard.head_start, shard.num_heads) for shard in four] == [(0, 2), (2, 2), (4, 2), (6, 2)]
+    assert [(shard.kv_head_start, shard.num_kv_heads) for shard in four] == [(0, 1), (0, 1), (1, 1), (1, 1)]
+
+
+def test_expert_ranks_alone_replicate_attention() -> None:
+    for rank, shard in enumerate(shards(MOE, 1, 2)):
+        assert (shard.num_heads, shard.num_kv_heads, shard.is_attention_split) == (8, 2, False)
+        assert (shard.expert_start, shard.num_experts, shard.ffn_size) == (4 * rank, 4, 32)
+        assert shard.is_ffn_split
+
+
+def test_tensor_ranks_alone_split_every_expert() -> None:
+    for rank, shard in enumerate(shards(MOE, 2, 1)):
+        assert (shard.expert_start, shard.num_experts) == (0, 8)
+        assert (shard.ffn_start, shard.ffn_size) == (16 * rank, 16)
+
+
+@pytest.mark.parametrize("degrees", [(1, 1), (2, 1), (1, 4), (4, 4)])
+@pytest.mark.parametrize("vocab_size", [5, 515, 49155])
+def test_the_vocabulary_is_covered_once(degrees: tuple[int, int], vocab_size: int) -> None:
+    group = shards(replace(MOE, vocab_size=vocab_size), *degrees)
+    assert sum(shard.vocab_valid for shard in group) == vocab_size
+    assert len({shard.vocab_rows for shard in group}) == 1
+    assert [shard.vocab_start for shard in group] == [
+        rank * group[0].vocab_rows for rank in range(len(group))
+    ]
+
+
+def test_every_problem_is_named() -> None:
+    with pytest.raises(BadParallelism) as caught:
+        shards(replace(MOE, num_experts=9, experts_per_token=2), 3, 3)
+    text = str(caught.value)
+    assert "num_heads=8 % tensor=3 = 2" in text
+    assert "num_kv_heads=2 and tensor=3" in text
+    with pytest.raises(BadParallelism, match="num_experts=8 % expert=3 = 2"):
+        shards(MOE, 1, 3)
+    with pytest.raises(BadParallelism, match="has no experts; set expert=1"):
+        shards(DENSE, 1, 2)
+    with pytest.raises(BadParallelism, match="ffn_size=30 % tensor=4 = 2"):
+        shards(replace(DENSE, ffn_size=30), 4, 1)
+
+
+def test_costs_count_what_ranks_repeat() -> None:
+    solo = costs_of(MOE, ParallelConfig(), 4)
+    attention, expert, router, norms = 64 * (2 * 64 + 2 * 16), 3 * 64 * 32, 64 * 8, 2 * 64
+    head = 64 * 49155
+    assert solo.active_params == 2 * (attention + router + norms + 2 * expert) + head
+    assert solo.shared_weight_bytes == 4 * (2 * (attention + router + norms) + head)
+    assert (solo.expert_bytes, solo.attention_dim, solo.num_layers) == (4 * expert, 64, 2)
+    assert solo.kv_bytes_per_token == 2 * 2 * 16 * 4
+    assert costs_of(MOE, ParallelConfig(expert=2), 4).kv_bytes_per_token == 2 * solo.kv_bytes_per_token
+    assert costs_of(MOE, ParallelConfig(tensor=2), 4).kv_bytes_per_token == solo.kv_bytes_per_token
+    assert costs_of(MOE, ParallelConfig(tensor=4), 4).kv_bytes_per_token == 2 * solo.kv_bytes_per_token

@@ -1,0 +1,286 @@
+"""A replica's end of one link, against a real server: greeting, order, heartbeats, and every way to end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+
+from protos import wattline_link_pb2 as link_pb2
+from replicas.config import ReplicaConfig
+from replicas.frames import Cancel, Stop, Submit
+from replicas.link import LinkSession, RouterLink
+from replicas.link_messages import Drain, ReplicaCard, ReplicaLoad, RouterCommand
+from replicas.links import LinkPool, resolve_target
+from replicas.outbox import Outbox
+from replicas.rank_group import RankProcess
+from replicas.request import (
+    EngineCosts,
+    EngineReady,
+    FinishReason,
+    LoadSnapshot,
+    SamplingParams,
+    SequenceDelta,
+)
+from tests.small_router import WAIT_S, SmallRouter
+
+LOAD = LoadSnapshot(
+    step=4,
+    running=(1,),
+    waiting=(0,),
+    waiting_prefill_tokens=(0,),
+    free_blocks=(7,),
+    total_blocks=(8,),
+)
+CARD = ReplicaCard(
+    config=ReplicaConfig(model="m", source="null", replica_id="r", routers=()),
+    epoch=3,
+    engine=EngineReady(
+        architecture="Null",
+        lanes=1,
+        context_tokens=64,
+        max_sequences=2,
+        vocab_size=100,
+        block_tokens=16,
+        weights_digest="w",
+        dtype="float32",
+        device="cpu",
+        eos_token_ids=(2,),
+        costs=EngineCosts(
+            active_params=1,
+            shared_weight_bytes=1,
+            expert_bytes=0,
+            num_layers=1,
+            attention_dim=1,
+            kv_bytes_per_token=1,
+        ),
+        load=LOAD,
+    ),
+    ranks=(RankProcess(rank=0, pid=11, device="cpu"),),
+    tokenizer_digest="t",
+    engine_version="0.1.0",
+    host="h",
+    supervisor_pid=10,
+    metrics_address="127.0.0.1:1",
+)
+
+
+@dataclass
+class Recorder:
+    """A LinkHandler that remembers."""
+
+    card: ReplicaCard = CARD
+    sessions: list[LinkSession] = field(default_factory=list)
+    commands: list[RouterCommand] = field(default_factory=list)
+    lost_reasons: list[str] = field(default_factory=list)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def load(self) -> ReplicaLoad:
+        return ReplicaLoad(engine=LOAD, energy_source="fake", power_w=80.0)
+
+    def on_attached(self, session: LinkSession) -> None:
+        self.sessions.append(session)
+        self._notify()
+
+    def on_command(self, session: LinkSession, command: RouterCommand) -> None:
+        assert session is self.sessions[-1]
+        self.commands.append(command)
+        self._notify()
+
+    def on_lost(self, session: LinkSession, reason: str) -> None:
+        self.lost_reasons.append(reason)
+        self._notify()
+
+    async def wait(self, *, num_sessions: int = 0, num_commands: int = 0, num_lost: int = 0) -> None:
+        def is_enough() -> bool:
+            return (
+                len(self.sessions) >= num_sessions
+                and len(self.commands) >= num_commands
+                and len(self.lost_reasons) >= num_lost
+            )
+
+        async with asyncio.timeout(WAIT_S), self.changed:
+            await self.changed.wait_for(is_enough)
+
+    def _notify(self) -> None:
+        async def notify() -> None:
+            async with self.changed:
+                self.changed.notify_all()
+
+        self.notifying = asyncio.ensure_future(notify())
+
+
+@asynccontextmanager
+async def linked(router: SmallRouter, *, max_pending_tokens: int = 1 << 18) -> AsyncIterator[Recorder]:
+    recorder = Recorder()
+    link = RouterLink(
+        target=router.address,
+        handler=recorder,
+        attached={},
+        random=Random(1),
+        make_outbox=lambda: Outbox(max_pending_tokens=max_pending_tokens),
+    )
+    task = asyncio.create_task(link.run())
+    try:
+        await recorder.wait(num_sessions=1)
+        yield recorder
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+def make_delta(first_offset: int, token_ids: tuple[int, ...]) -> SequenceDelta:
+    return SequenceDelta(request_id=1, attempt=2, first_offset=first_offset, token_ids=token_ids)
+
+
+async def test_hello_says_who_this_is() -> None:
+    async with SmallRouter() as router, linked(router):
+        replica = await router.attached()
+        hello = replica.hello
+        assert (hello.protocol, hello.replica_id, hello.model, replica.epoch) == (1, "r", "m", 3)
+        assert (hello.weights_digest, hello.tokenizer_digest, hello.energy_source) == ("w", "t", "fake")
+        assert (list(hello.load.free_blocks), hello.load.power_w) == ([7], 80.0)
+        assert hello.ranks[0] == link_pb2.RankProcess(rank=0, pid=11, device="cpu")
+
+
+async def test_commands_come_down_in_order() -> None:
+    async with SmallRouter() as router, linked(router) as recorder:
+        replica = await router.attached()
+        replica.submit(5, prompt_ids=(1, 2), max_tokens=9)
+        replica.stop(5)
+        replica.cancel(5)
+        replica.send(link_pb2.ToReplica(drain=link_pb2.Drain(reason="update")))
+        await recorder.wait(num_commands=4)
+        submit, *rest = recorder.commands
+        assert isinstance(submit, Submit)
+        request = submit.request
+        assert (request.request_id, request.prompt_ids, request.max_tokens) == (5, (1, 2), 9)
+        assert (request.sampling, request.deadline_ns) == (SamplingParams(), None)
+        assert rest == [Stop(request_id=5), Cancel(request_id=5), Drain(reason="update")]
+
+
+async def test_tokens_go_up_in_order_whatever_is_merged() -> None:
+    async with SmallRouter() as router, linked(router) as recorder:
+        replica = await router.attached()
+        outbox = recorder.sessions[0].outbox
+        for offset in range(100):
+            outbox.add_deltas(offset, [make_delta(offset, (offset,))])
+            if offset % 3 == 0:
+                await asyncio.sleep(0)
+        await replica.wait(lambda: len(replica.token_ids(1)) == 100, "all tokens")
+        assert replica.token_ids(1) == list(range(100))
+        assert len(replica.deltas[1]) <= 100
+        assert replica.epochs == {3}
+
+
+async def test_an_idle_link_beats() -> None:
+    async with SmallRouter() as router, linked(router):
+        replica = await router.attached()
+        await replica.wait(lambda: replica.num_heartbeats >= 2, "two heartbeats")
+        assert replica.loads[-1].step == LOAD.step
+
+
+async def test_a_router_that_hangs_up_is_dialled_again() -> None:
+    async with SmallRouter() as router, linked(router) as recorder:
+        (await router.attached()).hang_up()
+        await recorder.wait(num_sessions=2, num_lost=1)
+        await router.attached()
+        assert recorder.sessions[0] is not recorder.sessions[1]
+
+
+async def test_a_router_that_does_not_read_loses_its_link() -> None:
+    async with SmallRouter() as router, linked(router, max_pending_tokens=1_000_000) as recorder:
+        replica = await router.attached()
+        replica.is_reading.clear()
+        outbox = recorder.sessions[0].outbox
+        for offset in range(0, 40_000_000, 50_000):
+            outbox.add_deltas(offset, [make_delta(offset, (99_999,) * 50_000)])
+            await asyncio.sleep(0)
+            if recorder.lost_reasons:
+                break
+        await recorder.wait(num_lost=1)
+        assert "reads too slowly" in recorder.lost_reasons[0]
+        replica.is_reading.set()
+
+
+async def test_a_router_that_does_not_welcome_is_dialled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replicas.link.WELCOME_TIMEOUT_S", 0.05)
+    dials: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+    server = await asyncio.start_server(lambda _reader, writer: dials.put_nowait(writer), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    recorder = Recorder()
+    link = RouterLink(target=f"127.0.0.1:{port}", handler=recorder, attached={})
+    task = asyncio.create_task(link.run())
+    async with asyncio.timeout(WAIT_S):
+        for _ in range(2):
+            (await dials.get()).close()
+    assert recorder.sessions == []
+    task.cancel()
+    await asyncio.wait({task})
+    server.close()
+
+
+async def test_goodbye_is_the_last_word_and_arrives_behind_the_tokens() -> None:
+    async with SmallRouter() as router:
+        recorder = Recorder()
+        pool = LinkPool(addresses=(router.address,), handler=recorder)
+        task = asyncio.create_task(pool.run())
+        replica = await router.attached()
+        await recorder.wait(num_sessions=1)
+        last = SequenceDelta(
+            request_id=1, attempt=1, first_offset=0, token_ids=(7,), finish=FinishReason.STOP
+        )
+        recorder.sessions[0].outbox.add_deltas(1, [last])
+        await pool.close("rolling update")
+        await replica.ended()
+        assert (replica.token_ids(1), replica.goodbye) == ([7], "rolling update")
+        async with asyncio.timeout(WAIT_S):
+            await task
+
+
+async def test_one_router_behind_two_addresses_has_one_stream() -> None:
+    async with SmallRouter() as router:
+        recorder = Recorder()
+
+        async def resolve(address: str) -> tuple[str, ...]:
+            return (*await resolve_target(address), f"ipv4:{address}")
+
+        pool = LinkPool(addresses=(router.address,), handler=recorder, resolve=resolve)
+        task = asyncio.create_task(pool.run())
+        await router.attached()
+        await (await router.attached()).ended()
+        assert list(pool.attached) == ["router-a"]
+        assert len(recorder.sessions) == 1
+        await pool.close("done")
+        await asyncio.wait({task})
+
+
+async def test_routers_that_join_the_name_are_dialled() -> None:
+    async with SmallRouter("a") as first, SmallRouter("b") as second:
+        recorder = Recorder()
+        known = [first.address]
+
+        async def resolve(_address: str) -> tuple[str, ...]:
+            return tuple(known)
+
+        pool = LinkPool(addresses=("routers:1",), handler=recorder, resolve=resolve, refresh_s=0.02)
+        task = asyncio.create_task(pool.run())
+        await first.attached()
+        known[:] = [second.address]
+        await second.attached()
+        await recorder.wait(num_sessions=2)
+        assert sorted(pool.attached) == ["a", "b"]
+        await pool.close("done")
+        await asyncio.wait({task})
+
+
+async def test_addresses_resolve_to_targets() -> None:
+    assert await resolve_target("unix:/run/router.sock") == ("unix:/run/router.sock",)
+    assert await resolve_target("127.0.0.1:50052") == ("127.0.0.1:50052",)
+    assert await resolve_target("[::1]:50052") == ("[::1]:50052",)
+    with pytest.raises(ValueError, match="is not host:port"):
+        await resolve_target("router")

@@ -1,0 +1,104 @@
+"""While a router does not read, what waits for it merges; nothing is lost, and too much is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from replicas.energy.bill import METHOD, RequestJoules
+from replicas.energy.meter import Source
+from replicas.link_messages import EnergyStatement
+from replicas.outbox import Outbox, Parcel
+from replicas.request import FinishReason, SequenceDelta, SequenceTiming
+
+TIMING = SequenceTiming(
+    queue_us=1, prefill_us=2, decode_us=3, cached_tokens=0, wasted_tokens=0, preemptions=0
+)
+
+
+def make_delta(
+    request_id: int, first_offset: int, token_ids: tuple[int, ...], finish: FinishReason | None = None
+) -> SequenceDelta:
+    timing = None if finish is None else TIMING
+    return SequenceDelta(
+        request_id=request_id,
+        attempt=1,
+        first_offset=first_offset,
+        token_ids=token_ids,
+        finish=finish,
+        timing=timing,
+    )
+
+
+def make_statement(request_id: int, *, prefill_mj: int, final: bool) -> EnergyStatement:
+    joules = RequestJoules(
+        request_id=request_id,
+        prefill_mj=prefill_mj,
+        decode_mj=0,
+        static_mj=0,
+        wasted_mj=0,
+        source=Source.FAKE,
+        method=METHOD,
+        window_ms=30.0,
+        confidence_factor=1.0,
+        final=final,
+    )
+    return EnergyStatement(attempt=1, joules=joules)
+
+
+async def take(outbox: Outbox) -> Parcel:
+    parcel = await outbox.take(timeout_s=5.0)
+    assert parcel is not None
+    return parcel
+
+
+async def test_one_step_is_one_parcel() -> None:
+    outbox = Outbox()
+    deltas = (make_delta(1, 0, (7,)), make_delta(2, 4, (8,)))
+    outbox.add_deltas(3, deltas)
+    assert await take(outbox) == Parcel(step=3, deltas=deltas, energy=(), draining=None, goodbye=None)
+
+
+async def test_missed_steps_travel_as_one() -> None:
+    outbox = Outbox()
+    outbox.add_deltas(1, [make_delta(1, 0, (7,)), make_delta(2, 0, (1,))])
+    outbox.add_deltas(2, [make_delta(1, 1, (8, 9))])
+    outbox.add_deltas(3, [make_delta(1, 3, (), FinishReason.STOP)])
+    parcel = await take(outbox)
+    assert parcel.step == 3
+    assert parcel.deltas == (make_delta(1, 0, (7, 8, 9), FinishReason.STOP), make_delta(2, 0, (1,)))
+
+
+async def test_a_final_bill_replaces_the_estimate_that_still_waits() -> None:
+    outbox = Outbox()
+    outbox.add_energy([make_statement(1, prefill_mj=90, final=False)])
+    outbox.add_energy([make_statement(1, prefill_mj=100, final=True)])
+    assert (await take(outbox)).energy == (make_statement(1, prefill_mj=100, final=True),)
+
+
+async def test_nothing_to_send_is_none_after_the_timeout() -> None:
+    assert await Outbox().take(timeout_s=0.001) is None
+
+
+async def test_taken_things_are_gone() -> None:
+    outbox = Outbox()
+    outbox.add_draining("rolling update")
+    assert (await take(outbox)).draining == "rolling update"
+    assert await outbox.take(timeout_s=0.001) is None
+
+
+async def test_too_many_tokens_overflow() -> None:
+    outbox = Outbox(max_pending_tokens=3)
+    overflow = asyncio.create_task(outbox.overflow())
+    outbox.add_deltas(1, [make_delta(1, 0, (1, 2, 3))])
+    await asyncio.sleep(0)
+    assert not overflow.done()
+    outbox.add_deltas(2, [make_delta(1, 3, (4,))])
+    await asyncio.wait_for(overflow, timeout=5.0)
+
+
+async def test_too_many_entries_overflow() -> None:
+    outbox = Outbox(max_pending_entries=1)
+    outbox.add_energy(
+        [make_statement(1, prefill_mj=1, final=True), make_statement(2, prefill_mj=1, final=True)]
+    )
+    await asyncio.wait_for(outbox.overflow(), timeout=5.0)

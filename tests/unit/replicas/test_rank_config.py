@@ -1,0 +1,38 @@
+"""A rank's config crosses a process boundary as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from replicas.config import (
+    EngineLimits,
+    NullEngineConfig,
+    ParallelConfig,
+    RankConfig,
+    rank_config_from_json,
+    rank_config_to_json,
+)
+
+CONFIG = RankConfig(
+    group="llama-0",
+    epoch=4,
+    rank=1,
+    source="null",
+    parallel=ParallelConfig(tensor=2, expert=2),
+    limits=EngineLimits(max_sequences=3, lookahead=1),
+    null=NullEngineConfig(step_ms=1.5, eos_every=9),
+    socket_path="/run/rank0.sock",
+)
+
+
+def test_survives_the_round_trip() -> None:
+    assert rank_config_from_json(rank_config_to_json(CONFIG)) == CONFIG
+
+
+def test_an_unknown_key_is_named() -> None:
+    fields = json.loads(rank_config_to_json(CONFIG))
+    fields["limits"]["max_sequence"] = 3
+    with pytest.raises(TypeError, match="max_sequence"):
+        rank_config_from_json(json.dumps(fields))

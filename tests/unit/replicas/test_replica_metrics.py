@@ -1,0 +1,66 @@
+"""/metrics of a replica: what is known is shown, what is not known is not shown as zero."""
+
+from __future__ import annotations
+
+import urllib.request
+
+from replicas.energy.meter import Source
+from replicas.energy_account import EnergySums
+from replicas.replica_metrics import MetricsSnapshot, ReplicaMetrics
+from replicas.request import LoadSnapshot, StepMember, StepRecord
+
+LOAD = LoadSnapshot(
+    step=9,
+    running=(2, 1),
+    waiting=(0, 4),
+    waiting_prefill_tokens=(0, 9),
+    free_blocks=(5, 6),
+    total_blocks=(8, 8),
+    prompt_tokens_total=30,
+    generated_tokens_total=12,
+)
+
+
+def scrape(metrics: ReplicaMetrics) -> dict[str, float]:
+    address = metrics.serve("127.0.0.1")
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+            text = str(answer.read(), "utf-8")
+    finally:
+        metrics.close()
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
+def test_lanes_are_added_up_and_steps_observed() -> None:
+    metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD, num_steps=3, wasted_tokens=2))
+    member = StepMember(request_id=1, new_tokens=1, context_tokens=0, is_prefill=False)
+    metrics.observe_step(StepRecord(step=1, start_ns=0, end_ns=4_000_000, members=(member, member)))
+    values = scrape(metrics)
+    assert values["wattline_kv_blocks_free"] == 11
+    assert values["wattline_kv_blocks_total"] == 16
+    assert values["wattline_engine_steps_total"] == 3
+    assert values['wattline_tokens_total{kind="wasted"}'] == 2
+    assert values['wattline_step_seconds_bucket{le="0.005"}'] == 1
+    assert values["wattline_step_sequences_sum"] == 2
+
+
+def test_unknown_energy_has_no_series() -> None:
+    values = scrape(ReplicaMetrics(MetricsSnapshot(load=LOAD)))
+    assert not [name for name in values if "joules" in name]
+
+
+def test_joules_by_source_and_exact_integers_over_all() -> None:
+    metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD))
+    energy = {
+        Source.COUNTER: EnergySums(
+            request_mj=9_007_199_254_740, idle_mj=1, unattributed_mj=0, meter_mj=9_007_199_254_741
+        ),
+        Source.TDP: EnergySums(request_mj=1, idle_mj=1, unattributed_mj=1, meter_mj=3),
+    }
+    metrics.publish(MetricsSnapshot(load=LOAD, energy=energy))
+    values = scrape(metrics)
+    assert values['wattline_energy_joules_total{ledger="idle",source="tdp"}'] == 0.001
+    assert values['wattline_energy_meter_joules_total{source="tdp"}'] == 0.003
+    assert values['wattline_ledger_millijoules{ledger="request"}'] == 9_007_199_254_741
+    assert values['wattline_ledger_millijoules{ledger="meter"}'] == 9_007_199_254_744
