@@ -79,7 +79,7 @@ class LimitsSection(Section):
 
 
 class NullSection(Section):
-    """The null engine (`source: "null"`), for trials without a model. `NullEngineConfig` says what each means."""
+    """The null engine (`source: "null"`), for trials without a model. See `NullEngineConfig`."""
 
     step_ms: float = Field(5.0, ge=0.0)
     prefill_tokens_per_s: float = Field(50_000.0, gt=0.0)
@@ -155,7 +155,10 @@ class EnergySection(Section):
 
 class RaySection(Section):
     address: str = Field("", description="empty: `up` owns a local Ray; `auto` or host:port joins one")
-    auth_mode: Literal["disabled", "token"] = "disabled"
+    auth_mode: Literal["auto", "disabled", "token"] = Field(
+        "auto",
+        description="auto: a token of its own for the Ray `up` owns; RAY_AUTH_MODE for a joined one",
+    )
     object_store_mib: int = Field(128, ge=80)
 
 
@@ -165,7 +168,9 @@ class Config(Section):
     telemetry: TelemetrySection = TelemetrySection()
     energy: EnergySection = EnergySection()
     ray: RaySection = RaySection()
-    runtime_dir: str = Field("", description="sockets, pid and log files; empty: a folder per user under /tmp")
+    runtime_dir: str = Field(
+        "", description="sockets, pid and log files; empty: a folder per user under /tmp"
+    )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Config:
@@ -233,7 +238,9 @@ def _resolve_source(source: str, base: Path) -> str:
         return str(folder.resolve())
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path:
-        raise ConfigError(f"models.source: {source!r} is no folder (looked at {folder}); fix the path or give a hub id")
+        raise ConfigError(
+            f"models.source: {source!r} is no folder (looked at {folder}); fix the path or give a hub id"
+        )
     return source
 
 

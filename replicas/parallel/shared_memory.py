@@ -3,7 +3,7 @@
 Every rank owns two slabs in the file and a counter on its own cache lines. One operation is: copy into the
 own slab, count up, wait for the counters of the others, read all slabs in rank order. All ranks therefore
 compute bit-identical sums. Two slabs are enough: a rank that starts operation n+2 has seen all others start
-n+1, which they do after they read the slabs of n. 8 KiB over two ranks: about 5 us, where gloo needs 340.
+n+1, which they do after they read the slabs of n. 8 KiB over two processes: 12 us, where gloo needs 340.
 
 Ranks may be processes or threads. They wait here within a step only; between steps they sleep on the plan
 ring.

@@ -156,12 +156,12 @@ def test_the_noise_is_gumbel() -> None:
     ],
 )
 def test_frequencies_follow_the_distribution(params: SamplingParams, probabilities: list[float]) -> None:
-    num_draws = 20_000
+    num_draws = 8_000
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(num_draws, -1)
     ids = sample_solo(logits, make_draws(params, range(num_draws)))
     for token_id, probability in enumerate(probabilities):
         frequency = ids.count(token_id) / num_draws
-        assert frequency == pytest.approx(probability, abs=0.013)
+        assert frequency == pytest.approx(probability, abs=0.02)
         assert (frequency == 0.0) == (probability == 0.0)
 
 

@@ -1,0 +1,92 @@
+"""`wattline`: the command line. Imports nothing slow, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version as package_version
+from typing import Annotated
+
+import typer
+
+from cluster.command_error import CommandError
+from cluster.commands.agent import PASS_THROUGH, agent
+from cluster.commands.chat import chat
+from cluster.commands.demo import demo
+from cluster.commands.down import down
+from cluster.commands.generate import generate
+from cluster.commands.router import router
+from cluster.commands.status import status
+from cluster.commands.up import up
+
+EXAMPLES = """
+[bold]Examples[/]
+
+[dim]# two small models on this machine, no GPU needed[/]\n
+wattline demo
+
+[dim]# your own configuration, then a question[/]\n
+wattline up -f wattline.yaml --detach\n
+wattline chat --model llama-demo "Who are you?"\n
+wattline chat --model llama-demo  [dim]# a conversation[/]
+
+[dim]# what runs, how fast, at how many joules per token[/]\n
+wattline status --watch\n
+wattline generate "Once upon a time" -m llama-demo --json | jq .energy
+
+wattline down
+"""
+
+app = typer.Typer(
+    name="wattline",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Serve large language models on a Ray cluster, and know what every token cost in joules.",
+    epilog=EXAMPLES,
+)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"wattline {package_version('wattline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def wattline(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of `wattline` itself."""
+
+
+for command in (demo, up, down, status, chat, generate, router):
+    app.command()(command)
+app.command(context_settings=PASS_THROUGH)(agent)
+
+
+def main() -> None:
+    """Run a command. What the user can act on is a sentence and exit code 1; Typer's own refusals give 2."""
+    try:
+        app()
+    except BrokenPipeError:
+        sys.exit(1)
+    except (CommandError, ValueError) as error:
+        if not is_for_the_user(error):
+            raise
+        typer.secho(f"wattline: {error}", fg="red", err=True)
+        sys.exit(1)
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Is its text a sentence that says what to do? A wrong configuration's is."""
+    from cluster.config import ConfigError
+
+    return isinstance(error, CommandError | ConfigError)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""A small typed gRPC client of a router, for the commands, the demo and as an example of one.
+
+    with Client("127.0.0.1:50051") as client:
+        for event in client.chat("llama-demo", [("user", "Who are you?")]):
+            ...  # `Delta`s as they come, then one `Final` with tokens, times and joules
+
+Synchronous; one channel; safe to share between threads. Closing an iterator early cancels its request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+
+import grpc
+
+from cluster import replies
+from cluster.command_error import CommandError
+from protos import wattline_cluster_pb2 as cluster_pb
+from protos import wattline_cluster_pb2_grpc as cluster_rpc
+from protos import wattline_inference_pb2 as pb
+from protos import wattline_inference_pb2_grpc as rpc
+
+ASK_TIMEOUT_S = 10.0
+MESSAGE_BYTES = 16 * 2**20
+
+FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+REPLICA_STATES = {
+    cluster_pb.REPLICA_STATE_READY: "ready",
+    cluster_pb.REPLICA_STATE_DRAINING: "draining",
+    cluster_pb.REPLICA_STATE_STALLED: "stalled",
+}
+
+Answer = TypeVar("Answer")
+
+
+class AnswerStream(Protocol):
+    """What a streaming call of grpc gives: messages, and a way to give up."""
+
+    def __iter__(self) -> Iterator[pb.GenerateResponse]: ...
+
+    def cancel(self) -> bool: ...
+
+
+class CallError(CommandError):
+    """A call the router refused, or could not finish. `code` is the gRPC status name, e.g. UNAVAILABLE."""
+
+    def __init__(self, *, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """How an answer is drawn and where it ends. None: the server's default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    priority: int = 0
+    energy_wait_ms: int | None = None
+    timeout_s: float | None = None
+
+    def sampling(self) -> pb.Sampling:
+        return pb.Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
+
+    def limits(self) -> pb.Limits:
+        return pb.Limits(max_tokens=self.max_tokens, stop=self.stop, ignore_eos=self.ignore_eos)
+
+
+class Client:
+    """Calls one router."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(
+            address,
+            options=[("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.enable_http_proxy", 0)],
+        )
+        self._inference = rpc.InferenceStub(self._channel)
+        self._cluster = cluster_rpc.ClusterStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(
+        self, model: str, prompt: str | Iterable[int], ask: Ask | None = None
+    ) -> Iterator[replies.Delta | replies.Final]:
+        """Complete a text or token ids. Raises CallError."""
+        ask = ask or Ask()
+        request = pb.GenerateRequest(
+            model=model,
+            sampling=ask.sampling(),
+            limits=ask.limits(),
+            priority=ask.priority,
+            energy_wait_ms=ask.energy_wait_ms,
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.tokens.ids.extend(prompt)
+        return self._stream(lambda: self._inference.Generate(request, timeout=ask.timeout_s))
+
+    def chat(
+        self, model: str, messages: Iterable[tuple[str, str]], ask: Ask | None = None
+    ) -> Iterator[replies.Delta | replies.Final]:
+        """Answer a conversation of (role, content) pairs. Raises CallError."""
+        ask = ask or Ask()
+        request = pb.ChatRequest(
+            model=model,
+            messages=[pb.Message(role=role, content=content) for role, content in messages],
+            sampling=ask.sampling(),
+            limits=ask.limits(),
+            priority=ask.priority,
+            energy_wait_ms=ask.energy_wait_ms,
+        )
+        return self._stream(lambda: self._inference.Chat(request, timeout=ask.timeout_s))
+
+    def list_models(self) -> tuple[replies.ModelCard, ...]:
+        answer = self._call(lambda: self._inference.ListModels(pb.ListModelsRequest(), timeout=ASK_TIMEOUT_S))
+        return tuple(
+            replies.ModelCard(
+                name=model.name,
+                architecture=model.architecture,
+                context_tokens=model.context_tokens,
+                max_output_tokens=model.max_output_tokens,
+                ready_replicas=model.ready_replicas,
+                has_chat=model.chat,
+            )
+            for model in answer.models
+        )
+
+    def get_energy(self, request_id: str) -> replies.Energy:
+        """The energy of a finished request, final once `is_final`."""
+        request = pb.GetEnergyRequest(request_id=request_id)
+        answer = self._call(lambda: self._inference.GetEnergy(request, timeout=ASK_TIMEOUT_S))
+        return to_energy(answer.energy)
+
+    def status(self, *, timeout_s: float = ASK_TIMEOUT_S) -> replies.RouterState:
+        answer = self._call(lambda: self._cluster.Status(cluster_pb.StatusRequest(), timeout=timeout_s))
+        return replies.RouterState(
+            router_id=answer.router_id,
+            version=answer.version,
+            uptime_s=answer.uptime_s,
+            models=tuple(to_model_state(model) for model in answer.models),
+        )
+
+    def _call(self, call: Callable[[], Answer]) -> Answer:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            raise self._explain(error) from error
+
+    def _stream(self, call: Callable[[], AnswerStream]) -> Iterator[replies.Delta | replies.Final]:
+        stream = call()
+        try:
+            for message in stream:
+                yield to_event(message)
+        except grpc.RpcError as error:
+            raise self._explain(error) from error
+        finally:
+            stream.cancel()
+
+    def _explain(self, error: grpc.RpcError) -> CallError:
+        assert isinstance(error, grpc.Call)
+        code, text = error.code().name, error.details() or ""
+        if code == "UNAVAILABLE" and ("failed to connect" in text or "DNS resolution" in text):
+            text = f"no router at {self.address}; start one with `wattline up -f wattline.yaml`"
+        return CallError(code=code, text=text or code)
+
+
+def to_event(message: pb.GenerateResponse) -> replies.Delta | replies.Final:
+    if message.WhichOneof("event") == "delta":
+        return replies.Delta(
+            text=message.delta.text,
+            token_ids=tuple(message.delta.token_ids),
+            finish_reason=FINISH_REASONS.get(message.delta.finish_reason),
+        )
+    usage, timing = message.final.usage, message.final.timing
+    return replies.Final(
+        request_id=message.final.request_id,
+        trace_id=message.final.trace_id,
+        usage=replies.Usage(
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            wasted_tokens=usage.wasted_tokens,
+        ),
+        timing=replies.Timing(
+            queue_ms=timing.queue_ms,
+            prefill_ms=timing.prefill_ms,
+            decode_ms=timing.decode_ms,
+            ttft_ms=timing.ttft_ms,
+            total_ms=timing.total_ms,
+        ),
+        energy=to_energy(message.final.energy),
+    )
+
+
+def to_energy(energy: pb.Energy) -> replies.Energy:
+    return replies.Energy(
+        total_j=energy.total_j if energy.HasField("total_j") else None,
+        prefill_j=energy.prefill_j if energy.HasField("prefill_j") else None,
+        decode_j=energy.decode_j if energy.HasField("decode_j") else None,
+        static_j=energy.static_j if energy.HasField("static_j") else None,
+        joules_per_output_token=(
+            energy.joules_per_output_token if energy.HasField("joules_per_output_token") else None
+        ),
+        joules_per_total_token=(
+            energy.joules_per_total_token if energy.HasField("joules_per_total_token") else None
+        ),
+        source=energy.source,
+        method=energy.method,
+        window_ms=energy.window_ms,
+        confidence_factor=energy.confidence_factor,
+        is_final=energy.state == pb.ENERGY_STATE_FINAL,
+    )
+
+
+def to_model_state(model: cluster_pb.ModelStatus) -> replies.ModelState:
+    return replies.ModelState(
+        name=model.name,
+        min_replicas=model.min_replicas,
+        max_replicas=model.max_replicas,
+        active_requests=model.active_requests,
+        waiting_requests=model.waiting_requests,
+        output_tokens_per_s=model.output_tokens_per_s,
+        joules_per_output_token=(
+            model.joules_per_output_token if model.HasField("joules_per_output_token") else None
+        ),
+        energy_source=model.energy_source,
+        replicas=tuple(to_replica_state(replica) for replica in model.replicas),
+    )
+
+
+def to_replica_state(replica: cluster_pb.ReplicaStatus) -> replies.ReplicaState:
+    hello, load = replica.hello, replica.load
+    return replies.ReplicaState(
+        replica_id=replica.replica_id,
+        state=REPLICA_STATES.get(replica.state, "unknown"),
+        epoch=replica.epoch,
+        architecture=hello.architecture,
+        tensor_parallel=hello.tensor_parallel,
+        expert_parallel=hello.expert_parallel,
+        device=hello.device,
+        dtype=hello.dtype,
+        energy_source=hello.energy_source,
+        host=hello.host,
+        supervisor_pid=hello.supervisor_pid,
+        metrics_address=hello.metrics_address,
+        ranks=tuple(
+            replies.RankState(rank=rank.rank, pid=rank.pid, device=rank.device) for rank in hello.ranks
+        ),
+        requests_in_flight=replica.requests_in_flight,
+        attached_s=replica.attached_s,
+        running=sum(load.running),
+        waiting=sum(load.waiting),
+        free_blocks=sum(load.free_blocks),
+        total_blocks=sum(load.total_blocks),
+        step_ms=load.step_ms,
+        decode_tokens_per_s=load.decode_tokens_per_s,
+        power_w=load.power_w,
+    )

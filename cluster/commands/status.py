@@ -1,0 +1,43 @@
+"""`wattline status`: models, replicas, ranks, what they do and what they draw."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cluster.commands.options import Address, Json, find_router
+
+WATCH_PERIOD_S = 1.0
+
+
+def status(
+    address: Address = "",
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second, until Ctrl-C.")] = False,
+) -> None:
+    """Show every model with its replicas, ranks, speed and joules per token."""
+    import json
+    import time
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from cluster.client import Client
+    from cluster.commands.status_screen import render_models
+
+    with Client(find_router(address)) as client:
+        if as_json:
+            typer.echo(json.dumps(asdict(client.status()), indent=2))
+            return
+        if not watch:
+            Console().print(render_models(client.status()))
+            return
+        try:
+            with Live(render_models(client.status()), auto_refresh=False) as live:
+                while True:
+                    time.sleep(WATCH_PERIOD_S)
+                    live.update(render_models(client.status()), refresh=True)
+        except KeyboardInterrupt:
+            return

@@ -1,0 +1,80 @@
+"""The energy agent of a host as a Ray actor, made by the first replica there and shared by all.
+
+Detached and restarted by Ray, so it outlives any one replica; it ends a minute after the last watcher left.
+Its address is known before it runs: nobody waits for it, and without it energy is unknown, not wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config import EnergySection
+from replicas.energy.agent import EnergyAgent
+
+NAMESPACE = "wattline"
+RETRY_S = 1.0
+NODE_ID_CHARS = 12
+
+logger = logging.getLogger(__name__)
+
+
+class EnergyAgentHost:
+    """The actor: one agent on one socket, until nobody watches."""
+
+    async def __init__(self, address: str, energy: EnergySection) -> None:  # type: ignore[misc]
+        self._agent = EnergyAgent(
+            poll_s=energy.poll_ms / 1e3,
+            cpu_static_w=energy.cpu_static_w,
+            cpu_core_w=energy.cpu_core_w,
+        )
+        await self._agent.start(address)
+        self._serving = asyncio.create_task(self._serve())
+
+    async def _serve(self) -> None:
+        await self._agent.serve_until_unused()
+        # Leaving by an exit code would count as a crash, and Ray would start the actor again.
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    async def wait_end(self) -> None:
+        """Return when the agent ends; the call fails when its process does."""
+        await asyncio.shield(self._serving)
+
+
+def energy_agent_address(runtime_dir: Path) -> str:
+    """Where the agent of this node listens."""
+    return f"unix:{runtime_dir}/energy-{ray.get_runtime_context().get_node_id()[:NODE_ID_CHARS]}.sock"
+
+
+async def keep_energy_agent(energy: EnergySection, runtime_dir: Path) -> None:
+    """See to it that this node has its agent, for as long as this coroutine runs."""
+    address = energy_agent_address(runtime_dir)
+    while True:
+        try:
+            await _find_or_make(address, energy).wait_end.remote()
+        except (RayError, ValueError) as error:
+            logger.warning("energy_agent_lost address=%s error=%s", address, type(error).__name__)
+        await asyncio.sleep(RETRY_S)
+
+
+def _find_or_make(address: str, energy: EnergySection) -> Any:
+    node_id = ray.get_runtime_context().get_node_id()
+    return (
+        ray.remote(EnergyAgentHost)
+        .options(
+            name=f"energy-agent-{address}-{node_id}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
+        )
+        .remote(address, energy)
+    )

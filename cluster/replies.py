@@ -1,0 +1,136 @@
+"""What a router answers, as plain data: for commands, demos and examples that want no protobuf.
+
+`client.py` fills these; `None` means the router does not know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    wasted_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    ttft_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Energy:
+    """One request's share of the metered energy of the devices that served it."""
+
+    total_j: float | None
+    prefill_j: float | None
+    decode_j: float | None
+    static_j: float | None
+    joules_per_output_token: float | None
+    joules_per_total_token: float | None
+    source: str
+    method: str
+    window_ms: float
+    confidence_factor: float
+    is_final: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """A piece of an answer. `finish_reason` ("stop" or "length") is set on the last piece alone."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Final:
+    """The end of an answer: what it took."""
+
+    request_id: str
+    trace_id: str
+    usage: Usage
+    timing: Timing
+    energy: Energy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """A model as clients see it."""
+
+    name: str
+    architecture: str
+    context_tokens: int
+    max_output_tokens: int
+    ready_replicas: int
+    has_chat: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankState:
+    rank: int
+    pid: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaState:
+    """One attached replica. `state`: ready, draining or stalled."""
+
+    replica_id: str
+    state: str
+    epoch: int
+    architecture: str
+    tensor_parallel: int
+    expert_parallel: int
+    device: str
+    dtype: str
+    energy_source: str
+    host: str
+    supervisor_pid: int
+    metrics_address: str
+    ranks: tuple[RankState, ...]
+    requests_in_flight: int
+    attached_s: float
+    running: int
+    waiting: int
+    free_blocks: int
+    total_blocks: int
+    step_ms: float
+    decode_tokens_per_s: float
+    power_w: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelState:
+    """One model as operators see it; `joules_per_output_token` is None before the first answer."""
+
+    name: str
+    min_replicas: int
+    max_replicas: int
+    active_requests: int
+    waiting_requests: int
+    output_tokens_per_s: float
+    joules_per_output_token: float | None
+    energy_source: str
+    replicas: tuple[ReplicaState, ...]
+
+    @property
+    def num_ready(self) -> int:
+        return sum(replica.state == "ready" for replica in self.replicas)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterState:
+    router_id: str
+    version: str
+    uptime_s: float
+    models: tuple[ModelState, ...]

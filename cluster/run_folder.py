@@ -1,0 +1,149 @@
+"""The folder of one `wattline up`: its lock, its state file, its logs and its sockets.
+
+One `up` per folder: the lock is held by an open file, so it goes with the process however that ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from cluster.command_error import CommandError
+
+MAX_PATH_CHARS = 38
+"""Unix socket paths end at 107 characters, and Ray appends 68."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpState:
+    """What a running `up` tells other commands. Addresses are empty until the router is up."""
+
+    pid: int
+    created_s: float
+    """Start time of the process, since numbers of processes are used again."""
+    is_ready: bool = False
+    grpc: str = ""
+    http: str = ""
+    link: str = ""
+    ray: str = ""
+    """For another driver, which also needs the token."""
+
+    def process(self) -> psutil.Process | None:
+        """The process, if it still is the one that wrote this."""
+        try:
+            process = psutil.Process(self.pid)
+            is_alive = process.create_time() == self.created_s and process.status() != psutil.STATUS_ZOMBIE
+            return process if is_alive else None
+        except psutil.NoSuchProcess:
+            return None
+
+
+class RunFolder:
+    """Paths and lock under `runtime_dir`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @property
+    def state_path(self) -> Path:
+        return self.path / "up.json"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "up.log"
+
+    @property
+    def router_log_path(self) -> Path:
+        return self.path / "router.log"
+
+    @property
+    def ray_dir(self) -> Path:
+        return self.path / "ray"
+
+    @property
+    def token_path(self) -> Path:
+        """What Ray's daemons ask of whoever talks to them."""
+        return self.path / "ray.token"
+
+    @property
+    def shared_dir(self) -> Path:
+        """Where the groups of this run keep their rings; removed with it."""
+        return Path("/dev/shm") / f"wattline-{hashlib.sha256(str(self.path).encode()).hexdigest()[:12]}"
+
+    def prepare(self) -> None:
+        """Make the folder, private to this user. Raises CommandError."""
+        if len(str(self.path)) > MAX_PATH_CHARS:
+            raise CommandError(
+                f"runtime_dir: {str(self.path)!r} is {len(str(self.path))} characters long; sockets below it "
+                f"leave {MAX_PATH_CHARS}; choose a shorter one, such as /tmp/wattline"
+            )
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(
+                f"runtime_dir: {self.path} cannot be made ({error.strerror}); choose another"
+            ) from error
+        owner = self.path.stat()
+        if owner.st_uid != os.getuid() or stat.S_IMODE(owner.st_mode) & 0o022:
+            raise CommandError(
+                f"runtime_dir: {self.path} is open to others; choose one of your own, or `chmod 700` it"
+            )
+
+    def acquire(self) -> None:
+        """Be the only `up` in this folder. Raises CommandError naming the other one."""
+        lock = (self.path / "up.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            state = read_state(self.path)
+            owner = f"process {state.pid}" if state else "another process"
+            raise CommandError(
+                f"{owner} already runs `wattline up` in {self.path}; end it with `wattline down`, "
+                "or set runtime_dir to another folder"
+            ) from error
+        self._lock = lock
+
+    def release(self) -> None:
+        """Forget the run: state and sockets go, logs stay."""
+        if self._lock:
+            for left in (*self.path.glob("*.sock"), *self.path.glob("loading-*"), self.token_path):
+                left.unlink(missing_ok=True)
+            self.state_path.unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    def write_state(self, state: UpState) -> None:
+        """Replace the state file in one go, so that no reader sees half of it."""
+        fresh = self.state_path.with_suffix(".new")
+        fresh.write_text(json.dumps(asdict(state)), encoding="utf-8")
+        fresh.replace(self.state_path)
+
+
+def read_state(path: Path) -> UpState | None:
+    """The state of the `up` that runs in this folder; None: there is none."""
+    try:
+        state = UpState(**json.loads((path / "up.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return state if state.process() else None
+
+
+def last_words(log_path: Path, *, max_chars: int = 600) -> str:
+    """The last line of a log: where a process ended badly, it says why."""
+    try:
+        with log_path.open("rb") as log:
+            log.seek(max(0, log_path.stat().st_size - 8192))
+            lines = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip()[:max_chars] for line in reversed(lines) if line.strip()), "")

@@ -1,0 +1,237 @@
+"""What a router shows without being asked the Wattline way: reflection, metrics, probes, traces."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeAlias
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pool, json_format, message_factory
+from google.protobuf.message import Message
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from tests.fake_replica import EnergyMode
+from tests.router_fixture import MODEL, TestRouter, collect, make_config, make_request, run_test_router
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT_ID = "00f067aa0ba902b7"
+SECRET = "what the prompt says"
+
+ExportContext: TypeAlias = (
+    "grpc.aio.ServicerContext[trace_service_pb2.ExportTraceServiceRequest, "
+    "trace_service_pb2.ExportTraceServiceResponse]"
+)
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[TestRouter]:
+    async with run_test_router() as running:
+        yield running
+
+
+async def get(router: TestRouter, path: str, **headers: str) -> tuple[int, str]:
+    """Status and body of a GET."""
+
+    def fetch() -> tuple[int, str]:
+        request = Request(f"http://{router.addresses.http}{path}", headers=headers)
+        try:
+            with urlopen(request, timeout=10) as response:
+                return response.status, response.read().decode()
+        except HTTPError as error:
+            return error.code, error.read().decode()
+
+    return await asyncio.to_thread(fetch)
+
+
+def call_by_reflection(address: str, models: Callable[[Any], str]) -> tuple[list[str], list[str]]:
+    """A client that knows no proto of ours: lists services, asks for the models, and chats with one."""
+    with grpc.insecure_channel(address) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        pool = descriptor_pool.DescriptorPool(database)
+        service = pool.FindServiceByName("wattline.v1.Inference")
+
+        def stub(method_name: str, kind: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
+            method = service.FindMethodByName(method_name)
+            request_class = message_factory.GetMessageClass(method.input_type)
+            response_class = message_factory.GetMessageClass(method.output_type)
+            call = kind(
+                f"/{service.full_name}/{method.name}",
+                request_serializer=lambda message: message.SerializeToString(),
+                response_deserializer=response_class.FromString,
+            )
+            return lambda fields: call(json_format.ParseDict(fields, request_class()), timeout=10)
+
+        model = models(stub("ListModels", channel.unary_unary)({}))
+        request = {
+            "model": model,
+            "messages": [{"role": "user", "content": "hi"}],
+            "limits": {"maxTokens": 4},
+        }
+        answer: list[Message] = list(stub("Chat", channel.unary_stream)(request))
+        return sorted(database.get_services()), [message.WhichOneof("event") for message in answer]
+
+
+async def test_a_client_made_from_reflection_alone_can_chat(router: TestRouter) -> None:
+    async with router.replica():
+        services, events = await asyncio.to_thread(
+            call_by_reflection, router.addresses.grpc, lambda listed: str(listed.models[0].name)
+        )
+    assert services == [
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+        "wattline.v1.Cluster",
+        "wattline.v1.Inference",
+    ]
+    assert events[-1] == "final"
+    assert set(events[:-1]) == {"delta"}
+
+
+async def test_metrics_count_requests_tokens_and_joules(router: TestRouter) -> None:
+    async with router.replica():
+        await collect(router.inference.Generate(make_request("hi", energy_wait_ms=1000)))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await collect(router.inference.Generate(make_request(model="gpt-9")))
+        status, text = await get(router, "/metrics")
+    lines = text.splitlines()
+    assert status == 200
+    for line in (
+        'wattline_requests_total{code="OK",model="tiny"} 1.0',
+        'wattline_requests_total{code="NOT_FOUND",model="unknown"} 1.0',
+        'wattline_tokens_total{kind="prompt",model="tiny"} 2.0',
+        'wattline_tokens_total{kind="output",model="tiny"} 8.0',
+        'wattline_request_energy_joules_total{model="tiny",phase="prefill",source="fake"} 1.0',
+        'wattline_request_energy_joules_total{model="tiny",phase="decode",source="fake"} 2.0',
+        'wattline_time_to_first_token_seconds_count{model="tiny"} 1.0',
+        'wattline_time_per_output_token_seconds_count{model="tiny"} 1.0',
+        'wattline_request_duration_seconds_count{model="tiny"} 1.0',
+        'wattline_queue_seconds_count{model="tiny"} 1.0',
+        'wattline_active_streams{model="tiny"} 0.0',
+        'wattline_replicas{model="tiny",state="ready"} 1.0',
+        'wattline_kv_blocks_capacity{model="tiny",replica="replica-0"} 1000.0',
+        'wattline_link_messages_total{direction="down",event="submit"} 1.0',
+    ):
+        assert line in lines
+    assert "gpt-9" not in text
+
+
+async def test_metrics_are_open_metrics_for_who_asks(router: TestRouter) -> None:
+    _, text = await get(router, "/metrics", Accept="application/openmetrics-text; version=1.0.0")
+    assert text.endswith("# EOF\n")
+
+
+async def test_probes_tell_alive_from_ready(router: TestRouter) -> None:
+    assert await get(router, "/healthz") == (200, "alive\n")
+    status, body = await get(router, "/readyz")
+    assert (status, json.loads(body)) == (503, {"ready_models": []})
+    async with router.replica():
+        status, body = await get(router, "/readyz")
+    assert (status, json.loads(body)) == (200, {"ready_models": [MODEL]})
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """An OTLP collector that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    async def Export(  # noqa: N802
+        self, request: trace_service_pb2.ExportTraceServiceRequest, context: ExportContext
+    ) -> trace_service_pb2.ExportTraceServiceResponse:
+        for resource_spans in request.resource_spans:
+            for scope_spans in resource_spans.scope_spans:
+                self.spans += scope_spans.spans
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+    def span(self, name: str) -> Span:
+        return next(span for span in self.spans if span.name == name)
+
+
+@pytest.fixture
+async def collector() -> AsyncIterator[tuple[Collector, str]]:
+    servicer = Collector()
+    server = grpc.aio.server()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield servicer, f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+def attributes(span: Span) -> dict[str, Any]:
+    return {pair.key: plain(pair.value) for pair in span.attributes}
+
+
+def plain(value: AnyValue) -> Any:
+    kind = value.WhichOneof("value")
+    if kind == "array_value":
+        return [plain(item) for item in value.array_value.values]
+    return getattr(value, str(kind))
+
+
+async def trace_of_one_request(endpoint: str, *, energy: EnergyMode, closes_energy: bool = False) -> None:
+    """Run one request with a caller's trace context; the router's stop exports all its spans."""
+    config = make_config(telemetry={"otlp_endpoint": endpoint})
+    async with run_test_router(config) as router, router.replica(energy=energy) as replica:
+        metadata = (("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01"),)
+        request = make_request(SECRET, energy_wait_ms=0)
+        answer = await collect(router.inference.Generate(request, metadata=metadata))
+        assert answer.final.trace_id == TRACE_ID
+        submit = (await replica.wait_command("submit")).submit
+        assert submit.traceparent.startswith(f"00-{TRACE_ID}-")
+        if closes_energy:
+            await replica.close_energy()
+
+
+async def test_the_trace_has_the_callers_id_the_phases_and_the_final_joules(
+    collector: tuple[Collector, str],
+) -> None:
+    servicer, endpoint = collector
+    await trace_of_one_request(endpoint, energy=EnergyMode.LATE, closes_energy=True)
+    assert {span.trace_id.hex() for span in servicer.spans} == {TRACE_ID}
+    rpc = servicer.span("wattline.v1.Inference/Generate")
+    assert (rpc.parent_span_id.hex(), rpc.kind) == (PARENT_ID, Span.SPAN_KIND_SERVER)
+    assert attributes(rpc) == {
+        "rpc.system.name": "grpc",
+        "rpc.method": "wattline.v1.Inference/Generate",
+        "rpc.response.status_code": "OK",
+    }
+    inference = servicer.span(f"text_completion {MODEL}")
+    for name in ("admission", "tokenize", "route"):
+        assert servicer.span(name).parent_span_id == rpc.span_id
+    for name in ("queue", "prefill", "decode"):
+        assert servicer.span(name).parent_span_id == inference.span_id
+    prefill = servicer.span("prefill")
+    assert prefill.end_time_unix_nano - prefill.start_time_unix_nano == 2_000_000
+    values = attributes(inference)
+    assert values["gen_ai.operation.name"] == "text_completion"
+    assert values["gen_ai.provider.name"] == "wattline"
+    assert values["gen_ai.request.model"] == values["gen_ai.response.model"] == MODEL
+    assert (values["gen_ai.usage.input_tokens"], values["gen_ai.usage.output_tokens"]) == (len(SECRET), 8)
+    assert values["gen_ai.response.finish_reasons"] == ["length"]
+    assert (values["gen_ai.request.max_tokens"], values["gen_ai.request.temperature"]) == (8, 0.0)
+    assert (values["wattline.energy.total_j"], values["wattline.energy.prefill_j"]) == (3.0, 1.0)
+    assert (values["wattline.energy.decode_j"], values["wattline.energy.static_j"]) == (2.0, 0.3)
+    assert (values["wattline.energy.source"], values["wattline.energy.final"]) == ("fake", True)
+    assert inference.end_time_unix_nano <= rpc.end_time_unix_nano
+    assert not any(SECRET in str(span) for span in servicer.spans)
+
+
+async def test_a_trace_without_joules_says_so(collector: tuple[Collector, str]) -> None:
+    servicer, endpoint = collector
+    await trace_of_one_request(endpoint, energy=EnergyMode.NEVER)
+    values = attributes(servicer.span(f"text_completion {MODEL}"))
+    assert values["wattline.energy.final"] is False
+    assert "wattline.energy.total_j" not in values
+
+
+async def test_a_dead_collector_does_not_hold_up_serving_or_stopping() -> None:
+    async with asyncio.timeout(30):
+        await trace_of_one_request("127.0.0.1:1", energy=EnergyMode.AT_ONCE)

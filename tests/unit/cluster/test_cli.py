@@ -1,0 +1,92 @@
+"""The command line teaches, answers at once, and says what is wrong in one sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli import app, main
+from cluster.command_error import CommandError
+from cluster.commands.options import pick_model
+
+COMMANDS = ("demo", "up", "down", "status", "chat", "generate", "router", "agent")
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["wattline", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_help_names_every_command_and_shows_examples() -> None:
+    text = CliRunner().invoke(app, ["--help"]).output
+    assert all(command in text for command in COMMANDS)
+    assert "wattline demo" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "usage:" in result.output.lower()
+
+
+def test_help_imports_nothing_slow() -> None:
+    slow = "ray torch grpc transformers pydantic psutil rich.table"
+    script = f"import sys, cluster.cli; print([name for name in {slow.split()!r} if name in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
+
+
+def test_version_is_the_package_s() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output.startswith("wattline 0.")
+
+
+def test_a_missing_configuration_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "up", "-f", "nowhere.yaml") == 1
+    assert capsys.readouterr().err.strip() == (
+        "wattline: nowhere.yaml: cannot be read (No such file or directory); give a file with -f"
+    )
+
+
+def test_an_unknown_key_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "w.yaml"
+    path.write_text('models: [{name: m, source: "null"}]\nruter: {}\n')
+    assert run_main(monkeypatch, "up", "-f", str(path)) == 1
+    assert "ruter: unknown key" in capsys.readouterr().err
+
+
+def test_no_router_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "status", "--address", "127.0.0.1:1") == 1
+    assert "no router at 127.0.0.1:1; start one with `wattline up" in capsys.readouterr().err
+
+
+def test_down_without_a_stack_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WATTLINE_RUNTIME_DIR", str(tmp_path))
+    assert run_main(monkeypatch, "down", "-f", "nowhere.yaml") == 1
+    assert f"nothing runs in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_wrong_option_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_main(monkeypatch, "chat", "--tempreture", "1") == 2
+
+
+def test_the_only_model_needs_no_name() -> None:
+    assert pick_model(["a"], "") == "a"
+    assert pick_model(["a", "b"], "b") == "b"
+    with pytest.raises(CommandError, match="say which model with --model; served: a, b"):
+        pick_model(["a", "b"], "")
