@@ -144,6 +144,15 @@ class Client:
             for model in answer.models
         )
 
+    def tokenize_chat(self, model: str, messages: Iterable[tuple[str, str]]) -> tuple[int, ...]:
+        """The prompt a conversation of (role, content) pairs becomes, as token ids."""
+        conversation = pb.Conversation(
+            messages=[pb.Message(role=role, content=content) for role, content in messages]
+        )
+        request = pb.TokenizeRequest(model=model, conversation=conversation)
+        answer = self._call(lambda: self._inference.Tokenize(request, timeout=ASK_TIMEOUT_S))
+        return tuple(answer.token_ids)
+
     def get_energy(self, request_id: str) -> replies.Energy:
         """The energy of a finished request, final once `is_final`."""
         request = pb.GetEnergyRequest(request_id=request_id)

@@ -6,7 +6,7 @@ models and streams a chat with what it learned. The same works from any language
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +15,11 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-ADDRESS = "127.0.0.1:50051"
 SERVICE = "wattline.v1.Inference"
 
 
-def main(question: str) -> None:
-    with grpc.insecure_channel(ADDRESS) as channel:
+def main(question: str, address: str) -> None:
+    with grpc.insecure_channel(address) as channel:
         pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
         methods = pool.FindServiceByName(SERVICE).methods_by_name
 
@@ -52,4 +51,8 @@ def main(question: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "Who are you?")
+    parser = argparse.ArgumentParser(description="List the models of a router and ask the first one.")
+    parser.add_argument("question", nargs="?", default="Who are you?")
+    parser.add_argument("--address", default="127.0.0.1:50051", help="of the router")
+    arguments = parser.parse_args()
+    main(arguments.question, arguments.address)

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -23,36 +21,21 @@ import pytest
 import yaml
 
 from cluster.client import Ask, CallError, Client
-from cluster.replies import Delta, Final, ModelState, ReplicaState
-from cluster.run_folder import RunFolder, UpState, read_state
+from cluster.replies import Delta, Final
+from tests.running_up import Running, running_up, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(150)]
 
-READY_TIMEOUT_S = 90.0
 RECOVERY_TIMEOUT_S = 60.0
-POLL_S = 0.1
 PAIR_STREAMS = 3
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Running:
-    """A `wattline up` in a process of its own."""
-
-    process: psutil.Popen
-    folder: RunFolder
-    config_path: Path
-    state: UpState
-    client: Client
-    startup_s: float
-
-    def model(self, name: str) -> ModelState:
-        return next(model for model in self.client.status().models if model.name == name)
-
-    def replica(self, name: str) -> ReplicaState:
-        (replica,) = self.model(name).replicas
-        return replica
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with running_up(make_config) as up:
+        yield up
 
 
 def make_config(folder: Path, **router: object) -> dict[str, object]:
@@ -73,63 +56,6 @@ def make_config(folder: Path, **router: object) -> dict[str, object]:
         "energy": {"meter": "fake"},
         "runtime_dir": str(folder),
     }
-
-
-def wait_until(is_done: Callable[[], bool], timeout_s: float, what: str) -> float:
-    """Seconds it took. Fails the test after `timeout_s`."""
-    start_s = time.monotonic()
-    while not is_done():
-        waited_s = time.monotonic() - start_s
-        assert waited_s < timeout_s, f"{what}: not within {timeout_s:g} s"
-        time.sleep(POLL_S)
-    return time.monotonic() - start_s
-
-
-def start_up(config_path: Path, log_path: Path) -> psutil.Popen:
-    command = [sys.executable, "-m", "cluster.cli", "up", "--file", str(config_path)]
-    with log_path.open("wb") as log:
-        return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def end_everything(process: psutil.Popen) -> None:
-    """Whatever a failed test left: by the processes' own numbers."""
-    if process.poll() is None:
-        family = [*process.children(recursive=True), process]
-        for member in family:
-            member.kill()
-        psutil.wait_procs(family, timeout=10)
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    with tempfile.TemporaryDirectory(prefix="wl-", dir="/tmp") as name:
-        folder = RunFolder(Path(name))
-        config_path, log_path = folder.path / "wattline.yaml", folder.path / "out.log"
-        config_path.write_text(yaml.safe_dump(make_config(folder.path)))
-        process = start_up(config_path, log_path)
-        try:
-
-            def is_ready() -> bool:
-                assert process.poll() is None, log_path.read_text()
-                state = read_state(folder.path)
-                return state is not None and state.is_ready
-
-            startup_s = wait_until(is_ready, READY_TIMEOUT_S, "start")
-            logger.info("measured startup_s=%.1f", startup_s)
-            state = read_state(folder.path)
-            assert state is not None
-            with Client(state.grpc) as client:
-                yield Running(
-                    process=process,
-                    folder=folder,
-                    config_path=config_path,
-                    state=state,
-                    client=client,
-                    startup_s=startup_s,
-                )
-        finally:
-            end_everything(process)
-            shutil.rmtree(folder.shared_dir, ignore_errors=True)
 
 
 def test_every_model_streams_tokens_and_then_their_joules(running: Running) -> None:
