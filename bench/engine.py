@@ -12,8 +12,8 @@ from bench.record import RequestTimes
 from bench.workload import Workload
 from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, RankConfig
 from replicas.frames import Submit, read_event, write_command
-from replicas.rank_group import RankProcess, SubprocessRankGroup
 from replicas.request import EngineReady, GenerationRequest, StepResult
+from replicas.supervisor.rank_group import RankProcess, SubprocessRankGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from cluster.config import Config, EnergySection, ModelSection, load_config
 from replicas.energy.cpu_model import CpuModelMeter
 
 if TYPE_CHECKING:
-    from cluster.stack import Stack
+    from cluster.serving.stack import Stack
 
 SEED = 20261121
 REQUESTS_PER_STREAM = 4
@@ -91,7 +91,7 @@ async def run_edge_suite(
         {
             "name": "null",
             "source": "null",
-            "null": {"step_ms": step_ms, "vocab_size": NULL_VOCAB_SIZE, "prefill_tokens_per_s": 1e9},
+            "null_engine": {"step_ms": step_ms, "vocab_size": NULL_VOCAB_SIZE, "prefill_tokens_per_s": 1e9},
             "limits": {"max_sequences": max(concurrencies), "step_tokens": 2048},
         }
     )
@@ -223,7 +223,7 @@ def serving(config: Config) -> Iterator[Stack]:
 def vocab_size(section: ModelSection) -> int:
     """Of a null model or of a checkpoint folder."""
     if section.is_null:
-        return section.null.vocab_size
+        return section.null_engine.vocab_size
     return int(json.loads((Path(section.source) / "config.json").read_text())["vocab_size"])
 
 

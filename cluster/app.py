@@ -14,9 +14,9 @@ from ray import serve
 from ray.serve import Application
 
 from cluster.config import Config, ConfigError, load_config, parse_config, resolve_paths
-from cluster.placement import deployment_options, resolve_device
-from cluster.ray_environment import missing_environment
-from cluster.replica_deployment import ReplicaDeployment
+from cluster.serving.placement import deployment_options, resolve_device
+from cluster.serving.ray_environment import missing_environment
+from cluster.serving.replica_deployment import ReplicaDeployment
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -105,9 +105,18 @@ class ModelSection(Section):
     parallel: ParallelSection = ParallelSection()
     replicas: ReplicasSection = ReplicasSection()
     limits: LimitsSection = LimitsSection()
-    null: NullSection = NullSection()
+    null_engine: NullSection = NullSection()
     threads_per_rank: int = Field(1, ge=1, le=256)
     cpus_per_rank: float = Field(1.0, gt=0.0, description="logical CPUs a rank reserves in Ray")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source_is_a_word(cls, value: object) -> object:
+        if value is None:
+            raise ValueError(
+                'is empty; give a folder or hub id, or "null" in quotes for the engine without a model'
+            )
+        return value
 
     @field_validator("dtype")
     @classmethod

@@ -143,7 +143,7 @@ class ReplicaConfig:
 
 
 def rank_config_to_json(config: RankConfig) -> str:
-    """What `python -m replicas.rank_main --config` takes."""
+    """What `python -m replicas.rank.main --config` takes."""
     return json.dumps(asdict(config))
 
 

@@ -93,7 +93,7 @@ async def spawn(config: RankConfig) -> Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "replicas.rank_main",
+        "replicas.rank.main",
         "--config",
         rank_config_to_json(config),
         stdin=DEVNULL,

@@ -13,8 +13,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from cluster.addresses import RouterAddresses
 from cluster.config import Config, parse_config
-from cluster.null_tokenizer import NullTokenizer
-from cluster.router import Router
+from cluster.router.process import Router
+from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_cluster_pb2_grpc as cluster_grpc
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as inference_grpc
@@ -28,7 +28,7 @@ def make_config(
     *, model: dict[str, Any] | None = None, router: dict[str, Any] | None = None, **rest: Any
 ) -> Config:
     """One null model on free ports; the arguments override keys of its sections."""
-    section = {"name": MODEL, "source": "null", "null": {"vocab_size": VOCAB_SIZE}, **(model or {})}
+    section = {"name": MODEL, "source": "null", "null_engine": {"vocab_size": VOCAB_SIZE}, **(model or {})}
     ports = {"grpc_port": 0, "http_port": 0, "link_port": 0, **(router or {})}
     return parse_config({"models": [section, {"name": "absent", "source": "null"}], "router": ports, **rest})
 
@@ -56,7 +56,8 @@ class TestRouter:
 async def run_test_router(config: Config | None = None) -> AsyncIterator[TestRouter]:
     config = config or make_config()
     router = Router(
-        config, tokenizers={model.name: NullTokenizer(model.null.vocab_size) for model in config.models}
+        config,
+        tokenizers={model.name: NullTokenizer(model.null_engine.vocab_size) for model in config.models},
     )
     try:
         addresses = await router.start()

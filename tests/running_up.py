@@ -17,7 +17,7 @@ import yaml
 
 from cluster.client import Client
 from cluster.replies import ModelState, ReplicaState
-from cluster.run_folder import RunFolder, UpState, read_state
+from cluster.serving.run_folder import RunFolder, UpState, read_state
 
 READY_TIMEOUT_S = 90.0
 POLL_S = 0.1

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from replicas.batch import Batch
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.models.decoder import Decoder
 from replicas.parallel.collectives import Collectives
 from replicas.plan import LAST_SAMPLED, NewRow, PlannedRow, StepPlan
+from replicas.rank.batch import Batch
+from replicas.rank.runner import ModelRunner
 from replicas.request import SamplingParams
-from replicas.runner import ModelRunner
 from tests.rank_threads import make_rank_config
 
 LIMITS = EngineLimits(max_sequences=6, step_tokens=64, block_tokens=8, num_blocks=64, context_tokens=256)

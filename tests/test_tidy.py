@@ -19,21 +19,21 @@ MARKS = re.compile(r"\b(TODO(?!\(#\d+\))|FIXME|XXX|HACK)\b")
 # Where bytes become domain objects. A new name here needs a reason.
 PROTOBUF_EDGES = {
     "cluster/client.py",
-    "cluster/cluster_service.py",
-    "cluster/errors.py",
-    "cluster/health.py",
-    "cluster/link_messages.py",
-    "cluster/link_server.py",
-    "cluster/replica_connection.py",
-    "cluster/requests.py",
-    "cluster/router.py",
-    "cluster/service.py",
-    "cluster/wire.py",
+    "cluster/router/cluster_service.py",
+    "cluster/router/errors.py",
+    "cluster/router/health.py",
+    "cluster/link/messages.py",
+    "cluster/link/server.py",
+    "cluster/link/replica_connection.py",
+    "cluster/router/validation.py",
+    "cluster/router/process.py",
+    "cluster/router/service.py",
+    "cluster/router/wire.py",
     "replicas/energy/agent.py",
     "replicas/energy/agent_client.py",
     "replicas/frames.py",
-    "replicas/link.py",
-    "replicas/link_codec.py",
+    "replicas/link/link.py",
+    "replicas/link/codec.py",
     "replicas/wire.py",
 }
 
@@ -102,7 +102,7 @@ def test_only_the_config_reads_the_environment() -> None:
 # `config` reads settings; others may only hand an environment on to their children.
 ENVIRONMENT_READERS = {
     "cluster/config.py",
-    "cluster/ray_environment.py",
-    "cluster/ray_ranks.py",
-    "replicas/rank_group.py",
+    "cluster/serving/ray_environment.py",
+    "cluster/serving/ray_ranks.py",
+    "replicas/supervisor/rank_group.py",
 }

@@ -13,7 +13,7 @@ from cluster.command_error import CommandError
 from cluster.commands.options import DEFAULT_CONFIG, ConfigFile, read_config
 
 if TYPE_CHECKING:
-    from cluster.run_folder import UpState
+    from cluster.serving.run_folder import UpState
 
 POLL_S = 0.1
 FORCE_AFTER_S = 1.0
@@ -33,7 +33,7 @@ def down(
     Signals the process of `wattline up` and nothing else.
     """
     from cluster.config import default_runtime_dir
-    from cluster.run_folder import read_state
+    from cluster.serving.run_folder import read_state
 
     config = read_config(file) if file.exists() else None
     folder = Path(config.runtime_dir) if config else default_runtime_dir()

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 
 class Loading(Protocol):
-    """How far a model is; `cluster.stack.ModelProgress` is one."""
+    """How far a model is; `cluster.serving.stack.ModelProgress` is one."""
 
     @property
     def model(self) -> str: ...

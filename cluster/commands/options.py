@@ -52,7 +52,7 @@ def find_router(address: str) -> str:
     if address:
         return address
     from cluster.config import default_runtime_dir
-    from cluster.run_folder import read_state
+    from cluster.serving.run_folder import read_state
 
     state = read_state(default_runtime_dir())
     return state.grpc if state and state.grpc else DEFAULT_ADDRESS

@@ -15,12 +15,12 @@ from cluster.command_error import CommandError
 from cluster.commands.interrupts import ForcedStop, Interrupts
 from cluster.commands.loading_screen import LoadingScreen
 from cluster.config import Config
-from cluster.ports import check_ports
-from cluster.ray_environment import settle_ray_environment
-from cluster.run_folder import RunFolder
+from cluster.serving.ports import check_ports
+from cluster.serving.ray_environment import settle_ray_environment
+from cluster.serving.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from cluster.stack import Stack
+    from cluster.serving.stack import Stack
 
 POLL_S = 0.2
 TEND_PERIOD_S = 0.5
@@ -41,7 +41,7 @@ def running_stack(config: Config, console: Console) -> Iterator[tuple[Stack, Int
     try:
         with Interrupts() as interrupts:
             settle_ray_environment(config, folder)
-            from cluster.stack import Stack
+            from cluster.serving.stack import Stack
 
             stack = Stack(config, folder)
             try:

@@ -14,7 +14,7 @@ from cluster.command_error import CommandError
 from cluster.commands.options import DEFAULT_CONFIG, ConfigFile, read_config
 
 if TYPE_CHECKING:
-    from cluster.run_folder import UpState
+    from cluster.serving.run_folder import UpState
 
 DETACH_POLL_S = 0.2
 
@@ -52,7 +52,7 @@ def up(
 
 def _detach(file: Path, folder: Path) -> None:
     """The same command in a session of its own; this one waits until it serves."""
-    from cluster.run_folder import RunFolder, last_words, read_state
+    from cluster.serving.run_folder import RunFolder, last_words, read_state
 
     running = RunFolder(folder)
     running.prepare()

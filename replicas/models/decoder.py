@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from replicas.batch import Batch
 from replicas.layers.attention import PagedKV, attend
 from replicas.layers.experts import mix_experts
 from replicas.layers.linear import embed, gate, head_logits, linear
@@ -19,6 +18,7 @@ from replicas.models.spec import ModelSpec
 from replicas.models.weights import LayerWeights, MlpWeights, ModelWeights
 from replicas.parallel.collectives import Collectives
 from replicas.parallel.degrees import Shard
+from replicas.rank.batch import Batch
 
 
 class Decoder:

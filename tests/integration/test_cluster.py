@@ -48,7 +48,7 @@ def make_config(folder: Path, **router: object) -> dict[str, object]:
                 "source": "null",
                 "replicas": {"min": 2, "max": 2},
                 "limits": {"drain_s": 12},
-                "null": {"step_ms": 10},
+                "null_engine": {"step_ms": 10},
                 "cpus_per_rank": 0.5,
             },
         ],
@@ -158,7 +158,7 @@ import sys
 from pathlib import Path
 import ray
 from cluster.config import load_config
-from cluster.deployments import Deployments
+from cluster.serving.deployments import Deployments
 config = load_config(Path(sys.argv[1]))
 ray.init(address=sys.argv[2], namespace="wattline", log_to_driver=False)
 router = config.router.model_copy(update={"link_addresses": (sys.argv[3],)})

@@ -15,7 +15,7 @@ import pytest
 from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, RankConfig
 from replicas.errors import RankLost
 from replicas.frames import Cancel, Shutdown, Stop, Submit
-from replicas.null_runner import null_continuation
+from replicas.rank.null_runner import null_continuation
 from replicas.request import FinishReason, GenerationRequest
 from tests.live_ranks import LiveGroup, open_group
 

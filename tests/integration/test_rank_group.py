@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
-from replicas.rank_group import SubprocessRankGroup
+from replicas.supervisor.rank_group import SubprocessRankGroup
 
 pytestmark = pytest.mark.processes
 
@@ -33,7 +33,7 @@ PARENT = """
 import asyncio, sys, time
 from pathlib import Path
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
-from replicas.rank_group import SubprocessRankGroup
+from replicas.supervisor.rank_group import SubprocessRankGroup
 
 async def main():
     folder = Path(sys.argv[1])

@@ -13,8 +13,8 @@ import pytest
 from protos import wattline_cluster_pb2 as cluster_pb
 from protos import wattline_inference_pb2 as pb
 from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, ReplicaConfig
-from replicas.rank_group import SubprocessRankGroup
-from replicas.supervisor import Supervisor
+from replicas.supervisor.rank_group import SubprocessRankGroup
+from replicas.supervisor.supervisor import Supervisor
 from tests.router_fixture import (
     MODEL,
     VOCAB_SIZE,

@@ -14,8 +14,8 @@ import pytest
 
 from cluster.command_error import CommandError
 from cluster.config import parse_config
-from cluster.router_process import MAX_DEATHS, RouterProcess
-from cluster.run_folder import RunFolder
+from cluster.serving.router_process import MAX_DEATHS, RouterProcess
+from cluster.serving.run_folder import RunFolder
 
 pytestmark = pytest.mark.processes
 
@@ -128,7 +128,7 @@ def test_a_router_that_cannot_start_is_quoted(make_router: Callable[[str], Route
 def test_a_router_that_keeps_dying_is_given_up(
     make_router: Callable[[str], RouterProcess], clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.router_process.MAX_DEATHS", 1)
+    monkeypatch.setattr("cluster.serving.router_process.MAX_DEATHS", 1)
     assert MAX_DEATHS > 1
     router = make_router(FAILING)
     router.start()

@@ -14,9 +14,9 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.addresses import PortInUse, read_addresses
-from cluster.null_tokenizer import NullTokenizer
-from cluster.replica_connection import STALL_S
-from cluster.router import Router
+from cluster.link.replica_connection import STALL_S
+from cluster.router.process import Router
+from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_cluster_pb2 as pb
 from protos import wattline_link_pb2 as link
 from tests.router_fixture import (
@@ -151,13 +151,13 @@ async def test_a_replica_that_does_not_fit_is_refused(fields: dict[str, object],
 async def test_a_silent_replica_is_stalled_and_recovers(
     router: TestRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.replica_connection.STALL_S", 0.1)
+    monkeypatch.setattr("cluster.link.replica_connection.STALL_S", 0.1)
     monkeypatch.setattr("tests.fake_replica.HEARTBEAT_S", 3600.0)
     async with router.replica() as replica:
         await wait_health(router, MODEL, NOT_SERVING)
         assert (await replicas(router))["replica-0"].state == pb.REPLICA_STATE_STALLED
         assert (await fail(router.inference.Generate(make_request()))).code() is grpc.StatusCode.UNAVAILABLE
-        monkeypatch.setattr("cluster.replica_connection.STALL_S", STALL_S)
+        monkeypatch.setattr("cluster.link.replica_connection.STALL_S", STALL_S)
         await replica.send(link.FromReplica(heartbeat=link.Heartbeat(load=replica.load())))
         await wait_health(router, MODEL, SERVING)
 

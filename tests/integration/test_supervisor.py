@@ -20,8 +20,8 @@ import pytest
 from protos import wattline_link_pb2 as link_pb2
 from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, ReplicaConfig
 from replicas.errors import RankLost
-from replicas.rank_group import SubprocessRankGroup
-from replicas.supervisor import Supervisor
+from replicas.supervisor.rank_group import SubprocessRankGroup
+from replicas.supervisor.supervisor import Supervisor
 from tests.small_router import WAIT_S, AttachedReplica, SmallRouter
 
 pytestmark = pytest.mark.processes

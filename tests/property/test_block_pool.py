@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from replicas.block_pool import SCRATCH_BLOCK, BlockPool
+from replicas.engine.block_pool import SCRATCH_BLOCK, BlockPool
 
 
 class BlockPoolMachine(RuleBasedStateMachine):

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from cluster.answer_text import AnswerText
-from cluster.null_tokenizer import NullTokenizer
-from cluster.request import Turn
-from cluster.tokenizer import Tokenizer
+from cluster.router.completion import Turn
+from cluster.text.answer_text import AnswerText
+from cluster.text.null_tokenizer import NullTokenizer
+from cluster.text.tokenizer import Tokenizer
 
 CORPUS = ["the quick brown fox", "naïve café 日本語 🙂🙂", "  spaces   and\nlines\t", "don't stop, stop!"]
 

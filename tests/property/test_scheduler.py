@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from replicas.config import EngineLimits, NullEngineConfig
-from replicas.engine import Engine
-from replicas.null_runner import EOS_TOKEN_ID, NullRunner, null_continuation
+from replicas.engine.engine import Engine
+from replicas.engine.scheduler import Scheduler
 from replicas.plan import PendingStep, StepPlan, decode_plan, encode_plan
+from replicas.rank.null_runner import EOS_TOKEN_ID, NullRunner, null_continuation
 from replicas.request import FinishReason, GenerationRequest, SequenceDelta, StepMember, StepResult
-from replicas.scheduler import Scheduler
 
 BLOCK_TOKENS = 4
 MAX_WAITING = 6

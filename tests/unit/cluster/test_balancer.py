@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from cluster.admission import MAX_RETRY_MS, MIN_RETRY_MS, Decision, Verdict, decide
-from cluster.balancer import LaneView, choose_lane, predicted_ttft_s
+from cluster.router.admission import MAX_RETRY_MS, MIN_RETRY_MS, Decision, Verdict, decide
+from cluster.router.balancer import LaneView, choose_lane, predicted_ttft_s
 
 
 def make_lane(replica_id: str = "a", **fields: object) -> LaneView:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.answer_text import AnswerText, Piece
-from cluster.detokenizer import MAX_UNSTABLE_WINDOW, MAX_WINDOW, Detokenizer
-from cluster.null_tokenizer import NullTokenizer
+from cluster.text.answer_text import AnswerText, Piece
+from cluster.text.detokenizer import MAX_UNSTABLE_WINDOW, MAX_WINDOW, Detokenizer
+from cluster.text.null_tokenizer import NullTokenizer
 
 TOKENIZER = NullTokenizer(1000)
 

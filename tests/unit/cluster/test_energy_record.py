@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.answer import Usage
-from cluster.energy_account import EnergyAccount, RequestEnergy
-from cluster.energy_record import EnergyRecord, FinishedRequest
-from cluster.errors import UnknownRequest
-from cluster.rates import LAST_REQUESTS, EnergyRate, TokenRate
-from cluster.wire import energy_message, energy_trailers
+from cluster.router.answer import Usage
+from cluster.router.energy_account import EnergyAccount, RequestEnergy
+from cluster.router.energy_record import EnergyRecord, FinishedRequest
+from cluster.router.errors import UnknownRequest
+from cluster.router.rates import LAST_REQUESTS, EnergyRate, TokenRate
+from cluster.router.wire import energy_message, energy_trailers
 from protos import wattline_inference_pb2 as pb
 
 USAGE = Usage(prompt_tokens=6, cached_tokens=0, completion_tokens=4, wasted_tokens=0)

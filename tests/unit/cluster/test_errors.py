@@ -6,8 +6,8 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from cluster import errors
-from cluster.errors import STATUS_CODES, RouterError, engine_error, status_of
+from cluster.router import errors
+from cluster.router.errors import STATUS_CODES, RouterError, engine_error, status_of
 
 
 def make_errors() -> list[RouterError]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.failure_report import is_permanent, summarise_failure
+from cluster.serving.failure_report import is_permanent, summarise_failure
 
 REPORT = """The deployment failed to start 3 times in a row. See controller logs for details. Error:
 ray::ServeReplica:m:m.initialize_and_get_metadata() (pid=7, ip=127.0.0.1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.config import Config, ModelSection, parse_config
-from cluster.placement import (
+from cluster.serving.placement import (
     Placement,
     application_name,
     deployment_options,

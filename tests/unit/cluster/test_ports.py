@@ -9,7 +9,7 @@ import pytest
 
 from cluster.command_error import CommandError
 from cluster.config import RouterSection
-from cluster.ports import check_ports
+from cluster.serving.ports import check_ports
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cluster.command_error import CommandError
-from cluster.run_folder import RunFolder, UpState, last_words, read_state
+from cluster.serving.run_folder import RunFolder, UpState, last_words, read_state
 
 
 @pytest.fixture

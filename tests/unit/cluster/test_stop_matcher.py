@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.stop_matcher import StopMatcher
+from cluster.text.stop_matcher import StopMatcher
 
 
 def run(stops: tuple[str, ...], *pieces: str) -> tuple[list[str], bool]:

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.command_error import CommandError
 from cluster.config import ConfigError, ModelSection
-from cluster.null_tokenizer import NullTokenizer
-from cluster.request import Turn
-from cluster.tokenizers import CheckpointTokenizer, load_tokenizer
-from replicas.tokenizer_digest import tokenizer_digest
+from cluster.router.completion import Turn
+from cluster.text.null_tokenizer import NullTokenizer
+from cluster.text.tokenizers import CheckpointTokenizer, load_tokenizer
+from replicas.supervisor.tokenizer_digest import tokenizer_digest
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

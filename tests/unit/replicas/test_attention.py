@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from replicas.batch import Rows
 from replicas.layers.attention import DecodeGroup, PagedKV, PrefillChunk, attend
 from replicas.plan import LAST_SAMPLED, NewRow, PlannedRow, StepPlan
+from replicas.rank.batch import Rows
 from replicas.request import SamplingParams
 
 BLOCK, N, K, D, BLOCKS = 4, 6, 2, 8, 40

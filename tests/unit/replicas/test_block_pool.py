@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from replicas.block_pool import BlockPool
+from replicas.engine.block_pool import BlockPool
 
 
 def test_gives_out_every_block_but_the_scratch_block() -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from replicas.config import EngineLimits, ReplicaConfig
-from replicas.dispatcher import Dispatcher
 from replicas.energy.ledger import Ledger
 from replicas.energy.meter import Reading, Source
-from replicas.energy_account import EnergyAccount
 from replicas.frames import Cancel, Command, Stop, Submit
-from replicas.link import LinkSession
-from replicas.link_messages import Drain, ReplicaCard
-from replicas.outbox import Outbox, Parcel
+from replicas.link.link import LinkSession
+from replicas.link.messages import Drain, ReplicaCard
+from replicas.link.outbox import Outbox, Parcel
 from replicas.request import (
     EngineCosts,
     EngineReady,
@@ -25,6 +23,8 @@ from replicas.request import (
     StepRecord,
     StepResult,
 )
+from replicas.supervisor.dispatcher import Dispatcher
+from replicas.supervisor.energy_account import EnergyAccount
 
 MS = 1_000_000
 COSTS = EngineCosts(

@@ -6,7 +6,6 @@ import pytest
 
 from replicas.energy.ledger import Ledger
 from replicas.energy.meter import Reading, Source
-from replicas.energy_account import EnergyAccount, EnergySums
 from replicas.request import (
     EngineCosts,
     LoadSnapshot,
@@ -15,6 +14,7 @@ from replicas.request import (
     StepRecord,
     StepResult,
 )
+from replicas.supervisor.energy_account import EnergyAccount, EnergySums
 
 MS = 1_000_000
 COSTS = EngineCosts(

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from replicas.config import EngineLimits, NullEngineConfig
-from replicas.engine import Engine
-from replicas.null_runner import EOS_TOKEN_ID, NullRunner, null_continuation
+from replicas.engine.engine import Engine
+from replicas.engine.scheduler import Scheduler
 from replicas.plan import PendingStep, StepOutcome, StepPlan
+from replicas.rank.null_runner import EOS_TOKEN_ID, NullRunner, null_continuation
 from replicas.request import (
     FinishReason,
     GenerationRequest,
@@ -19,7 +20,6 @@ from replicas.request import (
     StepMember,
     StepResult,
 )
-from replicas.scheduler import Scheduler
 
 INSTANT = NullEngineConfig(step_ms=0.0, prefill_tokens_per_s=0.0, vocab_size=1000, context_tokens=256)
 

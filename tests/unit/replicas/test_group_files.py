@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from replicas.config import ReplicaConfig
-from replicas.engine_socket import EngineSocket
-from replicas.group_files import GroupFiles
+from replicas.supervisor.engine_socket import EngineSocket
+from replicas.supervisor.group_files import GroupFiles
 
 
 def make_config(folder: Path, replica_id: str) -> ReplicaConfig:

@@ -8,10 +8,10 @@ import pytest
 
 from replicas.config import EngineLimits, NullEngineConfig
 from replicas.errors import RankLost
-from replicas.group_runner import GroupRunner
-from replicas.null_runner import NullRunner
 from replicas.parallel.channel import StepReply, digest_ids
 from replicas.plan import LAST_SAMPLED, NewRow, PlannedRow, Runner, StepPlan, decode_plan
+from replicas.rank.group_runner import GroupRunner
+from replicas.rank.null_runner import NullRunner
 from replicas.request import SamplingParams
 
 PROMPT = (5, 6, 7)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from replicas.in_flight import MAX_UNBILLED, InFlight
+from replicas.supervisor.in_flight import MAX_UNBILLED, InFlight
 
 
 def test_two_routers_may_use_the_same_number() -> None:

@@ -13,11 +13,10 @@ import pytest
 from protos import wattline_link_pb2 as link_pb2
 from replicas.config import ReplicaConfig
 from replicas.frames import Cancel, Stop, Submit
-from replicas.link import LinkSession, RouterLink
-from replicas.link_messages import Drain, ReplicaCard, ReplicaLoad, RouterCommand
-from replicas.links import LinkPool, resolve_target
-from replicas.outbox import Outbox
-from replicas.rank_group import RankProcess
+from replicas.link.link import LinkSession, RouterLink
+from replicas.link.links import LinkPool, resolve_target
+from replicas.link.messages import Drain, ReplicaCard, ReplicaLoad, RouterCommand
+from replicas.link.outbox import Outbox
 from replicas.request import (
     EngineCosts,
     EngineReady,
@@ -26,6 +25,7 @@ from replicas.request import (
     SamplingParams,
     SequenceDelta,
 )
+from replicas.supervisor.rank_group import RankProcess
 from tests.small_router import WAIT_S, SmallRouter
 
 LOAD = LoadSnapshot(
@@ -208,7 +208,7 @@ async def test_a_router_that_does_not_read_loses_its_link() -> None:
 
 
 async def test_a_router_that_does_not_welcome_is_dialled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("replicas.link.WELCOME_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("replicas.link.link.WELCOME_TIMEOUT_S", 0.05)
     dials: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
     server = await asyncio.start_server(lambda _reader, writer: dials.put_nowait(writer), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from replicas.load import LoadAverages
+from replicas.engine.load import LoadAverages
 from replicas.request import StepMember, StepRecord
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from replicas.config import EngineLimits, NullEngineConfig
-from replicas.null_runner import EOS_TOKEN_ID, NullRunner, null_continuation
 from replicas.plan import LAST_SAMPLED, NewRow, PlannedRow, StepPlan
+from replicas.rank.null_runner import EOS_TOKEN_ID, NullRunner, null_continuation
 from replicas.request import SamplingParams
 
 LIMITS = EngineLimits(block_tokens=4, num_blocks=20)

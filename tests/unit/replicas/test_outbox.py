@@ -6,8 +6,8 @@ import asyncio
 
 from replicas.energy.bill import METHOD, RequestJoules
 from replicas.energy.meter import Source
-from replicas.link_messages import EnergyStatement
-from replicas.outbox import Outbox, Parcel
+from replicas.link.messages import EnergyStatement
+from replicas.link.outbox import Outbox, Parcel
 from replicas.request import FinishReason, SequenceDelta, SequenceTiming
 
 TIMING = SequenceTiming(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import urllib.request
 
 from replicas.energy.meter import Source
-from replicas.energy_account import EnergySums
-from replicas.replica_metrics import MetricsSnapshot, ReplicaMetrics
 from replicas.request import LoadSnapshot, StepMember, StepRecord
+from replicas.supervisor.energy_account import EnergySums
+from replicas.supervisor.metrics import MetricsSnapshot, ReplicaMetrics
 
 LOAD = LoadSnapshot(
     step=9,

@@ -12,8 +12,8 @@ from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.errors import BadCheckpoint, RankLost
 from replicas.parallel.collectives import Collectives, SoloCollectives
 from replicas.plan import NewRow, PlannedRow, StepPlan
+from replicas.rank.runner import ModelRunner
 from replicas.request import SamplingParams
-from replicas.runner import ModelRunner
 from tests.checkpoints import make_granite_moe, make_llama, reference_logits
 from tests.rank_threads import make_rank_config, run_rank_threads
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from replicas.batch import Draw
 from replicas.config import ParallelConfig, RankConfig
 from replicas.parallel.collectives import Collectives, SoloCollectives
 from replicas.parallel.degrees import VOCAB_GRANULE, Shard
+from replicas.rank.batch import Draw
+from replicas.rank.sampler import NOT_FINITE, gumbel_noise, sample
 from replicas.request import SamplingParams
-from replicas.sampler import NOT_FINITE, gumbel_noise, sample
 from tests.rank_threads import make_rank_config, run_rank_threads
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from replicas.config import EngineLimits
-from replicas.null_runner import NULL_COSTS
+from replicas.engine.scheduler import ScheduledStep, Scheduler
 from replicas.plan import LAST_SAMPLED, EngineShape, NewRow, PlannedRow, StepOutcome, StepPlan
+from replicas.rank.null_runner import NULL_COSTS
 from replicas.request import FinishReason, GenerationRequest, SamplingParams, StepMember
-from replicas.scheduler import ScheduledStep, Scheduler
 
 GREEDY = SamplingParams()
 

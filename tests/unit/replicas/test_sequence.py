@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from replicas.engine.sequence import Sequence, SequenceState
 from replicas.plan import LAST_SAMPLED
 from replicas.request import FinishReason, GenerationRequest, SequenceDelta, SequenceTiming
-from replicas.sequence import Sequence, SequenceState
 
 
 def make_sequence(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from replicas.step_watch import MAX_TICK_S, StepWatch
+from replicas.supervisor.step_watch import MAX_TICK_S, StepWatch
 
 
 def wait(watch: StepWatch, *, start_s: float, seconds: float, has_work: bool = True) -> float:

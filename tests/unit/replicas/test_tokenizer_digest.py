@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from replicas.tokenizer_digest import tokenizer_digest
+from replicas.supervisor.tokenizer_digest import tokenizer_digest
 
 
 def make_folder(folder: Path, **files: str) -> Path:

@@ -1,0 +1,76 @@
+"""Link protobuf to domain objects and back: the only arithmetic between the wire and the router."""
+
+from __future__ import annotations
+
+from cluster.link.engine_job import EngineJob
+from cluster.link.token_stream import End, Finished
+from cluster.router.energy_account import RequestEnergy
+from cluster.router.errors import DeadlinePassed, ReplicaStopped, engine_error
+from protos import wattline_link_pb2 as link
+from replicas.request import FinishReason, SequenceTiming
+
+
+def submit_command(job: EngineJob, *, request_id: int, attempt: int) -> link.ToReplica:
+    """The command that starts a request. A deadline under a millisecond is sent as one: 0 means none."""
+    return link.ToReplica(
+        submit=link.Submit(
+            request_id=request_id,
+            attempt=attempt,
+            first_offset=0,
+            prompt_ids=job.prompt_ids,
+            sampling=link.EngineSampling(
+                temperature=job.sampling.temperature,
+                top_p=job.sampling.top_p,
+                top_k=job.sampling.top_k,
+                seed=job.sampling.seed,
+            ),
+            max_tokens=job.max_tokens,
+            stop_token_ids=sorted(job.stop_token_ids),
+            priority=job.priority,
+            deadline_ms=0 if job.deadline_s is None else max(1, int(job.deadline_s * 1e3)),
+            lane=job.lane,
+            traceparent=job.traceparent,
+        )
+    )
+
+
+def parse_end(delta: link.SequenceDelta) -> End:
+    """How a sequence ended. A cancel that this router did not ask for means that the replica gave it up."""
+    timing = _parse_timing(delta.timing) if delta.HasField("timing") else None
+    match delta.finish:
+        case link.ENGINE_FINISH_STOP:
+            return Finished(reason=FinishReason.STOP, timing=timing)
+        case link.ENGINE_FINISH_LENGTH:
+            return Finished(reason=FinishReason.LENGTH, timing=timing)
+        case link.ENGINE_FINISH_DEADLINE:
+            return DeadlinePassed()
+        case link.ENGINE_FINISH_CANCELLED:
+            return ReplicaStopped()
+        case _:
+            return engine_error(delta.error.code, delta.error.message)
+
+
+def parse_energy(entry: link.RequestEnergy) -> RequestEnergy:
+    """The ledger's figures for one request."""
+    return RequestEnergy(
+        prefill_mj=entry.prefill_mj,
+        decode_mj=entry.decode_mj,
+        static_mj=entry.static_mj,
+        wasted_mj=entry.wasted_mj,
+        source=entry.source,
+        method=entry.method,
+        window_ms=entry.window_ms,
+        confidence_factor=entry.confidence_factor,
+        is_final=entry.final,
+    )
+
+
+def _parse_timing(timing: link.SequenceTiming) -> SequenceTiming:
+    return SequenceTiming(
+        queue_us=timing.queue_us,
+        prefill_us=timing.prefill_us,
+        decode_us=timing.decode_us,
+        cached_tokens=timing.cached_tokens,
+        wasted_tokens=timing.wasted_tokens,
+        preemptions=timing.preemptions,
+    )

@@ -1,0 +1,259 @@
+"""One attached replica: its state, its load, and the requests this router has there.
+
+Lives on the event loop. `link_server.py` feeds it what the replica says and sends what it queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from cluster.link.engine_job import EngineJob
+from cluster.link.messages import parse_end, parse_energy, submit_command
+from cluster.link.token_stream import End, TokenStream
+from cluster.router.balancer import LaneView
+from cluster.router.energy_account import EnergyAccount, RequestEnergy
+from cluster.router.errors import EngineFault, Overloaded, ReplicaStopped
+from cluster.text.detokenize_worker import DetokenizeWorker, StreamTokens
+from protos import wattline_link_pb2 as link
+
+logger = logging.getLogger(__name__)
+
+STALL_S = 2.0
+"""Without a word for this long a replica gets no new work: its heartbeat comes several times a second."""
+MAX_OUTGOING = 4096
+"""Commands waiting for a replica that does not read them."""
+MAX_OPEN_ACCOUNTS = 8192
+"""Requests whose final joules are awaited; beyond it the oldest stays at what is known."""
+
+
+class ReplicaState(Enum):
+    READY = auto()
+    DRAINING = auto()
+    STALLED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class UnseenJob:
+    """A submitted request that the load snapshots may not count yet."""
+
+    snapshot_count: int
+    prompt_tokens: int
+    lane: int
+
+
+class ReplicaConnection:
+    """Mutable; owned by one Attach call."""
+
+    def __init__(
+        self,
+        *,
+        hello: link.Hello,
+        epoch: int,
+        max_waiting: int,
+        worker: DetokenizeWorker,
+        clock_s: Callable[[], float],
+    ) -> None:
+        self.hello = hello
+        self.epoch = epoch
+        self.load = hello.load
+        self.attached_at_s = clock_s()
+        self.commands: asyncio.Queue[link.ToReplica] = asyncio.Queue(maxsize=MAX_OUTGOING)
+        """What goes down."""
+        self.closed = asyncio.Event()
+        self.dropped_deltas = 0
+        self._max_waiting = max_waiting
+        self._worker = worker
+        self._clock_s = clock_s
+        self._heard_at_s = self.attached_at_s
+        self._load_at_s = self.attached_at_s
+        self._snapshot_count = 0
+        self._is_draining = False
+        self._last_link_id = 0
+        self._streams: dict[int, TokenStream] = {}
+        self._unseen: dict[int, UnseenJob] = {}
+        self._accounts: dict[int, EnergyAccount] = {}
+
+    @property
+    def replica_id(self) -> str:
+        return self.hello.replica_id
+
+    @property
+    def state(self) -> ReplicaState:
+        if self._is_draining:
+            return ReplicaState.DRAINING
+        return ReplicaState.STALLED if self.is_silent else ReplicaState.READY
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing came for so long that the link may be dead."""
+        return self._clock_s() - self._heard_at_s > STALL_S
+
+    @property
+    def in_flight(self) -> int:
+        """Requests of this router that the engine has not ended."""
+        return len(self._streams)
+
+    def lane_views(self) -> list[LaneView]:
+        """What the balancer compares: one entry per lane."""
+        age_s = self._clock_s() - self._load_at_s
+        return [self._lane_view(lane, age_s) for lane in range(max(1, self.hello.lanes))]
+
+    def submit(self, job: EngineJob) -> tuple[TokenStream, EnergyAccount]:
+        """Send a request down. The caller must `release` the stream, whatever happens.
+
+        Raises Overloaded if the replica does not take commands, ReplicaStopped if it is gone.
+        """
+        if self.closed.is_set():
+            raise ReplicaStopped
+        self._last_link_id += 1
+        stream = TokenStream(
+            link_id=self._last_link_id,
+            text=job.text,
+            buffer_bytes=job.buffer_bytes,
+            on_overflow=job.on_overflow,
+            clock_s=self._clock_s,
+        )
+        try:
+            self.commands.put_nowait(submit_command(job, request_id=stream.link_id, attempt=stream.attempt))
+        except asyncio.QueueFull:
+            raise Overloaded("the replica does not take commands", retry_after_ms=250) from None
+        account = EnergyAccount()
+        self._streams[stream.link_id] = stream
+        self._unseen[stream.link_id] = UnseenJob(self._snapshot_count, len(job.prompt_ids), job.lane)
+        self._open_account(stream.link_id, account)
+        return stream, account
+
+    def stop(self, stream: TokenStream) -> None:
+        """The answer is complete: let the engine finish it now, if it has not."""
+        if stream.link_id in self._streams:
+            self._send(link.ToReplica(stop=link.Stop(request_id=stream.link_id)))
+
+    def release(self, stream: TokenStream) -> None:
+        """Nobody reads the stream any more: cancel it, if the engine has not ended it."""
+        stream.abandon()
+        if self._streams.pop(stream.link_id, None) is not None:
+            self._unseen.pop(stream.link_id, None)
+            self._send(link.ToReplica(cancel=link.Cancel(request_id=stream.link_id)))
+
+    def drain(self, reason: str) -> None:
+        """Stop new work here and tell the replica; streams under way finish."""
+        self._is_draining = True
+        self._send(link.ToReplica(drain=link.Drain(reason=reason)))
+
+    def heard(self) -> None:
+        """A message came: the replica lives."""
+        self._heard_at_s = self._clock_s()
+
+    def mark_draining(self) -> None:
+        """The replica says that it takes no new work."""
+        self._is_draining = True
+
+    def take_load(self, load: link.LoadSnapshot) -> None:
+        """A newer snapshot. It may have crossed a submission; the one after it cannot have."""
+        self.load = load
+        self._load_at_s = self._clock_s()
+        self._snapshot_count += 1
+        if self._unseen:
+            seen = [
+                key for key, job in self._unseen.items() if self._snapshot_count - job.snapshot_count >= 2
+            ]
+            for key in seen:
+                del self._unseen[key]
+
+    def take_step(self, step: link.StepOutput) -> int:
+        """Hand the tokens of one engine step on to their streams. Returns how many there were."""
+        entries: list[StreamTokens] = []
+        num_tokens = 0
+        for delta in step.deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is None or delta.attempt != stream.attempt:
+                self.dropped_deltas += 1
+                continue
+            token_ids = tuple(delta.token_ids)
+            end = parse_end(delta) if delta.finish else None
+            if token_ids and delta.first_offset != stream.next_offset:
+                self.dropped_deltas += 1
+                if delta.first_offset < stream.next_offset and end is None:
+                    continue  # A duplicate.
+                logger.error("link_tokens_lost replica=%s offset=%d", self.replica_id, delta.first_offset)
+                self._send(link.ToReplica(cancel=link.Cancel(request_id=stream.link_id)))
+                token_ids, end = (), EngineFault("tokens of this answer were lost on the way")
+            stream.next_offset += len(token_ids)
+            num_tokens += len(token_ids)
+            entries.append((stream, token_ids, end))
+            self._note_progress(stream.link_id, end)
+        if entries:
+            self._worker.submit(entries)
+        if step.HasField("load"):
+            self.take_load(step.load)
+        return num_tokens
+
+    def take_energy(self, report: link.EnergyReport) -> None:
+        """Newer joules for requests of this router; final ones close their account."""
+        for entry in report.requests:
+            account = self._accounts.get(entry.request_id)
+            if account is None:
+                continue
+            energy: RequestEnergy = parse_energy(entry)
+            account.update(energy)
+            if account.is_settled:
+                del self._accounts[entry.request_id]
+
+    def close(self) -> None:
+        """The link is gone: every stream fails, every account stays at what is known. Safe to call twice."""
+        if self.closed.is_set():
+            return
+        self.closed.set()
+        streams, self._streams = self._streams, {}
+        if streams:
+            # Through the worker, so that tokens which came before are delivered before.
+            self._worker.submit([(stream, (), ReplicaStopped()) for stream in streams.values()])
+        accounts, self._accounts = self._accounts, {}
+        for account in accounts.values():
+            account.settle()
+        self._unseen.clear()
+
+    def _send(self, command: link.ToReplica) -> None:
+        if self.closed.is_set():
+            return
+        try:
+            self.commands.put_nowait(command)
+        except asyncio.QueueFull:
+            # A cancel must not be lost: a replica that does not read is as good as gone.
+            logger.error("link_overflow replica=%s commands=%d", self.replica_id, MAX_OUTGOING)
+            self.close()
+
+    def _note_progress(self, link_id: int, end: End | None) -> None:
+        self._unseen.pop(link_id, None)
+        if end is not None:
+            del self._streams[link_id]
+
+    def _open_account(self, link_id: int, account: EnergyAccount) -> None:
+        self._accounts[link_id] = account
+        if len(self._accounts) > MAX_OPEN_ACCOUNTS:
+            self._accounts.pop(next(iter(self._accounts))).settle()
+
+    def _lane_view(self, lane: int, age_s: float) -> LaneView:
+        unseen = [job for job in self._unseen.values() if job.lane == lane]
+        load = self.load
+        return LaneView(
+            replica_id=self.replica_id,
+            lane=lane,
+            running=load.running[lane] if lane < len(load.running) else 0,
+            waiting=load.waiting[lane] if lane < len(load.waiting) else 0,
+            waiting_prefill_tokens=(
+                load.waiting_prefill_tokens[lane] if lane < len(load.waiting_prefill_tokens) else 0
+            ),
+            unseen_requests=len(unseen),
+            unseen_prefill_tokens=sum(job.prompt_tokens for job in unseen),
+            in_flight=self.in_flight,
+            max_sequences=self.hello.max_sequences,
+            max_waiting=self._max_waiting,
+            snapshot_age_s=age_s,
+            step_ms=load.step_ms,
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+        )

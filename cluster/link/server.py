@@ -1,0 +1,151 @@
+"""The router's side of the replica link: `wattline.v1.ReplicaLink/Attach`.
+
+Replicas dial in. A stream is: Hello up, Welcome down, then steps, heartbeats and joules up, and work down.
+When it ends, for whatever reason, the replica is forgotten and what it was serving fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from time import monotonic
+from typing import TypeAlias
+
+import grpc
+
+from cluster.link.replica_connection import ReplicaConnection
+from cluster.link.replica_pool import ReplicaPool
+from cluster.router.served_model import ServedModel
+from cluster.telemetry.metrics import RouterMetrics
+from cluster.text.detokenize_worker import DetokenizeWorker
+from protos import wattline_link_pb2 as link
+from protos import wattline_link_pb2_grpc as link_grpc
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = 1
+MAX_REPLICAS = 1024
+HELLO_TIMEOUT_S = 10.0
+
+LinkContext: TypeAlias = "grpc.aio.ServicerContext[link.FromReplica, link.ToReplica]"
+
+
+class LinkServicer(link_grpc.ReplicaLinkServicer):
+    """Owns no state: connections live in the pool as long as their Attach call."""
+
+    def __init__(
+        self,
+        *,
+        router_id: str,
+        models: Mapping[str, ServedModel],
+        pool: ReplicaPool,
+        worker: DetokenizeWorker,
+        metrics: RouterMetrics,
+    ) -> None:
+        self._router_id = router_id
+        self._models = models
+        self._pool = pool
+        self._worker = worker
+        self._metrics = metrics
+
+    # A coroutine that writes, where the generated signature wants an iterator: gRPC takes both, and only this
+    # form reads and writes at the same time.
+    async def Attach(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[link.FromReplica], context: LinkContext
+    ) -> None:
+        connection = await self._greet(request_iterator, context)
+        await context.write(link.ToReplica(welcome=link.Welcome(router_id=self._router_id)))
+        self._pool.attach(connection)
+        logger.info("replica_attached id=%s epoch=%d", connection.replica_id, connection.epoch)
+        tasks = (
+            asyncio.create_task(self._read(connection, request_iterator)),
+            asyncio.create_task(self._write(connection, context)),
+            asyncio.create_task(connection.closed.wait()),
+        )
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if (error := task.exception()) is not None:
+                    logger.error("link_failed id=%s", connection.replica_id, exc_info=error)
+        finally:
+            self._pool.detach(connection)
+            logger.info("replica_detached id=%s epoch=%d", connection.replica_id, connection.epoch)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _greet(
+        self, messages: AsyncIterator[link.FromReplica], context: LinkContext
+    ) -> ReplicaConnection:
+        """The connection for a valid Hello; aborts the call on any other."""
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                message = await anext(messages)
+        except (TimeoutError, StopAsyncIteration):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the link must begin with Hello")
+        problem = self._hello_problem(message)
+        if problem:
+            logger.warning("replica_refused id=%s problem=%s", message.hello.replica_id, problem)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, problem)
+        model = self._models[message.hello.model]
+        if message.hello.tokenizer_digest != model.tokenizer.digest:
+            logger.warning("tokenizer_differs id=%s model=%s", message.hello.replica_id, model.name)
+        return ReplicaConnection(
+            hello=message.hello,
+            epoch=message.epoch,
+            max_waiting=model.section.limits.max_waiting,
+            worker=self._worker,
+            clock_s=monotonic,
+        )
+
+    def _hello_problem(self, message: link.FromReplica) -> str:
+        """What is wrong with the first message; empty: nothing."""
+        hello = message.hello
+        if message.WhichOneof("event") != "hello" or not hello.replica_id:
+            return "the link must begin with a Hello that names its replica"
+        if hello.protocol != PROTOCOL:
+            return f"link protocol {hello.protocol} is not spoken here; this router speaks {PROTOCOL}"
+        if hello.model not in self._models:
+            return f"model {hello.model!r} is not configured at this router; it has {', '.join(self._models)}"
+        if min(hello.lanes, hello.context_tokens, hello.max_sequences, hello.vocab_size) < 1:
+            return "lanes, context_tokens, max_sequences and vocab_size must be at least 1"
+        older = self._pool.find(hello.replica_id)
+        if older is not None and older.epoch > message.epoch:
+            return f"epoch {message.epoch} of this replica is over; {older.epoch} is attached"
+        if older is not None and older.epoch == message.epoch and not older.is_silent:
+            return "this replica is attached by another stream, which is alive"
+        if older is None and len(self._pool) >= MAX_REPLICAS:
+            return f"{MAX_REPLICAS} replicas are attached, which is the limit of a router"
+        return ""
+
+    async def _read(self, connection: ReplicaConnection, messages: AsyncIterator[link.FromReplica]) -> None:
+        async for message in messages:
+            if message.epoch != connection.epoch:
+                continue  # From a life that is over.
+            connection.heard()
+            event = message.WhichOneof("event")
+            self._metrics.count_link_message("up", event or "none")
+            match event:
+                case "step":
+                    num_tokens = connection.take_step(message.step)
+                    if num_tokens:
+                        self._models[connection.hello.model].token_rate.add(num_tokens, now_s=monotonic())
+                case "heartbeat":
+                    connection.take_load(message.heartbeat.load)
+                case "energy":
+                    connection.take_energy(message.energy)
+                case "draining":
+                    connection.mark_draining()
+                    self._pool.changed()
+                case "goodbye":
+                    logger.info("replica_goodbye id=%s", connection.replica_id)
+                    return
+                case _:
+                    logger.warning("link_message_unexpected id=%s event=%s", connection.replica_id, event)
+
+    async def _write(self, connection: ReplicaConnection, context: LinkContext) -> None:
+        while True:
+            command = await connection.commands.get()
+            self._metrics.count_link_message("down", command.WhichOneof("command") or "none")
+            await context.write(command)

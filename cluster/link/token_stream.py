@@ -1,0 +1,110 @@
+"""One answer on its way through the router: filled by the link, drained by the caller's handler.
+
+Lives on the event loop, but for `text`, which only the detokenising thread touches. What a slow reader leaves
+unread is coalesced here, so the memory is four bytes a token and its text, and it is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.router.errors import RouterError
+from cluster.text.answer_text import AnswerText, Piece
+from replicas.request import FinishReason, SequenceTiming
+
+TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The engine ended the sequence in good order."""
+
+    reason: FinishReason
+    timing: SequenceTiming | None
+
+
+End = Finished | RouterError
+"""How an answer ends; each has exactly one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """All that came since the last batch. `is_stopped`: a stop text or token came. `end`: nothing follows."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    is_stopped: bool
+    end: End | None
+
+
+class TokenStream:
+    """The pending tokens of one request at one replica."""
+
+    def __init__(
+        self,
+        *,
+        link_id: int,
+        text: AnswerText,
+        buffer_bytes: int,
+        on_overflow: Callable[[], None],
+        clock_s: Callable[[], float],
+    ) -> None:
+        self.link_id = link_id
+        self.attempt = 0
+        self.text = text
+        self.next_offset = 0
+        """Offset of the next token from the link; everything else is a duplicate or a gap."""
+        self.wasted_tokens = 0
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self._buffer_bytes = buffer_bytes
+        self._on_overflow = on_overflow
+        self._clock_s = clock_s
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._is_stopped = False
+        self._is_abandoned = False
+        self._end: End | None = None
+        self._wakeup: asyncio.Future[None] | None = None
+
+    def deliver(self, piece: Piece, end: End | None) -> None:
+        """Add what a step gave. After the end, nothing is added any more."""
+        if self._end is not None or self._is_abandoned:
+            return
+        self._end = end
+        self.wasted_tokens += piece.wasted_tokens
+        self._is_stopped = self._is_stopped or piece.is_stopped
+        if piece.text:
+            self._texts.append(piece.text)
+        if piece.token_ids:
+            self._token_ids.extend(piece.token_ids)
+            self.last_token_s = self._clock_s()
+            self.first_token_s = self.first_token_s or self.last_token_s
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+        elif len(self._token_ids) * TOKEN_BYTES > self._buffer_bytes:
+            self._on_overflow()
+
+    def abandon(self) -> None:
+        """Nobody reads it any more."""
+        self._is_abandoned = True
+
+    async def next(self) -> Batch:
+        """Wait for something new, and take all of it. One reader."""
+        if not (self._texts or self._token_ids or self._end):
+            self._wakeup = asyncio.get_running_loop().create_future()
+            await self._wakeup
+            self._wakeup = None
+        texts, self._texts = self._texts, []
+        token_ids, self._token_ids = self._token_ids, []
+        return Batch(
+            text="".join(texts), token_ids=tuple(token_ids), is_stopped=self._is_stopped, end=self._end
+        )
+
+    async def wait_end(self) -> End:
+        """Throw away what still comes, and return how it ended."""
+        while self._end is None:
+            await self.next()
+        return self._end

@@ -1,0 +1,5 @@
+"""`python -m cluster.router --config FILE`: one router in the foreground."""
+
+from cluster.router.process import main
+
+main()

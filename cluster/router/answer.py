@@ -1,0 +1,49 @@
+"""What the router gives back for a request: pieces of text, then one summary. Plain data, no protobuf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.router.energy_account import RequestEnergy
+from replicas.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one request. `completion_tokens` were sent; `wasted_tokens` were paid for, but not sent."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    wasted_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Where the time went. The first three are the engine's, the last two the router's."""
+
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    ttft_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text and tokens; `finish` (STOP or LENGTH) is set on the last one alone."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """The end of a successful answer. `energy` None: nothing is known yet."""
+
+    request_id: str
+    trace_id: str
+    usage: Usage
+    timing: Timing
+    energy: RequestEnergy | None

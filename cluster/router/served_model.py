@@ -1,0 +1,53 @@
+"""One configured model as the router sees it: its tokenizer, its bounds, and what it has done so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cluster.config import ModelSection
+from cluster.router.energy_account import RequestEnergy
+from cluster.router.rates import EnergyRate, TokenRate
+from cluster.router.validation import RequestBounds
+from cluster.text.tokenizer import Tokenizer
+
+
+class ServedModel:
+    """Mutable counters; owned by the event loop. Totals count since the router started."""
+
+    def __init__(self, section: ModelSection, tokenizer: Tokenizer, *, max_prompt_bytes: int) -> None:
+        self.section = section
+        self.tokenizer = tokenizer
+        self.bounds = RequestBounds(
+            max_prompt_bytes=max_prompt_bytes,
+            max_output_tokens=section.limits.max_output_tokens,
+            vocab_size=tokenizer.vocab_size,
+            has_chat_template=tokenizer.has_chat_template,
+        )
+        self.active_requests = 0
+        self.requests_total = 0
+        self.refused_total = 0
+        self.prompt_tokens_total = 0
+        self.output_tokens_total = 0
+        self.energy_mj_total = 0
+        self.token_rate = TokenRate()
+        self.energy_rate = EnergyRate()
+
+    @property
+    def name(self) -> str:
+        return self.section.name
+
+    @contextmanager
+    def one_more_active(self) -> Iterator[None]:
+        """Count a request from its admission to its end."""
+        self.active_requests += 1
+        self.requests_total += 1
+        try:
+            yield
+        finally:
+            self.active_requests -= 1
+
+    def add_energy(self, energy: RequestEnergy, *, output_tokens: int) -> None:
+        """The settled joules of one request."""
+        self.energy_mj_total += energy.total_mj
+        self.energy_rate.add(energy_mj=energy.total_mj, output_tokens=output_tokens, source=energy.source)

@@ -1,0 +1,157 @@
+"""`wattline.v1.Inference`: protobuf in, `Streams` at work, protobuf out."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Executor
+from contextlib import aclosing
+from typing import TypeAlias
+
+import grpc
+
+from cluster.link.replica_pool import ReplicaPool
+from cluster.router import wire
+from cluster.router.answer import Completed, TextDelta
+from cluster.router.completion import Completion
+from cluster.router.energy_record import EnergyRecord
+from cluster.router.errors import InvalidRequest, UnknownModel
+from cluster.router.rpc import Rpc, RpcGuard
+from cluster.router.served_model import ServedModel
+from cluster.router.streams import Caller, Streams
+from cluster.router.validation import parse_chat, parse_generate, parse_text, parse_token_ids, parse_turns
+from protos import wattline_inference_pb2 as pb
+from protos import wattline_inference_pb2_grpc as pb_grpc
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+
+GenerateContext: TypeAlias = "grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]"
+ChatContext: TypeAlias = "grpc.aio.ServicerContext[pb.ChatRequest, pb.GenerateResponse]"
+TokenizeContext: TypeAlias = "grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse]"
+DetokenizeContext: TypeAlias = "grpc.aio.ServicerContext[pb.DetokenizeRequest, pb.DetokenizeResponse]"
+ListModelsContext: TypeAlias = "grpc.aio.ServicerContext[pb.ListModelsRequest, pb.ListModelsResponse]"
+GetEnergyContext: TypeAlias = "grpc.aio.ServicerContext[pb.GetEnergyRequest, pb.GetEnergyResponse]"
+
+
+# The generated signature of a streaming method wants an iterator. A coroutine that writes is as good for
+# gRPC, and makes sure that a call's clean-up runs before the call is over: hence the `override` exceptions.
+class InferenceServicer(pb_grpc.InferenceServicer):
+    """Holds no state of its own."""
+
+    def __init__(
+        self,
+        *,
+        guard: RpcGuard,
+        models: Mapping[str, ServedModel],
+        pool: ReplicaPool,
+        streams: Streams,
+        record: EnergyRecord,
+        tokenizing: Executor,
+    ) -> None:
+        self._guard = guard
+        self._models = models
+        self._pool = pool
+        self._streams = streams
+        self._record = record
+        self._tokenizing = tokenizing
+
+    async def Generate(  # type: ignore[override]
+        self, request: pb.GenerateRequest, context: GenerateContext
+    ) -> None:
+        async with self._guard.call(context, f"{SERVICE}/Generate", is_inference=True) as rpc:
+            model = self._find(request.model, rpc)
+            await self._answer(parse_generate(request, model.bounds, _draw_seed), rpc, context)
+
+    async def Chat(self, request: pb.ChatRequest, context: ChatContext) -> None:  # type: ignore[override]
+        async with self._guard.call(context, f"{SERVICE}/Chat", is_inference=True) as rpc:
+            model = self._find(request.model, rpc)
+            await self._answer(parse_chat(request, model.bounds, _draw_seed), rpc, context)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: TokenizeContext) -> pb.TokenizeResponse:
+        async with self._guard.call(context, f"{SERVICE}/Tokenize") as rpc:
+            model = self._find(request.model, rpc)
+            match request.WhichOneof("input"):
+                case "text":
+                    ids = await self._streams.tokenize(
+                        model, parse_text(request.text, model.bounds, field="text")
+                    )
+                case "conversation":
+                    prompt = parse_turns(request.conversation.messages, model.bounds)
+                    ids = await self._streams.tokenize(model, prompt)
+                case _:
+                    raise InvalidRequest(
+                        field="input", got="nothing", limit="text or conversation", fix="set one of them"
+                    )
+        return pb.TokenizeResponse(token_ids=ids)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: DetokenizeContext
+    ) -> pb.DetokenizeResponse:
+        async with self._guard.call(context, f"{SERVICE}/Detokenize") as rpc:
+            model = self._find(request.model, rpc)
+            ids = parse_token_ids(request.token_ids, model.bounds, field="token_ids")
+            loop = asyncio.get_running_loop()
+            text = await loop.run_in_executor(self._tokenizing, model.tokenizer.decode, ids)
+        return pb.DetokenizeResponse(text=text)
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: ListModelsContext
+    ) -> pb.ListModelsResponse:
+        async with self._guard.call(context, f"{SERVICE}/ListModels"):
+            return pb.ListModelsResponse(models=[self._describe(model) for model in self._models.values()])
+
+    async def GetEnergy(
+        self, request: pb.GetEnergyRequest, context: GetEnergyContext
+    ) -> pb.GetEnergyResponse:
+        async with self._guard.call(context, f"{SERVICE}/GetEnergy"):
+            finished = self._record.find(request.request_id)
+            return pb.GetEnergyResponse(
+                energy=wire.energy_message(finished.account.energy, finished.usage),
+                usage=wire.usage_message(finished.usage),
+            )
+
+    async def _answer(self, completion: Completion, rpc: Rpc, context: GenerateContext | ChatContext) -> None:
+        """Write every delta, then the one final message."""
+        caller = Caller(
+            request_id=rpc.request_id,
+            span=rpc.span,
+            time_remaining_s=rpc.time_remaining_s,
+            accept=lambda: context.send_initial_metadata(rpc.id_metadata),
+            interrupt=rpc.interrupt,
+        )
+        events: AsyncIterator[TextDelta | Completed] = self._streams.run(completion, caller)
+        async with aclosing(events) as answer:  # type: ignore[type-var]
+            async for event in answer:
+                if isinstance(event, TextDelta):
+                    await context.write(wire.delta_message(event))
+                else:
+                    context.set_trailing_metadata((*rpc.id_metadata, *wire.energy_trailers(event.energy)))
+                    await context.write(wire.final_message(event))
+
+    def _find(self, name: str, rpc: Rpc) -> ServedModel:
+        if not name:
+            raise InvalidRequest(
+                field="model", got="nothing", limit="a served model", fix="name one of ListModels"
+            )
+        model = self._models.get(name)
+        if model is None:
+            raise UnknownModel(served=tuple(self._models))
+        rpc.model = name
+        return model
+
+    def _describe(self, model: ServedModel) -> pb.Model:
+        attached = self._pool.of_model(model.name)
+        hello = attached[0].hello if attached else None
+        return pb.Model(
+            name=model.name,
+            architecture=hello.architecture if hello else "",
+            context_tokens=hello.context_tokens if hello else model.section.limits.context_tokens,
+            max_output_tokens=model.bounds.max_output_tokens,
+            ready_replicas=len(self._pool.ready(model.name)),
+            chat=model.bounds.has_chat_template,
+        )
+
+
+def _draw_seed() -> int:
+    return secrets.randbits(64)

@@ -1,0 +1,86 @@
+"""Answers as protobuf messages of `wattline.v1`, and the metadata that goes with them."""
+
+from __future__ import annotations
+
+from cluster.router.answer import Completed, TextDelta, Timing, Usage
+from cluster.router.energy_account import RequestEnergy
+from cluster.telemetry import semconv
+from protos import wattline_inference_pb2 as pb
+from replicas.request import FinishReason
+
+FINISH_REASONS = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+def delta_message(delta: TextDelta) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        delta=pb.Delta(text=delta.text, token_ids=delta.token_ids, finish_reason=FINISH_REASONS[delta.finish])
+    )
+
+
+def final_message(completed: Completed) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        final=pb.Final(
+            request_id=completed.request_id,
+            usage=usage_message(completed.usage),
+            timing=_timing_message(completed.timing),
+            energy=energy_message(completed.energy, completed.usage),
+            trace_id=completed.trace_id,
+        )
+    )
+
+
+def usage_message(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        wasted_tokens=usage.wasted_tokens,
+    )
+
+
+def energy_message(energy: RequestEnergy | None, usage: Usage) -> pb.Energy:
+    """Joules, per token too; whatever is not known stays unset."""
+    if energy is None:
+        return pb.Energy(state=pb.ENERGY_STATE_PROVISIONAL)
+    total_j = energy.total_mj / 1e3
+    output_tokens, total_tokens = usage.completion_tokens, usage.prompt_tokens + usage.completion_tokens
+    return pb.Energy(
+        total_j=total_j,
+        prefill_j=energy.prefill_mj / 1e3,
+        decode_j=energy.decode_mj / 1e3,
+        static_j=energy.static_mj / 1e3,
+        joules_per_output_token=total_j / output_tokens if output_tokens else None,
+        joules_per_total_token=total_j / total_tokens if total_tokens else None,
+        source=energy.source,
+        method=energy.method,
+        window_ms=energy.window_ms,
+        confidence_factor=energy.confidence_factor,
+        state=pb.ENERGY_STATE_FINAL if energy.is_final else pb.ENERGY_STATE_PROVISIONAL,
+    )
+
+
+def energy_trailers(energy: RequestEnergy | None) -> tuple[tuple[str, str], ...]:
+    """The joules again, for callers and proxies that read only metadata."""
+    is_final = energy is not None and energy.is_final
+    state = (semconv.TRAILER_ENERGY_STATE, "final" if is_final else "provisional")
+    if energy is None:
+        return (state,)
+    return (
+        state,
+        (semconv.TRAILER_ENERGY_JOULES, f"{energy.total_mj / 1e3:.3f}"),
+        (semconv.TRAILER_ENERGY_SOURCE, energy.source),
+    )
+
+
+def _timing_message(timing: Timing) -> pb.Timing:
+    return pb.Timing(
+        queue_ms=timing.queue_ms,
+        prefill_ms=timing.prefill_ms,
+        decode_ms=timing.decode_ms,
+        ttft_ms=timing.ttft_ms,
+        total_ms=timing.total_ms,
+    )

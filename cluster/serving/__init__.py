@@ -1,0 +1,1 @@
+"""What `wattline up` runs: Ray, placement on Ray Serve, the router child, the energy agent."""

@@ -1,0 +1,126 @@
+"""One Serve replica: a supervisor with its ranks, in one placement group on one node.
+
+Serve calls the constructor, `check_health` and `__del__`, all on the event loop that gRPC uses. The group is
+one failure domain: when it is lost this process leaves at once, and Serve makes a new replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from ray import serve
+
+from cluster.config import Config, ModelSection
+from cluster.serving.energy_agent import energy_agent_address, keep_energy_agent
+from cluster.serving.loading_note import LoadingNote
+from cluster.serving.placement import place
+from cluster.serving.ray_ranks import RayRankGroup
+from cluster.serving.run_folder import RunFolder
+from cluster.sources import resolve_source
+from replicas.config import ReplicaConfig
+from replicas.supervisor.supervisor import Supervisor
+
+CUDA_LOOKAHEAD = 1
+"""On a GPU the next step is planned while one runs."""
+NOTE_PERIOD_S = 0.25
+
+logger = logging.getLogger(__name__)
+
+
+class ReplicaDeployment:
+    """What Serve holds. `device` is the resolved one, cpu or cuda."""
+
+    _supervisor: Supervisor | None = None
+    """None until the constructor got that far; Serve may call `__del__` before."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it.
+        self, *, config: Config, model: str, device: str
+    ) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        section = config.model(model)
+        folder = RunFolder(Path(config.runtime_dir))
+        folder.prepare()
+        folder.shared_dir.mkdir(mode=0o700, exist_ok=True)
+        source = section.source
+        if not section.is_null:
+            source = str(await asyncio.to_thread(resolve_source, source, revision=section.revision))
+        told = replica_config(config, section, folder, source=source, device=device)
+        self._agent = asyncio.create_task(_keep_agent(config, told, folder))
+        self._supervisor = Supervisor(
+            told,
+            RayRankGroup(place(section, device=device)),
+            leave,
+        )
+        noting = asyncio.create_task(_note_loading(self._supervisor, LoadingNote(folder.path, model)))
+        try:
+            await self._supervisor.start()
+        finally:
+            noting.cancel()
+            with suppress(asyncio.CancelledError):
+                await noting
+
+    async def check_health(self) -> None:
+        """Raises RankLost when the group is lost. The exit of this process usually comes first."""
+        assert self._supervisor, "Serve asks after the constructor"
+        self._supervisor.check_health()
+
+    async def __del__(self) -> None:
+        """Serve awaits this before it ends a replica: streams under way finish, within `limits.drain_s`."""
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is None:
+            return
+        await supervisor.drain()
+        await supervisor.stop()
+        self._agent.cancel()
+
+
+def leave(reason: str) -> None:
+    """The group is lost and its processes are gone: so is this one, and Serve sees it at its next look."""
+    logger.error("replica_left reason=%s", reason)
+    logging.shutdown()
+    os._exit(1)
+
+
+def replica_config(
+    config: Config, section: ModelSection, folder: RunFolder, *, source: str, device: str
+) -> ReplicaConfig:
+    """What the supervisor is told, on this node."""
+    router = config.router
+    needs_agent = not section.is_null and config.energy.meter != "fake"
+    return ReplicaConfig(
+        model=section.name,
+        source=source,
+        replica_id=f"{section.name}#{serve.get_replica_context().replica_id.unique_id}",
+        routers=router.link_addresses or (f"{router.link_host}:{router.link_port}",),
+        parallel=section.parallel.to_parallel(),
+        limits=section.limits.to_engine(lookahead=CUDA_LOOKAHEAD if device == "cuda" else 0),
+        null=section.null_engine.to_null(),
+        device=device,
+        dtype=section.dtype,
+        threads_per_rank=section.threads_per_rank,
+        runtime_dir=str(folder.path),
+        shared_dir=str(folder.shared_dir),
+        energy_agent=energy_agent_address(folder.path) if needs_agent else "",
+        meter=config.energy.meter,
+        drain_s=section.limits.drain_s,
+        ready_timeout_s=section.limits.ready_timeout_s,
+    )
+
+
+async def _keep_agent(config: Config, told: ReplicaConfig, folder: RunFolder) -> None:
+    if told.energy_agent:
+        await keep_energy_agent(config.energy, folder.path)
+
+
+async def _note_loading(supervisor: Supervisor, note: LoadingNote) -> None:
+    """Write down how far the ranks are, for the screen of `up`, until cancelled."""
+    try:
+        while True:
+            note.write([(one.stage, one.done, one.total) for one in supervisor.progress])
+            await asyncio.sleep(NOTE_PERIOD_S)
+    finally:
+        note.remove()

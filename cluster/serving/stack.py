@@ -1,0 +1,174 @@
+"""Everything one `wattline up` runs: a router child, a Ray, and one Serve application per model.
+
+`start` returns when all are on their way, `progress` tells how far they are, `tend` keeps the router alive,
+`stop` drains and leaves nothing behind. Used by `wattline up` and `wattline demo`; one thread calls it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass, replace
+
+import psutil
+
+from cluster.addresses import RouterAddresses
+from cluster.client import CallError, Client
+from cluster.command_error import CommandError
+from cluster.config import Config
+from cluster.replies import RouterState
+from cluster.serving.deployments import Deployments
+from cluster.serving.loading_note import Loading, read_loading
+from cluster.serving.ray_session import RaySession, node_address
+from cluster.serving.router_process import RouterProcess
+from cluster.serving.run_folder import RunFolder, UpState
+
+POLL_S = 0.1
+EVERYWHERE = "0.0.0.0"
+STATUS_TIMEOUT_S = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelProgress:
+    """A model on its way. `running` counts replicas ready for Serve, `attached` those at the router."""
+
+    model: str
+    wanted: int
+    running: int
+    attached: int
+    failure: str = ""
+    hint: str = ""
+    loading: Loading | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.attached >= self.wanted
+
+    @property
+    def stage(self) -> str:
+        """Where it is, in words."""
+        if self.is_ready:
+            return "ready"
+        if self.hint:
+            return self.hint
+        what = f"loading {self.loading.stage}" if self.loading else "starting ranks"
+        return f"{what}, {self.attached} of {self.wanted} replicas ready" if self.wanted > 1 else what
+
+    @property
+    def fraction(self) -> float | None:
+        """Of all replicas; None while nothing is known."""
+        if not self.attached and not self.loading:
+            return None
+        loading = self.loading.fraction if self.loading and not self.is_ready else 0.0
+        return min(1.0, (self.attached + loading) / self.wanted)
+
+
+class Stack:
+    """Owns router and Ray. `folder` is locked by the caller."""
+
+    def __init__(self, config: Config, folder: RunFolder) -> None:
+        self._folder = folder
+        self._config = config
+        self._ray = RaySession(config, folder)
+        self._router = RouterProcess(config, folder)
+        self._deployments: Deployments | None = None
+        self._client: Client | None = None
+        self._state = UpState(pid=os.getpid(), created_s=psutil.Process().create_time())
+
+    @property
+    def addresses(self) -> RouterAddresses:
+        assert self._router.addresses, "the router listens once `start` returned"
+        return self._router.addresses
+
+    @property
+    def client(self) -> Client:
+        assert self._client, "the router listens once `start` returned"
+        return self._client
+
+    def start(self) -> None:
+        """Start router and Ray, and hand the models to Serve. Raises CommandError."""
+        self._folder.write_state(self._state)
+        self._router.start()
+        self._ray.start()
+        while (addresses := self._router.poll_addresses()) is None:
+            time.sleep(POLL_S)
+        self._client = Client(_dialable(addresses.grpc))
+        self._state = replace(
+            self._state,
+            grpc=addresses.grpc,
+            http=addresses.http,
+            link=addresses.link,
+            ray=self._ray.address,
+        )
+        self._folder.write_state(self._state)
+        self._deployments = Deployments(self._with_links(addresses))
+        self._deployments.deploy()
+
+    def _with_links(self, addresses: RouterAddresses) -> Config:
+        """What replicas are told: where the router really listens, unless the file says where to dial."""
+        if self._config.router.link_addresses:
+            return self._config
+        link = (
+            _dialable(addresses.link)
+            if self._ray.is_owner
+            else addresses.link.replace(EVERYWHERE, node_address())
+        )
+        router = self._config.router.model_copy(update={"link_addresses": (link,)})
+        return self._config.model_copy(update={"router": router})
+
+    def progress(self) -> tuple[ModelProgress, ...]:
+        """How far every model is. Raises CommandError if one cannot be served."""
+        assert self._deployments, "start the stack first"
+        state, loading = self.status(), read_loading(self._folder.path)
+        attached = {model.name: model.num_ready for model in state.models} if state else {}
+        models = tuple(
+            ModelProgress(
+                model=one.model,
+                wanted=one.wanted,
+                running=one.running,
+                attached=attached.get(one.model, 0),
+                failure=one.failure,
+                hint=one.hint,
+                loading=loading.get(one.model),
+            )
+            for one in self._deployments.progress()
+        )
+        failures = [f"model {one.model!r} cannot be served: {one.failure}" for one in models if one.failure]
+        if failures:
+            raise CommandError("\n".join(failures))
+        return models
+
+    def mark_ready(self) -> None:
+        """Tell other commands that every model answers."""
+        self._state = replace(self._state, is_ready=True)
+        self._folder.write_state(self._state)
+
+    def tend(self) -> None:
+        """Call often: starts a dead router again. Raises CommandError when it cannot live."""
+        self._router.tend()
+
+    def status(self) -> RouterState | None:
+        """What the router says; None while it does not answer."""
+        try:
+            return self.client.status(timeout_s=STATUS_TIMEOUT_S)
+        except CallError:
+            return None
+
+    def stop(self) -> None:
+        """Drain and end everything. Replicas go first, so that streams under way end through the router."""
+        try:
+            if self._deployments and not self._deployments.delete():
+                logger.warning("drain_cut_short")
+        finally:
+            self._router.stop()
+            self._ray.stop()
+            if self._client:
+                self._client.close()
+
+
+def _dialable(address: str) -> str:
+    """A socket bound to every interface is reached through loopback from here."""
+    return address.replace(EVERYWHERE, "127.0.0.1") if address.startswith(EVERYWHERE) else address

@@ -1,0 +1,1 @@
+"""Traces and metrics of the router, and the names they go by."""

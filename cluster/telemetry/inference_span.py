@@ -1,0 +1,111 @@
+"""The span of the model's work for one request, and its children queue, prefill and decode.
+
+It ends twice: `finish` fixes its end time and what was done, `export` adds the joules and lets it go.
+"""
+
+from __future__ import annotations
+
+from time import time_ns
+
+from opentelemetry.trace import (
+    Span,
+    Status,
+    StatusCode,
+    Tracer,
+    format_span_id,
+    format_trace_id,
+    set_span_in_context,
+)
+
+from cluster.router.answer import Usage
+from cluster.router.energy_account import RequestEnergy
+from cluster.router.errors import RouterError
+from cluster.telemetry import semconv
+from replicas.request import FinishReason, SequenceTiming
+
+
+class InferenceSpan:
+    """Started when the request goes down the link. Mutable; owned by the event loop."""
+
+    def __init__(self, tracer: Tracer, span: Span) -> None:
+        self._tracer = tracer
+        self._span = span
+        self._start_ns = time_ns()
+        self._end_ns: int | None = None
+
+    @property
+    def is_recording(self) -> bool:
+        return self._span.is_recording()
+
+    @property
+    def traceparent(self) -> str:
+        """The W3C trace context that goes to the replica."""
+        context = self._span.get_span_context()
+        trace_id, span_id = format_trace_id(context.trace_id), format_span_id(context.span_id)
+        return f"00-{trace_id}-{span_id}-{context.trace_flags:02x}"
+
+    def finish(
+        self,
+        *,
+        replica_id: str,
+        usage: Usage,
+        timing: SequenceTiming | None,
+        outcome: FinishReason | RouterError | None,
+    ) -> None:
+        """The model's work is over, now. `outcome` None: the caller went away."""
+        self._end_ns = time_ns()
+        if not self.is_recording:
+            return
+        self._span.set_attributes(
+            {
+                semconv.REPLICA_ID: replica_id,
+                semconv.INPUT_TOKENS: usage.prompt_tokens,
+                semconv.CACHED_TOKENS: usage.cached_tokens,
+                semconv.OUTPUT_TOKENS: usage.completion_tokens,
+                semconv.WASTED_TOKENS: usage.wasted_tokens,
+                semconv.FINISH_REASONS: (
+                    outcome.name.lower()
+                    if isinstance(outcome, FinishReason)
+                    else "cancelled"
+                    if outcome is None
+                    else "error",
+                ),
+            }
+        )
+        if isinstance(outcome, RouterError):
+            self._span.set_attribute(semconv.ERROR_TYPE, type(outcome).__name__)
+            self._span.set_status(Status(StatusCode.ERROR))
+        if timing is not None:
+            self._span.set_attribute(semconv.PREEMPTIONS, timing.preemptions)
+            self._add_phases(timing)
+
+    def export(self, energy: RequestEnergy | None) -> None:
+        """End it at the time it finished, with the joules that are known by now."""
+        self._span.set_attribute(semconv.ENERGY_FINAL, energy is not None and energy.is_final)
+        if energy is not None:
+            self._span.set_attributes(
+                {
+                    semconv.ENERGY_TOTAL_J: energy.total_mj / 1e3,
+                    semconv.ENERGY_PREFILL_J: energy.prefill_mj / 1e3,
+                    semconv.ENERGY_DECODE_J: energy.decode_mj / 1e3,
+                    semconv.ENERGY_STATIC_J: energy.static_mj / 1e3,
+                    semconv.ENERGY_SOURCE: energy.source,
+                    semconv.ENERGY_METHOD: energy.method,
+                    semconv.ENERGY_WINDOW_MS: energy.window_ms,
+                    semconv.ENERGY_CONFIDENCE: energy.confidence_factor,
+                }
+            )
+        self._span.end(end_time=self._end_ns)
+
+    def _add_phases(self, timing: SequenceTiming) -> None:
+        """Child spans from the engine's durations, laid end to end from the submission on."""
+        context = set_span_in_context(self._span)
+        start_ns = self._start_ns
+        for name, duration_us in (
+            (semconv.QUEUE, timing.queue_us),
+            (semconv.PREFILL, timing.prefill_us),
+            (semconv.DECODE, timing.decode_us),
+        ):
+            end_ns = start_ns + duration_us * 1000
+            self._tracer.start_span(name, context=context, start_time=start_ns).end(end_time=end_ns)
+            start_ns = end_ns

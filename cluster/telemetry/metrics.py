@@ -1,0 +1,88 @@
+"""Prometheus series of the router. Joules here are the requests' shares; agents export the meters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from cluster.router.answer import Timing, Usage
+from cluster.router.energy_account import RequestEnergy
+
+# Buckets of the GenAI conventions; the first-token ones go on past 10 s for cold prompts on CPU.
+TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+DURATION_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+UNKNOWN_MODEL = "unknown"
+"""The label for names that are not configured: callers must not make label values."""
+
+
+class RouterMetrics:
+    """Owns one registry, so that two routers in a process do not meet."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, ("model",), buckets=buckets, registry=self.registry)
+
+        self._requests = counter("wattline_requests", "Requests ended, by gRPC status.", "model", "code")
+        self._tokens = counter("wattline_tokens", "Tokens, by kind.", "model", "kind")
+        self._energy = counter(
+            "wattline_request_energy_joules", "Energy attributed to requests.", "model", "phase", "source"
+        )
+        self._link_messages = counter(
+            "wattline_link_messages", "Messages on replica links.", "direction", "event"
+        )
+        self._ttft = histogram(
+            "wattline_time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS
+        )
+        self._tpot = histogram(
+            "wattline_time_per_output_token_seconds", "Mean time of later tokens.", TPOT_BUCKETS
+        )
+        self._duration = histogram(
+            "wattline_request_duration_seconds", "Arrival to last token.", DURATION_BUCKETS
+        )
+        self._queue = histogram("wattline_queue_seconds", "Waiting in the engine's queue.", TTFT_BUCKETS)
+
+    def add_gauges(self, read: Callable[[], Iterable[Metric]]) -> None:
+        """Gauges that are read off when they are asked for."""
+        self.registry.register(_GaugeReader(read))
+
+    def count_request(self, model: str, code: str) -> None:
+        self._requests.labels(model or UNKNOWN_MODEL, code).inc()
+
+    def count_link_message(self, direction: str, event: str) -> None:
+        self._link_messages.labels(direction, event).inc()
+
+    def observe_answer(self, model: str, *, usage: Usage, timing: Timing, decode_s: float) -> None:
+        """One answer that gave at least a token, whole or not."""
+        self._ttft.labels(model).observe(timing.ttft_ms / 1e3)
+        self._duration.labels(model).observe(timing.total_ms / 1e3)
+        self._queue.labels(model).observe(timing.queue_ms / 1e3)
+        if usage.completion_tokens > 1:
+            self._tpot.labels(model).observe(decode_s / (usage.completion_tokens - 1))
+
+    def count_tokens(self, model: str, usage: Usage) -> None:
+        self._tokens.labels(model, "prompt").inc(usage.prompt_tokens)
+        self._tokens.labels(model, "cached").inc(usage.cached_tokens)
+        self._tokens.labels(model, "output").inc(usage.completion_tokens)
+        self._tokens.labels(model, "wasted").inc(usage.wasted_tokens)
+
+    def add_energy(self, model: str, energy: RequestEnergy) -> None:
+        """The settled joules of one request."""
+        self._energy.labels(model, "prefill", energy.source).inc(energy.prefill_mj / 1e3)
+        self._energy.labels(model, "decode", energy.source).inc(energy.decode_mj / 1e3)
+
+
+class _GaugeReader(Collector):
+    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        return self._read()

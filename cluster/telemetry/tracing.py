@@ -1,0 +1,95 @@
+"""Tracing of the router: the only place where the OpenTelemetry SDK is set up.
+
+Traces leave the machine only if `telemetry.otlp_endpoint` is set; trace ids are valid and travel on either
+way. A span of a request waits for its final joules before it is exported, at most `ENERGY_WAIT_S`, though it
+ends at the time the answer ended. Attributes hold counts, names and joules, never text of prompts or answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler, TraceIdRatioBased
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from cluster.config import TelemetrySection
+from cluster.router.energy_account import EnergyAccount
+from cluster.telemetry.inference_span import InferenceSpan
+from cluster.telemetry.rpc_span import RpcSpan
+
+logger = logging.getLogger(__name__)
+
+ENERGY_WAIT_S = 2.0
+EXPORT_TIMEOUT_S = 2.0
+SHUTDOWN_S = 3.0
+EXPORT_DELAY_MS = 1000
+TRACE_HEADERS = ("traceparent", "tracestate")
+
+
+class Telemetry:
+    """Owns one tracer provider, and the spans that still wait for their joules."""
+
+    def __init__(self, section: TelemetrySection, *, router_id: str, version: str) -> None:
+        resource = Resource.create(
+            {
+                "service.name": section.service_name,
+                "service.instance.id": router_id,
+                "service.version": version,
+            }
+        )
+        # Without an exporter nobody reads a span: recording none still gives every request its trace id.
+        sampler: Sampler = (
+            ParentBased(TraceIdRatioBased(section.sample_ratio)) if section.otlp_endpoint else ALWAYS_OFF
+        )
+        self._provider = TracerProvider(sampler=sampler, resource=resource, shutdown_on_exit=False)
+        if section.otlp_endpoint:
+            exporter = OTLPSpanExporter(
+                endpoint=section.otlp_endpoint, insecure=section.otlp_insecure, timeout=EXPORT_TIMEOUT_S
+            )
+            self._provider.add_span_processor(
+                BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_DELAY_MS)
+            )
+        self._tracer = self._provider.get_tracer("wattline", version)
+        self._propagator = TraceContextTextMapPropagator()
+        self._waiting: dict[InferenceSpan, EnergyAccount] = {}
+
+    def start_rpc(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> RpcSpan:
+        """The server span of one call, a child of the caller's span if it sent a W3C trace context."""
+        carrier = {key: str(value) for key, value in metadata if key in TRACE_HEADERS}
+        parent = self._propagator.extract(carrier, context=Context())
+        return RpcSpan(self._tracer, method=method, parent=parent)
+
+    def hold_for_energy(self, span: InferenceSpan, account: EnergyAccount) -> None:
+        """Export a finished inference span with its final joules, or with what is known in two seconds."""
+        if not span.is_recording:
+            return
+        self._waiting[span] = account
+        timer = asyncio.get_running_loop().call_later(ENERGY_WAIT_S, self._release, span)
+
+        def settled() -> None:
+            timer.cancel()
+            self._release(span)
+
+        account.when_settled(settled)
+
+    async def close(self) -> None:
+        """Export what is left, in bounded time: a dead collector must not hold up a stop."""
+        for span in list(self._waiting):
+            self._release(span)
+        try:
+            async with asyncio.timeout(SHUTDOWN_S):
+                await asyncio.to_thread(self._provider.shutdown)
+        except TimeoutError:
+            logger.warning("telemetry_shutdown_timeout seconds=%s", SHUTDOWN_S)
+
+    def _release(self, span: InferenceSpan) -> None:
+        account = self._waiting.pop(span, None)
+        if account is not None:
+            span.export(account.energy)

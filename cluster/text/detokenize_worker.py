@@ -1,0 +1,67 @@
+"""The thread that turns tokens into text, so that the event loop never does.
+
+One job is one step of one replica: a hand-over costs tens of microseconds, a sequence of the batch then only
+its decoding. Jobs are done in order, which keeps the tokens of a stream and its end in order too. The queue
+holds at most what the engines have produced for live streams, and those are bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from queue import SimpleQueue
+from threading import Thread
+
+from cluster.link.token_stream import End, TokenStream
+from cluster.router.errors import EngineFault, RouterError
+from cluster.text.answer_text import Piece
+
+logger = logging.getLogger(__name__)
+
+StreamTokens = tuple[TokenStream, tuple[int, ...], End | None]
+StreamPiece = tuple[TokenStream, Piece, End | None]
+NOTHING = Piece("", (), False, 0)
+
+
+class DetokenizeWorker:
+    """Owns one thread. Call it from the event loop that it was made for."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._jobs: SimpleQueue[Sequence[StreamTokens] | None] = SimpleQueue()
+        self._thread = Thread(target=self._run, name="detokenize", daemon=True)
+        self._thread.start()
+
+    def submit(self, step: Sequence[StreamTokens]) -> None:
+        """Queue the new tokens of one step; the streams get their text soon."""
+        self._jobs.put(step)
+
+    def close(self) -> None:
+        """Finish what is queued, then end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (step := self._jobs.get()) is not None:
+            pieces = [_detokenize(*entry) for entry in step]
+            try:
+                self._loop.call_soon_threadsafe(_deliver, pieces)
+            except RuntimeError:
+                return  # The loop is closed: nobody is left to read.
+
+
+def _detokenize(stream: TokenStream, token_ids: tuple[int, ...], end: End | None) -> StreamPiece:
+    if isinstance(end, RouterError):
+        return stream, NOTHING, end
+    try:
+        return stream, stream.text.feed(token_ids, is_last=end is not None), end
+    except Exception:
+        # One tokenizer's fault must not stop the text of all streams.
+        logger.exception("detokenize_failed tokens=%d", len(token_ids))
+        return stream, NOTHING, EngineFault("the answer could not be turned into text")
+
+
+def _deliver(pieces: Sequence[StreamPiece]) -> None:
+    for stream, piece, end in pieces:
+        stream.deliver(piece, end)

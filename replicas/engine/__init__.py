@@ -1,0 +1,1 @@
+"""The control side of a replica: schedule, run, commit. Everything but `engine.py` is pure."""

@@ -1,0 +1,365 @@
+"""Decides what the next step computes, and what its outcome means for every sequence.
+
+Continuous batching: each step takes one token of every decoding sequence first, then fills the token budget
+of each lane with prefill chunks, oldest of the highest priority first. When a decoding sequence finds no free
+block, the newest sequence of the lowest priority in its lane gives up its blocks and is computed again
+later; the oldest therefore always advances, and since a request alone in its lane fits, all of them end.
+
+A step may be planned while the one before is under way (`EngineLimits.lookahead`): tokens not known yet are
+placeholders, and a row that turns out to have ended discards its overrun token as wasted.
+Pure: no clock, no torch, no protobuf. Called by the engine alone, from one thread.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from replicas.config import EngineLimits
+from replicas.engine.lane import Lane
+from replicas.engine.request_check import check_request
+from replicas.engine.sequence import Sequence, SequenceState
+from replicas.errors import BadRequest
+from replicas.plan import EngineShape, NewRow, PlannedRow, StepOutcome, StepPlan, as_float32
+from replicas.request import (
+    FinishReason,
+    GenerationRequest,
+    LoadSnapshot,
+    SequenceDelta,
+    StepMember,
+)
+
+NO_TOKEN = -1
+"""A runner's answer for a row whose logits were not finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledRow:
+    """One row of a plan and the sequence behind it; `repeated` tokens were computed before."""
+
+    sequence: Sequence
+    planned: PlannedRow
+    is_prefill: bool
+    repeated: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledStep:
+    """A plan, and whom its outcome belongs to. `rows` is parallel to `plan.rows`."""
+
+    plan: StepPlan
+    rows: tuple[ScheduledRow, ...]
+
+
+class Scheduler:
+    """Owns every live sequence, the lanes, the rows of the batch, and the deltas not yet taken."""
+
+    def __init__(self, limits: EngineLimits, shape: EngineShape, *, num_lanes: int = 1) -> None:
+        self._limits = limits
+        self._shape = shape
+        self._lanes = tuple(
+            Lane(num_blocks=shape.num_blocks, block_tokens=limits.block_tokens) for _ in range(num_lanes)
+        )
+        self.context_tokens = min(
+            shape.context_tokens,
+            limits.context_tokens or shape.context_tokens,
+            self._lanes[0].capacity_tokens,
+        )
+        """The most tokens, prompt and output, of one sequence; as many as fit when it is alone."""
+        self._sequences: dict[int, Sequence] = {}
+        self._free_rows = list(range(limits.max_sequences))
+        self._freed_rows: list[int] = []
+        self._deltas: list[SequenceDelta] = []
+        self._num_arrived = 0
+        self._next_deadline_ns: float = math.inf
+        self._step = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+
+    @property
+    def num_lanes(self) -> int:
+        return len(self._lanes)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences or self._deltas)
+
+    @property
+    def is_idle(self) -> bool:
+        """No sequence lives; deltas may still wait to be taken."""
+        return not self._sequences
+
+    @property
+    def step(self) -> int:
+        """Number of the step planned last; 0 before the first."""
+        return self._step
+
+    def submit(self, request: GenerationRequest, *, now_ns: int) -> None:
+        """Queue a request. One that can never run, or finds the queue full, ends with an ERROR delta."""
+        assert request.request_id not in self._sequences, "request ids are unique in the group's life"
+        try:
+            check_request(
+                request,
+                vocab_size=self._shape.vocab_size,
+                context_tokens=self.context_tokens,
+                num_lanes=len(self._lanes),
+            )
+        except BadRequest as error:
+            self._refuse(request, ("INVALID_ARGUMENT", str(error)))
+            return
+        num_waiting = sum(len(lane.waiting) for lane in self._lanes)
+        if num_waiting >= self._limits.max_waiting:
+            self._refuse(request, ("RESOURCE_EXHAUSTED", f"{num_waiting} requests wait already; retry later"))
+            return
+        sequence = Sequence(
+            request=request,
+            order=(-request.priority, self._num_arrived),
+            submitted_ns=now_ns,
+            context_tokens=self.context_tokens,
+        )
+        self._num_arrived += 1
+        self._sequences[request.request_id] = sequence
+        self._lanes[request.lane].enqueue(sequence)
+        if request.deadline_ns is not None:
+            self._next_deadline_ns = min(self._next_deadline_ns, request.deadline_ns)
+
+    def cancel(self, request_id: int, *, now_ns: int) -> None:
+        """End with CANCELLED, whatever the state; an id that has already ended is no error."""
+        self._end(request_id, FinishReason.CANCELLED, now_ns)
+
+    def stop(self, request_id: int, *, now_ns: int) -> None:
+        """End with STOP, whatever the state; an id that has already ended is no error."""
+        self._end(request_id, FinishReason.STOP, now_ns)
+
+    def schedule(self, *, now_ns: int) -> ScheduledStep | None:
+        """Plan the next step; None when no sequence can compute anything now."""
+        if now_ns >= self._next_deadline_ns:
+            self._expire(now_ns)
+        decodes: list[ScheduledRow] = []
+        prefills: list[ScheduledRow] = []
+        new_rows: list[NewRow] = []
+        for lane in self._lanes:
+            self._preempt_for_priority(lane)
+            budget = self._schedule_decodes(lane, decodes)
+            self._schedule_prefills(lane, prefills, new_rows, budget, now_ns)
+        rows = (*decodes, *prefills)
+        if not rows:
+            return None
+        self._step += 1
+        plan = StepPlan(
+            step=self._step,
+            freed_rows=tuple(self._freed_rows),
+            new_rows=tuple(new_rows),
+            rows=tuple([row.planned for row in rows]),
+        )
+        self._freed_rows.clear()
+        return ScheduledStep(plan=plan, rows=rows)
+
+    def commit(self, step: ScheduledStep, outcome: StepOutcome, *, now_ns: int) -> tuple[StepMember, ...]:
+        """Take in what the oldest step under way sampled; says who was in it, for the energy ledger."""
+        sampled_ids = iter(outcome.sampled_ids)
+        members = []
+        for row in step.rows:
+            sequence, num_tokens = row.sequence, len(row.planned.token_ids)
+            has_ended = sequence.state is SequenceState.FINISHED
+            members.append(
+                StepMember(
+                    request_id=sequence.request.request_id,
+                    new_tokens=num_tokens,
+                    context_tokens=row.planned.start_pos,
+                    is_prefill=row.is_prefill,
+                    wasted_tokens=num_tokens if has_ended else row.repeated,
+                )
+            )
+            token_id = next(sampled_ids) if row.planned.samples else None
+            if has_ended:
+                continue
+            sequence.num_useful_in_flight -= num_tokens - row.repeated
+            if token_id is not None:
+                self._take_token(sequence, token_id, now_ns)
+        assert next(sampled_ids, None) is None, "a runner samples the rows that ask for it, and no others"
+        return tuple(members)
+
+    def take_deltas(self) -> tuple[SequenceDelta, ...]:
+        deltas, self._deltas = tuple(self._deltas), []
+        return deltas
+
+    def load(
+        self, *, step_ms: float, prefill_tokens_per_s: float, decode_tokens_per_s: float
+    ) -> LoadSnapshot:
+        """The queues now, completed by rates that the engine measures."""
+        lanes = self._lanes
+        return LoadSnapshot(
+            step=self._step,
+            running=tuple([len(lane.running) for lane in lanes]),
+            waiting=tuple([len(lane.waiting) for lane in lanes]),
+            waiting_prefill_tokens=tuple([lane.num_prefill_tokens for lane in lanes]),
+            free_blocks=tuple([lane.pool.num_free for lane in lanes]),
+            total_blocks=tuple([lane.pool.num_total for lane in lanes]),
+            step_ms=step_ms,
+            prefill_tokens_per_s=prefill_tokens_per_s,
+            decode_tokens_per_s=decode_tokens_per_s,
+            prompt_tokens_total=self._num_prompt_tokens,
+            generated_tokens_total=self._num_generated_tokens,
+        )
+
+    def check_idle(self) -> None:
+        """Assert that nothing is held when nothing lives."""
+        assert len(self._free_rows) == self._limits.max_sequences, "an idle engine holds rows"
+        for lane in self._lanes:
+            assert lane.pool.num_free == lane.pool.num_total, "an idle engine holds blocks"
+
+    def check(self) -> None:
+        """Assert that queues, rows and blocks agree, by a pass over all of them; for tests."""
+        for lane in self._lanes:
+            lane.pool.check(block for sequence in lane.running for block in sequence.blocks)
+            assert all(not sequence.blocks for sequence in lane.waiting), "waiting sequences hold no blocks"
+        running = [sequence for lane in self._lanes for sequence in lane.running]
+        rows = sorted([*self._free_rows, *(sequence.row for sequence in running if sequence.row is not None)])
+        assert rows == list(range(self._limits.max_sequences)), "a row is lost or shared"
+        num_queued = sum(len(lane.waiting) + len(lane.running) for lane in self._lanes)
+        assert num_queued == len(self._sequences), "a live sequence is in exactly one queue"
+
+    def _schedule_decodes(self, lane: Lane, decodes: list[ScheduledRow]) -> int:
+        """One token of each decoding sequence; the budget that is left."""
+        budget = self._limits.step_tokens
+        for sequence in tuple(lane.running):
+            if budget == 0:
+                break
+            # An earlier one may have taken this one's blocks.
+            if (
+                sequence.state is not SequenceState.RUNNING
+                or not sequence.is_decoding
+                or sequence.awaits_last
+            ):
+                continue
+            if lane.needs_block(sequence) and not self._grow(lane, sequence):
+                continue
+            decodes.append(_plan_row(sequence, 1, is_prefill=False))
+            budget -= 1
+        return budget
+
+    def _schedule_prefills(
+        self, lane: Lane, prefills: list[ScheduledRow], new_rows: list[NewRow], budget: int, now_ns: int
+    ) -> None:
+        """Prompt chunks: of what runs already, then of what can be admitted."""
+        for sequence in lane.running:
+            if budget == 0:
+                return
+            if not sequence.is_decoding:
+                count = min(sequence.num_uncomputed, budget)
+                prefills.append(_plan_row(sequence, count, is_prefill=True))
+                budget -= count
+        for sequence in self._admit(lane, new_rows, now_ns):
+            count = min(sequence.num_uncomputed, budget)
+            prefills.append(_plan_row(sequence, count, is_prefill=True))
+            budget -= count
+            if budget == 0:
+                return
+
+    def _admit(self, lane: Lane, new_rows: list[NewRow], now_ns: int) -> Iterator[Sequence]:
+        """Strictly in order: a long request at the head is not overtaken, so it cannot starve."""
+        while lane.waiting and self._free_rows:
+            sequence = lane.waiting[0]
+            # Preempted while its token was under way: the token decides whether it goes on.
+            if sequence.num_pending or not lane.has_blocks_for(sequence):
+                return
+            lane.admit(sequence)
+            sequence.row = heapq.heappop(self._free_rows)
+            new_rows.append(NewRow(row=sequence.row, sampling=as_float32(sequence.request.sampling)))
+            if sequence.scheduled_ns is None:
+                sequence.scheduled_ns = now_ns
+                self._num_prompt_tokens += len(sequence.request.prompt_ids)
+            yield sequence
+
+    def _grow(self, lane: Lane, sequence: Sequence) -> bool:
+        """A block for the next token, if need be from the least important. False: that was itself."""
+        while lane.pool.num_free == 0:
+            victim = lane.running[-1]
+            self._preempt(lane, victim)
+            if victim is sequence:
+                return False
+        lane.grow(sequence)
+        return True
+
+    def _preempt_for_priority(self, lane: Lane) -> None:
+        """Make room for a waiting request that matters more than what runs."""
+        if not lane.waiting or not lane.running:
+            return
+        head = lane.waiting[0]
+        if not head.num_pending and head.request.priority > lane.running[-1].request.priority:
+            for victim in lane.victims_for(head, has_row=bool(self._free_rows)):
+                self._preempt(lane, victim)
+
+    def _preempt(self, lane: Lane, sequence: Sequence) -> None:
+        lane.remove(sequence)
+        self._free_row(sequence)
+        sequence.preempt()
+        lane.enqueue(sequence)
+
+    def _free_row(self, sequence: Sequence) -> None:
+        if sequence.row is not None:
+            self._freed_rows.append(sequence.row)
+            heapq.heappush(self._free_rows, sequence.row)
+            sequence.row = None
+
+    def _take_token(self, sequence: Sequence, token_id: int, now_ns: int) -> None:
+        if token_id == NO_TOKEN:
+            error = ("INTERNAL", "the model's output was not finite")
+            self._finish(sequence, FinishReason.ERROR, now_ns, error=error)
+            return
+        finish = sequence.append(token_id, now_ns)
+        self._num_generated_tokens += 1
+        if finish is None:
+            self._deltas.append(sequence.token_delta(token_id))
+        else:
+            self._finish(sequence, finish, now_ns, token_ids=(token_id,))
+
+    def _end(self, request_id: int, finish: FinishReason, now_ns: int) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._finish(sequence, finish, now_ns)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        finish: FinishReason,
+        now_ns: int,
+        *,
+        token_ids: tuple[int, ...] = (),
+        error: tuple[str, str] | None = None,
+    ) -> None:
+        """Blocks go back now; a step under way that still writes to them runs before whatever reuses them."""
+        self._lanes[sequence.request.lane].remove(sequence)
+        self._free_row(sequence)
+        sequence.finish()
+        del self._sequences[sequence.request.request_id]
+        self._deltas.append(sequence.last_delta(token_ids, finish, now_ns=now_ns, error=error))
+
+    def _refuse(self, request: GenerationRequest, error: tuple[str, str]) -> None:
+        sequence = Sequence(request=request, order=(0, 0), submitted_ns=0, context_tokens=0)
+        self._deltas.append(sequence.last_delta((), FinishReason.ERROR, now_ns=0, error=error))
+
+    def _expire(self, now_ns: int) -> None:
+        """End what is past its deadline. A full pass, but only once the earliest deadline has come."""
+        for sequence in list(self._sequences.values()):
+            deadline_ns = sequence.request.deadline_ns
+            if deadline_ns is not None and now_ns >= deadline_ns:
+                self._finish(sequence, FinishReason.DEADLINE, now_ns)
+        deadlines = (sequence.request.deadline_ns for sequence in self._sequences.values())
+        self._next_deadline_ns = min((at for at in deadlines if at is not None), default=math.inf)
+
+
+def _plan_row(sequence: Sequence, count: int, *, is_prefill: bool) -> ScheduledRow:
+    """The next `count` tokens of a running sequence, and the blocks the runners have not heard of."""
+    assert sequence.row is not None, "a running sequence has a row"
+    start_pos, samples = sequence.num_computed, count == sequence.num_uncomputed
+    token_ids, repeated = sequence.take(count)
+    new_blocks = tuple(sequence.blocks[sequence.num_planned_blocks :])
+    sequence.num_planned_blocks = len(sequence.blocks)
+    planned = PlannedRow(
+        row=sequence.row, start_pos=start_pos, token_ids=token_ids, new_blocks=new_blocks, samples=samples
+    )
+    return ScheduledRow(sequence=sequence, planned=planned, is_prefill=is_prefill, repeated=repeated)

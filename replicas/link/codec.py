@@ -1,0 +1,114 @@
+"""What goes up a replica link as protobuf, and what comes down as commands. Called by `link.py` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from protos import wattline_link_pb2 as link_pb2
+from replicas.frames import Cancel, Stop, Submit
+from replicas.link.messages import (
+    PROTOCOL_VERSION,
+    Drain,
+    EnergyStatement,
+    ReplicaCard,
+    ReplicaLoad,
+    RouterCommand,
+)
+from replicas.link.outbox import Parcel
+from replicas.wire import delta_to_wire, load_to_wire, request_from_wire
+
+
+def encode_hello(card: ReplicaCard, load: ReplicaLoad) -> link_pb2.FromReplica:
+    config, engine = card.config, card.engine
+    hello = link_pb2.Hello(
+        protocol=PROTOCOL_VERSION,
+        replica_id=config.replica_id,
+        model=config.model,
+        architecture=engine.architecture,
+        tensor_parallel=config.parallel.tensor,
+        expert_parallel=config.parallel.expert,
+        layout=config.parallel.layout,
+        lanes=engine.lanes,
+        context_tokens=engine.context_tokens,
+        max_sequences=engine.max_sequences,
+        vocab_size=engine.vocab_size,
+        weights_digest=engine.weights_digest,
+        tokenizer_digest=card.tokenizer_digest,
+        engine_version=card.engine_version,
+        dtype=engine.dtype,
+        device=engine.device,
+        energy_source=load.energy_source,
+        ranks=[link_pb2.RankProcess(rank=rank.rank, pid=rank.pid, device=rank.device) for rank in card.ranks],
+        host=card.host,
+        supervisor_pid=card.supervisor_pid,
+        block_tokens=engine.block_tokens,
+        load=encode_load(load),
+        metrics_address=card.metrics_address,
+        eos_token_ids=engine.eos_token_ids,
+    )
+    return link_pb2.FromReplica(epoch=card.epoch, hello=hello)
+
+
+def encode_heartbeat(epoch: int, load: ReplicaLoad) -> link_pb2.FromReplica:
+    return link_pb2.FromReplica(epoch=epoch, heartbeat=link_pb2.Heartbeat(load=encode_load(load)))
+
+
+def encode_parcel(epoch: int, parcel: Parcel, load: ReplicaLoad) -> list[link_pb2.FromReplica]:
+    """The messages of a parcel, in the order they have to go."""
+    messages = []
+    if parcel.deltas:
+        deltas = [delta_to_wire(delta) for delta in parcel.deltas]
+        step = link_pb2.StepOutput(step=parcel.step, deltas=deltas, load=encode_load(load))
+        messages.append(link_pb2.FromReplica(epoch=epoch, step=step))
+    if parcel.energy:
+        messages.append(link_pb2.FromReplica(epoch=epoch, energy=_encode_energy(parcel.energy)))
+    if parcel.draining is not None:
+        draining = link_pb2.Draining(reason=parcel.draining)
+        messages.append(link_pb2.FromReplica(epoch=epoch, draining=draining))
+    if parcel.goodbye is not None:
+        messages.append(link_pb2.FromReplica(epoch=epoch, goodbye=link_pb2.Goodbye(reason=parcel.goodbye)))
+    return messages
+
+
+def encode_load(load: ReplicaLoad) -> link_pb2.LoadSnapshot:
+    """Unknown power and cost are left 0, which no warm device draws."""
+    message = load_to_wire(load.engine)
+    message.joules_per_token = load.joules_per_token or 0.0
+    message.power_w = load.power_w or 0.0
+    return message
+
+
+def decode_command(message: link_pb2.ToReplica, *, now_ns: int) -> RouterCommand | None:
+    """None for a command of a newer router. The fields of a request are checked by the engine."""
+    match message.WhichOneof("command"):
+        case "submit":
+            return Submit(request=request_from_wire(message.submit, now_ns=now_ns))
+        case "cancel":
+            return Cancel(request_id=message.cancel.request_id)
+        case "stop":
+            return Stop(request_id=message.stop.request_id)
+        case "drain":
+            return Drain(reason=message.drain.reason)
+    return None
+
+
+def _encode_energy(statements: Iterable[EnergyStatement]) -> link_pb2.EnergyReport:
+    return link_pb2.EnergyReport(
+        requests=[
+            link_pb2.RequestEnergy(
+                request_id=joules.request_id,
+                attempt=statement.attempt,
+                prefill_mj=joules.prefill_mj,
+                decode_mj=joules.decode_mj,
+                static_mj=joules.static_mj,
+                wasted_mj=joules.wasted_mj,
+                source=joules.source.value,
+                method=joules.method,
+                window_ms=joules.window_ms,
+                confidence_factor=joules.confidence_factor,
+                final=joules.final,
+            )
+            for statement in statements
+            for joules in (statement.joules,)
+        ]
+    )

@@ -1,0 +1,60 @@
+"""What a replica and a router say to each other beyond requests and tokens, as plain data.
+
+Ids are those of the link. `link_codec.py` turns this into protobuf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from replicas.config import ReplicaConfig
+from replicas.energy.bill import RequestJoules
+from replicas.frames import Cancel, Stop, Submit
+from replicas.request import EngineReady, LoadSnapshot
+from replicas.supervisor.rank_group import RankProcess
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaCard:
+    """What stays true for the life of a replica's group; the greeting on every link."""
+
+    config: ReplicaConfig
+    epoch: int
+    engine: EngineReady
+    ranks: tuple[RankProcess, ...]
+    tokenizer_digest: str
+    engine_version: str
+    host: str
+    supervisor_pid: int
+    metrics_address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLoad:
+    """The engine's load and what its work costs now; empty and None while no meter is known."""
+
+    engine: LoadSnapshot
+    energy_source: str = ""
+    joules_per_token: float | None = None
+    power_w: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnergyStatement:
+    """The energy of one attempt at a request. If not `joules.final`, a final one follows soon."""
+
+    attempt: int
+    joules: RequestJoules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """Down: take no new requests from anyone, finish those there are."""
+
+    reason: str
+
+
+RouterCommand = Submit | Cancel | Stop | Drain
+"""The first three are those of the rank's socket, with the request ids of the link."""

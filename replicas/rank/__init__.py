@@ -1,0 +1,1 @@
+"""One rank process: its main loop, its runner, and how logits become tokens."""

@@ -1,0 +1,1 @@
+"""The supervisor of a rank group: lifecycle, dispatch, energy account, metrics."""

@@ -1,0 +1,187 @@
+"""A rank group that is ready, being served: its steps, its meter, its links, and the watch over it.
+
+Everything here ends together: `run` returns only by raising, when a rank is lost or we made a mistake. Owned
+by `supervisor.py`, which decides what follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import aclosing, suppress
+
+from replicas.energy.ledger import Ledger
+from replicas.energy.weights import coefficients_for
+from replicas.errors import MeterUnavailable, RankLost
+from replicas.frames import EngineFailure, Event
+from replicas.link.links import LinkPool
+from replicas.link.messages import ReplicaCard
+from replicas.request import StepResult
+from replicas.supervisor.dispatcher import Dispatcher
+from replicas.supervisor.energy_account import EnergyAccount
+from replicas.supervisor.engine_socket import EngineSocket
+from replicas.supervisor.meter_feed import MeterFeed
+from replicas.supervisor.metrics import MetricsSnapshot, ReplicaMetrics
+from replicas.supervisor.rank_group import RankGroup
+from replicas.supervisor.step_watch import StepWatch
+
+TICK_S = 0.05
+DEATH_REASON_TIMEOUT_S = 1.0
+"""How long the end of a socket waits for the group to say which rank died, and why."""
+FIRST_READING_TIMEOUT_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+async def next_event(socket: EngineSocket, ranks: RankGroup) -> Event:
+    """What rank 0 says next. Raises RankLost, with the best reason there is."""
+    try:
+        event = await socket.read()
+    except RankLost as error:
+        raise RankLost(await _death_reason(ranks, otherwise=str(error))) from error
+    if isinstance(event, EngineFailure):
+        raise RankLost(f"the engine failed: {event.reason}")
+    return event
+
+
+class LiveGroup:
+    """One group between EngineReady and its end. Not restartable."""
+
+    def __init__(
+        self,
+        *,
+        card: ReplicaCard,
+        socket: EngineSocket,
+        ranks: RankGroup,
+        feed: MeterFeed | None,
+        metrics: ReplicaMetrics,
+    ) -> None:
+        self._socket = socket
+        self._ranks = ranks
+        self._feed = feed
+        self._metrics = metrics
+        self._watch = StepWatch(floor_s=card.config.stall_floor_s)
+        self._energy = None
+        if feed is not None:
+            ledger = Ledger(
+                costs=card.engine.costs,
+                coefficients=coefficients_for(card.engine.device),
+                lookahead=card.config.limits.lookahead,
+            )
+            self._energy = EnergyAccount(ledger, clock=time.monotonic_ns)
+        self.dispatcher = Dispatcher(card=card, send=socket.send, energy=self._energy)
+        self._links = LinkPool(addresses=card.config.routers, handler=self.dispatcher)
+        self._first_reading = asyncio.Event()
+        self._links_task: asyncio.Task[None] | None = None
+        self._num_steps = 0
+
+    async def run(self) -> None:
+        """Serve until cancelled. Raises RankLost, or whatever mistake of ours ended it."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._read_steps(), name="steps")
+                tasks.create_task(self._write_commands(), name="commands")
+                tasks.create_task(self._watch_death(), name="death")
+                tasks.create_task(self._tick(), name="tick")
+                tasks.create_task(self._follow_meter(), name="meter")
+                tasks.create_task(self._follow_links(), name="links")
+        except ExceptionGroup as group:
+            lost, _ = group.split(RankLost)
+            raise (lost or group).exceptions[0] from group
+
+    def check(self) -> None:
+        """Raises RankLost while the step under way lasts too long."""
+        watch = self._watch
+        if watch.is_stalled:
+            raise RankLost(
+                f"no step for {watch.waited_s:.1f} s (the limit is {watch.limit_s:.1f} s) "
+                f"with {self.dispatcher.num_in_flight} requests in flight"
+            )
+
+    async def close_links(self, goodbye: str) -> None:
+        """Send what is due and Goodbye on every link. Works after `run` ended too."""
+        await self._links.close(goodbye)
+        if self._links_task is not None:
+            self._links_task.cancel()
+
+    async def _read_steps(self) -> None:
+        while True:
+            event = await next_event(self._socket, self._ranks)
+            if not isinstance(event, StepResult):
+                continue
+            record = event.record
+            self._watch.note_step(None if record is None else (record.end_ns - record.start_ns) / 1e9)
+            if record is not None:
+                self._num_steps += 1
+                self._metrics.observe_step(record)
+                if self._feed is not None:
+                    self._feed.note_step(record)
+            self.dispatcher.on_step(event)
+            self._publish()
+
+    async def _write_commands(self) -> None:
+        try:
+            await self._socket.pump()
+        except RankLost as error:
+            raise RankLost(await _death_reason(self._ranks, otherwise=str(error))) from error
+
+    async def _watch_death(self) -> None:
+        raise RankLost(await self._ranks.wait_death())
+
+    async def _tick(self) -> None:
+        while True:
+            self._watch.tick(time.monotonic(), has_work=self.dispatcher.num_in_flight > 0)
+            self.check()
+            if self._energy is not None:
+                self._energy.tick()
+                self.dispatcher.settle_energy()
+            self._publish()
+            await asyncio.sleep(TICK_S)
+
+    async def _follow_meter(self) -> None:
+        """Serving goes on without a meter: the energy is unknown then, and said to be."""
+        if self._feed is None or self._energy is None:
+            self._first_reading.set()
+            return
+        try:
+            async with aclosing(self._feed.readings()) as readings:
+                async for reading in readings:
+                    self._energy.add_reading(reading)
+                    self.dispatcher.settle_energy()
+                    self._publish()
+                    self._first_reading.set()
+        except MeterUnavailable as error:
+            logger.warning("energy_unknown reason=%s", error)
+            self.dispatcher.lose_meter()
+        self._first_reading.set()
+
+    async def _follow_links(self) -> None:
+        """Dial once the meter is known, so that Hello names it. Links outlive `run`, for their Goodbye."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_READING_TIMEOUT_S):
+                await self._first_reading.wait()
+        self._links_task = asyncio.create_task(self._links.run(), name="link pool")
+        await asyncio.shield(self._links_task)
+
+    def _publish(self) -> None:
+        """In the same breath as bills are sent: no router holds joules that /metrics does not show."""
+        dispatcher = self.dispatcher
+        self._metrics.publish(
+            MetricsSnapshot(
+                load=dispatcher.load().engine,
+                num_steps=self._num_steps,
+                wasted_tokens=dispatcher.wasted_tokens,
+                num_in_flight=dispatcher.num_in_flight,
+                num_links=dispatcher.num_links,
+                energy={} if self._energy is None else self._energy.sums,
+            )
+        )
+
+
+async def _death_reason(ranks: RankGroup, *, otherwise: str) -> str:
+    try:
+        async with asyncio.timeout(DEATH_REASON_TIMEOUT_S):
+            return await ranks.wait_death()
+    except TimeoutError:
+        return otherwise

@@ -1,0 +1,74 @@
+"""Where a supervisor's meter readings come from: the energy agent of its host, or a fake of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from replicas.config import ReplicaConfig
+from replicas.energy.agent_client import watch_readings
+from replicas.energy.meter import Reading
+from replicas.energy.replay import StepPowerMeter
+from replicas.request import StepRecord
+from replicas.supervisor.rank_group import RankProcess
+
+FAKE_POLL_S = 0.03
+GPU_UUID_PREFIX = "GPU-"
+
+
+class MeterFeed(Protocol):
+    """An endless stream of readings of one group's devices."""
+
+    def note_step(self, record: StepRecord) -> None:
+        """A forward pass ran."""
+
+    def readings(self) -> AsyncGenerator[Reading, None]:
+        """Yields until closed. Raises MeterUnavailable when there is no such meter."""
+
+
+class FakeFeed:
+    """The null engine's meter: it knows only what the steps tell it."""
+
+    def __init__(self, *, power_w: float, idle_power_w: float) -> None:
+        self._meter = StepPowerMeter(power_w=power_w, idle_power_w=idle_power_w)
+
+    def note_step(self, record: StepRecord) -> None:
+        self._meter.note_step(record.start_ns, record.end_ns)
+
+    async def readings(self) -> AsyncGenerator[Reading, None]:
+        while True:
+            yield self._meter.read()
+            await asyncio.sleep(FAKE_POLL_S)
+
+
+class AgentFeed:
+    """The meters of this host, watched by its energy agent for the devices and processes of the group."""
+
+    def __init__(self, *, address: str, group: str, ranks: Sequence[RankProcess], meter: str) -> None:
+        self._address = address
+        self._group = group
+        self._gpu_uuids = [rank.device for rank in ranks if rank.device.startswith(GPU_UUID_PREFIX)]
+        self._pids = [rank.pid for rank in ranks]
+        self._meter = meter
+
+    def note_step(self, record: StepRecord) -> None:
+        """Real meters see the step themselves."""
+
+    def readings(self) -> AsyncGenerator[Reading, None]:
+        return watch_readings(
+            self._address,
+            group=self._group,
+            gpu_uuids=self._gpu_uuids,
+            pids=self._pids,
+            meter=self._meter,
+        )
+
+
+def make_feed(config: ReplicaConfig, *, group: str, ranks: Sequence[RankProcess]) -> MeterFeed | None:
+    """None where nothing meters this replica: its energy is unknown."""
+    if config.source == "null" or config.meter == "fake":
+        return FakeFeed(power_w=config.null.power_w, idle_power_w=config.null.idle_power_w)
+    if not config.energy_agent:
+        return None
+    return AgentFeed(address=config.energy_agent, group=group, ranks=ranks, meter=config.meter)

@@ -1,0 +1,127 @@
+"""The read-only Prometheus /metrics of one replica.
+
+The event loop publishes immutable snapshots, the HTTP thread renders the last one: no scrape sees half an
+update, so `request + idle + unattributed == meter` holds in every answer, in whole millijoules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from replicas.energy.meter import Source
+from replicas.request import LoadSnapshot, StepRecord
+from replicas.supervisor.energy_account import EnergySums
+
+STEP_SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsSnapshot:
+    """All that a scrape shows beside the histograms. `energy` is empty while no meter spoke."""
+
+    load: LoadSnapshot
+    num_steps: int = 0
+    wasted_tokens: int = 0
+    num_in_flight: int = 0
+    num_links: int = 0
+    energy: Mapping[Source, EnergySums] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class ReplicaMetrics(Collector):
+    """Owns a registry of its own and the server that shows it. `publish` replaces the snapshot."""
+
+    def __init__(self, snapshot: MetricsSnapshot) -> None:
+        self._snapshot = snapshot
+        registry = CollectorRegistry()
+        self._step_seconds = Histogram(
+            "wattline_step_seconds",
+            "Duration of a forward pass.",
+            buckets=STEP_SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._batch = Histogram(
+            "wattline_step_sequences",
+            "Sequences in a forward pass.",
+            buckets=BATCH_BUCKETS,
+            registry=registry,
+        )
+        registry.register(self)
+        self._registry = registry
+
+    def serve(self, host: str) -> str:
+        """Serve on a free port of `host` until `close`. Returns host:port."""
+        self._server, self._thread = start_http_server(0, addr=host, registry=self._registry)
+        return f"{host}:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def publish(self, snapshot: MetricsSnapshot) -> None:
+        self._snapshot = snapshot
+
+    def observe_step(self, record: StepRecord) -> None:
+        self._step_seconds.observe((record.end_ns - record.start_ns) / 1e9)
+        self._batch.observe(len(record.members))
+
+    def collect(self) -> Iterator[Metric]:
+        snapshot = self._snapshot
+        yield from _engine_families(snapshot)
+        yield from _energy_families(snapshot.energy)
+
+
+def _engine_families(snapshot: MetricsSnapshot) -> Iterator[Metric]:
+    load = snapshot.load
+    yield _gauge("wattline_kv_blocks_free", "KV blocks not in use.", sum(load.free_blocks))
+    yield _gauge("wattline_kv_blocks_total", "KV blocks of the pool.", sum(load.total_blocks))
+    yield _gauge("wattline_sequences_running", "Sequences that steps work on.", sum(load.running))
+    yield _gauge("wattline_sequences_waiting", "Sequences not started yet.", sum(load.waiting))
+    yield _gauge("wattline_requests_in_flight", "Requests that the engine holds.", snapshot.num_in_flight)
+    yield _gauge("wattline_links", "Routers attached.", snapshot.num_links)
+    yield CounterMetricFamily("wattline_engine_steps", "Forward passes.", value=snapshot.num_steps)
+    tokens = CounterMetricFamily("wattline_tokens", "Tokens by kind.", labels=["kind"])
+    tokens.add_metric(["prompt"], load.prompt_tokens_total)
+    tokens.add_metric(["generated"], load.generated_tokens_total)
+    tokens.add_metric(["wasted"], snapshot.wasted_tokens)
+    yield tokens
+
+
+def _energy_families(energy: Mapping[Source, EnergySums]) -> Iterator[Metric]:
+    """Nothing at all while energy is unknown: a series of zeros would be a claim."""
+    if not energy:
+        return
+    joules = CounterMetricFamily(
+        "wattline_energy_joules", "Metered energy by who it was for.", labels=["ledger", "source"]
+    )
+    meter = CounterMetricFamily("wattline_energy_meter_joules", "Energy that was divided.", labels=["source"])
+    exact = GaugeMetricFamily(
+        "wattline_ledger_millijoules",
+        "The ledger's integers over all sources: request + idle + unattributed == meter.",
+        labels=["ledger"],
+    )
+    for source, sums in energy.items():
+        for ledger, value_mj in _divided(sums):
+            joules.add_metric([ledger, source.value], value_mj / 1e3)
+        meter.add_metric([source.value], sums.meter_mj / 1e3)
+    total = sum(energy.values(), EnergySums())
+    for ledger, value_mj in (*_divided(total), ("meter", total.meter_mj)):
+        exact.add_metric([ledger], value_mj)
+    yield joules
+    yield meter
+    yield exact
+
+
+def _divided(sums: EnergySums) -> tuple[tuple[str, int], ...]:
+    return ("request", sums.request_mj), ("idle", sums.idle_mj), ("unattributed", sums.unattributed_mj)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
