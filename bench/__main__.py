@@ -69,5 +69,19 @@ def edge(
     asyncio.run(run_edge_suite(parse_concurrency(concurrency), output_tokens, step_ms, json))
 
 
+@app.command()
+def recovery(
+    config: Annotated[
+        Path, typer.Option("-f", "--config", help="wattline.yaml of the models to serve")
+    ] = Path("examples/demo.yaml"),
+    repeats: Annotated[int, typer.Option(help="kills per model")] = 2,
+    json: JsonOption = None,
+) -> None:
+    """How long a model is away when a rank of it is killed under a stream."""
+    from bench.recovery import run_recovery_suite
+
+    run_recovery_suite(config, repeats, json)
+
+
 if __name__ == "__main__":
     app()
