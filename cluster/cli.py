@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version as package_version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cluster.command_error import CommandError
 from cluster.commands.agent import PASS_THROUGH, agent
@@ -18,33 +19,41 @@ from cluster.commands.router import router
 from cluster.commands.status import status
 from cluster.commands.up import up
 
-EXAMPLES = """
-[bold]Examples[/]
+EXAMPLES = """\
+ Examples
+   # two small models on this machine, no GPU needed
+   wattline demo
 
-[dim]# two small models on this machine, no GPU needed[/]\n
-wattline demo
+   # your own configuration, then a question
+   wattline up -f wattline.yaml --detach
+   wattline chat -m llama-demo "Who are you?"
+   wattline chat -m llama-demo                 a conversation
 
-[dim]# your own configuration, then a question[/]\n
-wattline up -f wattline.yaml --detach\n
-wattline chat --model llama-demo "Who are you?"\n
-wattline chat --model llama-demo  [dim]# a conversation[/]
+   # what runs, how fast, at how many joules per token
+   wattline status --watch
+   wattline generate "Once upon a time" -m llama-demo --json | jq .energy
 
-[dim]# what runs, how fast, at how many joules per token[/]\n
-wattline status --watch\n
-wattline generate "Once upon a time" -m llama-demo --json | jq .energy
-
-wattline down
+   wattline down
 """
+
+
+class TeachingGroup(TyperGroup):
+    """A command group whose help ends with examples, line by line as they are typed."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # Typer keeps these two types to itself.
+        super().format_help(ctx, formatter)
+        typer.echo(EXAMPLES)
+
 
 app = typer.Typer(
     name="wattline",
+    cls=TeachingGroup,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Serve large language models on a Ray cluster, and know what every token cost in joules.",
-    epilog=EXAMPLES,
 )
 
 
