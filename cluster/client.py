@@ -102,6 +102,8 @@ class Client:
     ) -> Iterator[replies.Delta | replies.Final]:
         """Complete a text or token ids. Raises CallError."""
         ask = ask or Ask()
+        if isinstance(prompt, str):
+            check_text(prompt)
         request = pb.GenerateRequest(
             model=model,
             sampling=ask.sampling(),
@@ -122,7 +124,7 @@ class Client:
         ask = ask or Ask()
         request = pb.ChatRequest(
             model=model,
-            messages=[pb.Message(role=role, content=content) for role, content in messages],
+            messages=[to_message(role, content) for role, content in messages],
             sampling=ask.sampling(),
             limits=ask.limits(),
             priority=ask.priority,
@@ -146,9 +148,7 @@ class Client:
 
     def tokenize_chat(self, model: str, messages: Iterable[tuple[str, str]]) -> tuple[int, ...]:
         """The prompt a conversation of (role, content) pairs becomes, as token ids."""
-        conversation = pb.Conversation(
-            messages=[pb.Message(role=role, content=content) for role, content in messages]
-        )
+        conversation = pb.Conversation(messages=[to_message(role, content) for role, content in messages])
         request = pb.TokenizeRequest(model=model, conversation=conversation)
         answer = self._call(lambda: self._inference.Tokenize(request, timeout=ASK_TIMEOUT_S))
         return tuple(answer.token_ids)
@@ -190,6 +190,19 @@ class Client:
         if code == "UNAVAILABLE" and ("failed to connect" in text or "DNS resolution" in text):
             text = f"no router at {self.address}; start one with `wattline up -f wattline.yaml`"
         return CallError(code=code, text=text or code)
+
+
+def to_message(role: str, content: str) -> pb.Message:
+    check_text(content)
+    return pb.Message(role=role, content=content)
+
+
+def check_text(text: str) -> None:
+    """Raises CommandError for what a terminal or a file gave that is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CommandError("the text is not valid UTF-8; convert it, e.g. with `iconv`") from error
 
 
 def to_event(message: pb.GenerateResponse) -> replies.Delta | replies.Final:
@@ -282,5 +295,5 @@ def to_replica_state(replica: cluster_pb.ReplicaStatus) -> replies.ReplicaState:
         total_blocks=sum(load.total_blocks),
         step_ms=load.step_ms,
         decode_tokens_per_s=load.decode_tokens_per_s,
-        power_w=load.power_w,
+        power_w=load.power_w or None,  # 0 on the wire is what no warm device draws: unknown.
     )

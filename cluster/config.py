@@ -6,12 +6,21 @@ the file that names them. `load_config` is called by the command line and by `cl
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from replicas.config import DTYPES, EngineLimits, NullEngineConfig, ParallelConfig
 
@@ -21,7 +30,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ParallelSection(Section):
@@ -51,6 +60,10 @@ class ReplicasSection(Section):
         return self
 
 
+LEAST_OF_LIMIT = {"num_blocks": 2, "context_tokens": 16}
+"""Below it no engine starts: a block is scratch, and a replica is ready when it has generated some tokens."""
+
+
 class LimitsSection(Section):
     """Bounds of one replica of a model. `EngineLimits` says what each means."""
 
@@ -64,6 +77,14 @@ class LimitsSection(Section):
     max_output_tokens: int = Field(4096, ge=1)
     drain_s: float = Field(30.0, ge=1.0, le=3600.0)
     ready_timeout_s: float = Field(600.0, ge=5.0)
+
+    @field_validator("num_blocks", "context_tokens")
+    @classmethod
+    def _zero_or_enough(cls, value: int, info: ValidationInfo) -> int:
+        least = LEAST_OF_LIMIT[str(info.field_name)]
+        if 0 < value < least:
+            raise ValueError(f"got {value}; allowed: {least} or more, or 0 for what fits; raise it")
+        return value
 
     def to_engine(self, *, lookahead: int) -> EngineLimits:
         return EngineLimits(
@@ -208,6 +229,8 @@ def load_config(path: Path) -> Config:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a file with -f") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -220,8 +243,9 @@ def parse_config(raw: dict[str, Any], *, origin: str = "config") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(origin, dict(problem)) for problem in error.errors()]
-        raise ConfigError("\n".join(lines)) from error
+        problems = [dict(problem) for problem in error.errors()]
+        lines = [_explain(problem) for problem in problems if not _is_echo(problem)]
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from error
 
 
 def resolve_paths(config: Config, *, base: Path) -> Config:
@@ -253,10 +277,54 @@ def _resolve_source(source: str, base: Path) -> str:
     return source
 
 
-def _explain(origin: str, problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"]) or "file"
-    if problem["type"] == "extra_forbidden":
-        return f"{origin}: {key}: unknown key; remove it or check its spelling"
-    if problem["type"] == "missing":
-        return f"{origin}: {key}: is missing; add it"
-    return f"{origin}: {key}: got {problem['input']!r}: {problem['msg']}"
+ALLOWED = {
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "above {gt}",
+    "less_than_equal": "{le} or less",
+    "less_than": "below {lt}",
+    "too_short": "{min_length} entries or more",
+    "too_long": "{max_length} entries or fewer",
+    "string_too_short": "{min_length} characters or more",
+    "string_too_long": "{max_length} characters or fewer",
+    "string_pattern_mismatch": "letters, digits and . _ / -, the first a letter or digit",
+    "string_type": "a text; put it in quotes",
+    "literal_error": "{expected}",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "tuple_type": "a list; begin each entry with `- `",
+    "model_type": "keys with values, as `key: value`",
+}
+"""What a key may hold, by the name pydantic gives the mistake."""
+MAX_SHOWN_CHARS = 60
+
+
+def _is_echo(problem: dict[str, Any]) -> bool:
+    """A model that is wrong is named by itself; that the list without it is too short says nothing new."""
+    return problem["type"] == "too_short" and bool(problem["input"])
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    """One sentence: key, value, limit and fix."""
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])[1:]
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(str(problem["loc"][-1]), _all_keys(), n=1)
+        return f"{key}: unknown key; " + (f"did you mean {close[0]!r}?" if close else "remove it")
+    if kind == "missing":
+        return f"{key}: is missing; add it"
+    if kind == "value_error":
+        return f"{key}: {context['error']}" if key else str(context["error"])
+    got = repr(problem["input"])
+    got = got if len(got) <= MAX_SHOWN_CHARS else f"{got[:MAX_SHOWN_CHARS]}..."
+    allowed = ALLOWED[kind].format_map(context) if kind in ALLOWED else problem["msg"]
+    return f"{key}: got {got}; allowed: {allowed}"
+
+
+def _all_keys() -> set[str]:
+    return {name for section in Section.__subclasses__() for name in section.model_fields}

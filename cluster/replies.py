@@ -106,7 +106,7 @@ class ReplicaState:
     total_blocks: int
     step_ms: float
     decode_tokens_per_s: float
-    power_w: float
+    power_w: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

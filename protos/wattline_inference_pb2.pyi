@@ -3,7 +3,7 @@
 isort:skip_file
 The client contract of Wattline: text or tokens in, tokens and joules out.
 
-Status codes (one table, `cluster/errors.py`):
+Status codes (one table, `cluster/router/errors.py`):
   INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names field, value, limit and fix
   NOT_FOUND           the model is not served here
   RESOURCE_EXHAUSTED  refused now rather than late; google.rpc.RetryInfo says when to come back
@@ -56,6 +56,7 @@ class _EnergyState:
 class _EnergyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EnergyState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ENERGY_STATE_UNSPECIFIED: _EnergyState.ValueType  # 0
+    """Unknown, and it stays so: nothing metered the devices."""
     ENERGY_STATE_PROVISIONAL: _EnergyState.ValueType  # 1
     """Not all meter windows have closed; GetEnergy has the final figures soon."""
     ENERGY_STATE_FINAL: _EnergyState.ValueType  # 2
@@ -63,6 +64,7 @@ class _EnergyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EnergySta
 class EnergyState(_EnergyState, metaclass=_EnergyStateEnumTypeWrapper): ...
 
 ENERGY_STATE_UNSPECIFIED: EnergyState.ValueType  # 0
+"""Unknown, and it stays so: nothing metered the devices."""
 ENERGY_STATE_PROVISIONAL: EnergyState.ValueType  # 1
 """Not all meter windows have closed; GetEnergy has the final figures soon."""
 ENERGY_STATE_FINAL: EnergyState.ValueType  # 2

@@ -668,6 +668,7 @@ class RequestEnergy(_message.Message):
     wasted_mj: _builtins.int
     """Part of prefill and decode that bought no delivered token."""
     source: _builtins.str
+    """Empty, on a final one: unknown, and it stays so, since nothing metered the steps."""
     method: _builtins.str
     window_ms: _builtins.float
     confidence_factor: _builtins.float

@@ -47,6 +47,7 @@ class EngineLimits:
 
     max_sequences: int = 64
     max_waiting: int = 1024
+    """Requests beyond `max_sequences` that are held; more are refused."""
     step_tokens: int = 512
     block_tokens: int = 16
     num_blocks: int = 0

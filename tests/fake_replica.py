@@ -36,6 +36,8 @@ class EnergyMode(Enum):
     LATE = auto()
     """Provisional behind the last token, final when `close_energy` is called."""
     NEVER = auto()
+    UNKNOWN = auto()
+    """At once it is said that they will never be known."""
 
 
 @dataclass(slots=True)
@@ -215,7 +217,10 @@ class FakeReplica:
         return NUM_SPECIAL + int.from_bytes(digest, "little") % (self.vocab_size - NUM_SPECIAL)
 
     async def _bill(self, ended: list[Sequence]) -> None:
-        entries = [_energy(sequence, is_final=self.energy is EnergyMode.AT_ONCE) for sequence in ended]
+        if self.energy is EnergyMode.UNKNOWN:
+            entries = [_unknown_energy(sequence) for sequence in ended]
+        else:
+            entries = [_energy(sequence, is_final=self.energy is EnergyMode.AT_ONCE) for sequence in ended]
         if self.energy is EnergyMode.LATE:
             self._unbilled += entries
         await self.send(link.FromReplica(energy=link.EnergyReport(requests=entries)))
@@ -284,6 +289,11 @@ def _timing(sequence: Sequence) -> link.SequenceTiming:
     return link.SequenceTiming(
         queue_us=100, prefill_us=2000, decode_us=1000 * sequence.num_tokens, cached_tokens=0, wasted_tokens=0
     )
+
+
+def _unknown_energy(sequence: Sequence) -> link.RequestEnergy:
+    submit = sequence.submit
+    return link.RequestEnergy(request_id=submit.request_id, attempt=submit.attempt, final=True)
 
 
 def _energy(sequence: Sequence, *, is_final: bool) -> link.RequestEnergy:

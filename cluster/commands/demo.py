@@ -71,9 +71,7 @@ def demo(
             console.print(
                 f"[dim]{model}: request {final.request_id}, trace {final.trace_id}[/]", highlight=False
             )
-        console.print(
-            f"gRPC [bold]{stack.addresses.grpc}[/]  dashboard and metrics http://{stack.addresses.http}"
-        )
+        console.print(f"gRPC [bold]{stack.addresses.grpc}[/]  metrics http://{stack.addresses.http}/metrics")
         if not once:
             console.print("Serving. Try `wattline chat` in another terminal; Ctrl-C ends.", style="dim")
             serve_until_interrupted(stack, interrupts, console)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.command_error import CommandError
 from cluster.commands.options import (
     ENERGY_WAIT_MS,
     Address,
@@ -38,7 +39,7 @@ def generate(
     from cluster.client import Ask, Client
     from cluster.commands.print_answer import print_answer
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_input() if prompt == "-" else prompt
     ask = Ask(
         temperature=temperature,
         seed=seed,
@@ -49,3 +50,10 @@ def generate(
     with Client(find_router(address)) as client:
         name = pick_model([card.name for card in client.list_models()], model)
         print_answer(client.generate(name, text, ask), as_json=as_json)
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise CommandError("standard input is not valid UTF-8; convert it, e.g. with `iconv`") from error

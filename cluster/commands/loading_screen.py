@@ -31,7 +31,7 @@ class LoadingScreen:
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[stage]}"),
+            TextColumn("{task.fields[stage]}", markup=False),
             TimeElapsedColumn(),
             console=console,
         )
@@ -62,4 +62,4 @@ class LoadingScreen:
                 )
             elif self._said.get(model.model) != model.stage:
                 self._said[model.model] = model.stage
-                self._console.print(f"{model.model}: {model.stage}")
+                self._console.print(f"{model.model}: {model.stage}", markup=False)

@@ -45,7 +45,8 @@ def running_stack(config: Config, console: Console) -> Iterator[tuple[Stack, Int
 
             stack = Stack(config, folder)
             try:
-                stack.start()
+                with console.status("Starting the router and Ray"):
+                    stack.start()
                 interrupts.install()
                 _wait_ready(stack, config, interrupts, console)
                 yield stack, interrupts

@@ -64,7 +64,7 @@ def _replica_row(replica: ReplicaState) -> tuple[str, ...]:
         str(replica.running),
         f"{100 - 100 * replica.free_blocks / max(1, replica.total_blocks):.0f}%",
         f"{replica.step_ms:.1f}",
-        f"{replica.power_w:.0f}",
+        "-" if replica.power_w is None else f"{replica.power_w:.0f}",
     )
 
 

@@ -43,9 +43,7 @@ def up(
         state = stack.status()
         if state:
             console.print(render_models(state))
-        console.print(
-            f"gRPC [bold]{stack.addresses.grpc}[/]  dashboard and metrics http://{stack.addresses.http}"
-        )
+        console.print(f"gRPC [bold]{stack.addresses.grpc}[/]  metrics http://{stack.addresses.http}/metrics")
         console.print("Serving. Try `wattline chat`, in another terminal; Ctrl-C ends.", style="dim")
         serve_until_interrupted(stack, interrupts, console)
 
@@ -72,9 +70,7 @@ def _detach(file: Path, folder: Path) -> None:
         if child.poll() is not None:
             raise CommandError(f"{last_words(running.log_path)}\nlog: {running.log_path}")
         time.sleep(DETACH_POLL_S)
-    typer.echo(
-        f"Serving in process {state.pid}: gRPC {state.grpc}, dashboard and metrics http://{state.http}"
-    )
+    typer.echo(f"Serving in process {state.pid}: gRPC {state.grpc}, metrics http://{state.http}/metrics")
     typer.echo(f"Log: {running.log_path}. End it with `wattline down`.")
 
 

@@ -9,9 +9,15 @@ from cluster.router.errors import DeadlinePassed, ReplicaStopped, engine_error
 from protos import wattline_link_pb2 as link
 from replicas.request import FinishReason, SequenceTiming
 
+MAX_DEADLINE_MS = 2**32 - 1
+"""The most the wire holds, 49 days; a caller may have more time, which no answer needs."""
+
 
 def submit_command(job: EngineJob, *, request_id: int, attempt: int) -> link.ToReplica:
     """The command that starts a request. A deadline under a millisecond is sent as one: 0 means none."""
+    deadline_ms = (
+        0 if job.deadline_s is None else int(min(max(1.0, job.deadline_s * 1e3), float(MAX_DEADLINE_MS)))
+    )
     return link.ToReplica(
         submit=link.Submit(
             request_id=request_id,
@@ -27,7 +33,7 @@ def submit_command(job: EngineJob, *, request_id: int, attempt: int) -> link.ToR
             max_tokens=job.max_tokens,
             stop_token_ids=sorted(job.stop_token_ids),
             priority=job.priority,
-            deadline_ms=0 if job.deadline_s is None else max(1, int(job.deadline_s * 1e3)),
+            deadline_ms=deadline_ms,
             lane=job.lane,
             traceparent=job.traceparent,
         )
@@ -50,8 +56,10 @@ def parse_end(delta: link.SequenceDelta) -> End:
             return engine_error(delta.error.code, delta.error.message)
 
 
-def parse_energy(entry: link.RequestEnergy) -> RequestEnergy:
-    """The ledger's figures for one request."""
+def parse_energy(entry: link.RequestEnergy) -> RequestEnergy | None:
+    """The ledger's figures for one request; None: unknown, and it stays so."""
+    if not entry.source:
+        return None
     return RequestEnergy(
         prefill_mj=entry.prefill_mj,
         decode_mj=entry.decode_mj,

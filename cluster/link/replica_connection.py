@@ -1,6 +1,6 @@
 """One attached replica: its state, its load, and the requests this router has there.
 
-Lives on the event loop. `link_server.py` feeds it what the replica says and sends what it queues.
+Lives on the event loop. `server.py` feeds it what the replica says and sends what it queues.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cluster.link.engine_job import EngineJob
 from cluster.link.messages import parse_end, parse_energy, submit_command
 from cluster.link.token_stream import End, TokenStream
 from cluster.router.balancer import LaneView
-from cluster.router.energy_account import EnergyAccount, RequestEnergy
+from cluster.router.energy_account import EnergyAccount
 from cluster.router.errors import EngineFault, Overloaded, ReplicaStopped
 from cluster.text.detokenize_worker import DetokenizeWorker, StreamTokens
 from protos import wattline_link_pb2 as link
@@ -198,8 +198,11 @@ class ReplicaConnection:
             account = self._accounts.get(entry.request_id)
             if account is None:
                 continue
-            energy: RequestEnergy = parse_energy(entry)
-            account.update(energy)
+            energy = parse_energy(entry)
+            if energy is None:
+                account.settle()
+            else:
+                account.update(energy)
             if account.is_settled:
                 del self._accounts[entry.request_id]
 

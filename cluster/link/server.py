@@ -55,7 +55,8 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
         self, request_iterator: AsyncIterator[link.FromReplica], context: LinkContext
     ) -> None:
         connection = await self._greet(request_iterator, context)
-        await context.write(link.ToReplica(welcome=link.Welcome(router_id=self._router_id)))
+        # Attached in the same breath as it was checked against the others: another life may be greeting too.
+        connection.commands.put_nowait(link.ToReplica(welcome=link.Welcome(router_id=self._router_id)))
         self._pool.attach(connection)
         logger.info("replica_attached id=%s epoch=%d", connection.replica_id, connection.epoch)
         tasks = (

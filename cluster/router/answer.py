@@ -40,10 +40,11 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completed:
-    """The end of a successful answer. `energy` None: nothing is known yet."""
+    """The end of a successful answer. `energy` None: unknown; `is_settled`: no better figures will come."""
 
     request_id: str
     trace_id: str
     usage: Usage
     timing: Timing
     energy: RequestEnergy | None
+    is_settled: bool

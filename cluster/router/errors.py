@@ -150,7 +150,7 @@ def engine_error(code_name: str, message: str) -> RouterError:
     """
     if code_name == "INVALID_ARGUMENT":
         return InvalidRequest(
-            field="request", got="what this replica cannot serve", limit=message, fix="shorten it"
+            field="request", got="what this replica cannot serve", limit=message, fix="change it"
         )
     if code_name == "RESOURCE_EXHAUSTED":
         return Overloaded("the replica's queue is full", retry_after_ms=250)

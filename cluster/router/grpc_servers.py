@@ -1,4 +1,4 @@
-"""The two gRPC servers of a router: options and binding. What they serve is added by `router.py`."""
+"""The two gRPC servers of a router: options and binding. What they serve is added by `process.py`."""
 
 from __future__ import annotations
 

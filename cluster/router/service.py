@@ -107,7 +107,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         async with self._guard.call(context, f"{SERVICE}/GetEnergy"):
             finished = self._record.find(request.request_id)
             return pb.GetEnergyResponse(
-                energy=wire.energy_message(finished.account.energy, finished.usage),
+                energy=wire.energy_message(
+                    finished.account.energy, finished.usage, is_settled=finished.account.is_settled
+                ),
                 usage=wire.usage_message(finished.usage),
             )
 
@@ -126,7 +128,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
                 if isinstance(event, TextDelta):
                     await context.write(wire.delta_message(event))
                 else:
-                    context.set_trailing_metadata((*rpc.id_metadata, *wire.energy_trailers(event.energy)))
+                    energy = wire.energy_trailers(event.energy, is_settled=event.is_settled)
+                    context.set_trailing_metadata((*rpc.id_metadata, *energy))
                     await context.write(wire.final_message(event))
 
     def _find(self, name: str, rpc: Rpc) -> ServedModel:

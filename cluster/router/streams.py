@@ -138,6 +138,7 @@ class Streams:
                 usage=usage,
                 timing=timing,
                 energy=run.account.energy,
+                is_settled=run.account.is_settled,
             )
 
     async def tokenize(self, model: ServedModel, prompt: Prompt) -> tuple[int, ...]:

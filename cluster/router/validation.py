@@ -20,6 +20,7 @@ MAX_STOP_TEXTS = 16
 MAX_STOP_TEXT_BYTES = 64
 MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 2.0
+MAX_TOP_K = 2**31 - 1
 MAX_PRIORITY = 100
 MAX_ENERGY_WAIT_MS = 1000
 
@@ -174,10 +175,11 @@ def _parse_sampling(sampling: pb.Sampling, draw_seed: Callable[[], int]) -> Samp
         raise InvalidRequest(
             field="sampling.top_p", got=top_p, limit="above 0, up to 1", fix="use 1 for all tokens"
         )
+    _check_range("sampling.top_k", sampling.top_k, low=0, high=MAX_TOP_K)
     return SamplingParams(
         temperature=temperature,
         top_p=top_p,
-        top_k=sampling.top_k if sampling.HasField("top_k") else 0,
+        top_k=sampling.top_k,
         seed=sampling.seed if sampling.HasField("seed") else draw_seed(),
     )
 

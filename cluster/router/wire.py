@@ -27,7 +27,7 @@ def final_message(completed: Completed) -> pb.GenerateResponse:
             request_id=completed.request_id,
             usage=usage_message(completed.usage),
             timing=_timing_message(completed.timing),
-            energy=energy_message(completed.energy, completed.usage),
+            energy=energy_message(completed.energy, completed.usage, is_settled=completed.is_settled),
             trace_id=completed.trace_id,
         )
     )
@@ -42,10 +42,11 @@ def usage_message(usage: Usage) -> pb.Usage:
     )
 
 
-def energy_message(energy: RequestEnergy | None, usage: Usage) -> pb.Energy:
+def energy_message(energy: RequestEnergy | None, usage: Usage, *, is_settled: bool) -> pb.Energy:
     """Joules, per token too; whatever is not known stays unset."""
+    state, _ = _energy_state(energy, is_settled=is_settled)
     if energy is None:
-        return pb.Energy(state=pb.ENERGY_STATE_PROVISIONAL)
+        return pb.Energy(state=state)
     total_j = energy.total_mj / 1e3
     output_tokens, total_tokens = usage.completion_tokens, usage.prompt_tokens + usage.completion_tokens
     return pb.Energy(
@@ -59,14 +60,14 @@ def energy_message(energy: RequestEnergy | None, usage: Usage) -> pb.Energy:
         method=energy.method,
         window_ms=energy.window_ms,
         confidence_factor=energy.confidence_factor,
-        state=pb.ENERGY_STATE_FINAL if energy.is_final else pb.ENERGY_STATE_PROVISIONAL,
+        state=state,
     )
 
 
-def energy_trailers(energy: RequestEnergy | None) -> tuple[tuple[str, str], ...]:
+def energy_trailers(energy: RequestEnergy | None, *, is_settled: bool) -> tuple[tuple[str, str], ...]:
     """The joules again, for callers and proxies that read only metadata."""
-    is_final = energy is not None and energy.is_final
-    state = (semconv.TRAILER_ENERGY_STATE, "final" if is_final else "provisional")
+    _, word = _energy_state(energy, is_settled=is_settled)
+    state = (semconv.TRAILER_ENERGY_STATE, word)
     if energy is None:
         return (state,)
     return (
@@ -74,6 +75,14 @@ def energy_trailers(energy: RequestEnergy | None) -> tuple[tuple[str, str], ...]
         (semconv.TRAILER_ENERGY_JOULES, f"{energy.total_mj / 1e3:.3f}"),
         (semconv.TRAILER_ENERGY_SOURCE, energy.source),
     )
+
+
+def _energy_state(energy: RequestEnergy | None, *, is_settled: bool) -> tuple[pb.EnergyState.ValueType, str]:
+    if energy is not None and energy.is_final:
+        return pb.ENERGY_STATE_FINAL, "final"
+    if energy is None and is_settled:
+        return pb.ENERGY_STATE_UNSPECIFIED, "unknown"
+    return pb.ENERGY_STATE_PROVISIONAL, "provisional"
 
 
 def _timing_message(timing: Timing) -> pb.Timing:

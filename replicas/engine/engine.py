@@ -1,7 +1,7 @@
 """The engine: requests in, one `step()` after another, tokens out.
 
 Owns the steps under way and the time they took. What to compute is the scheduler's decision, computing it
-is the runner's work; this file only joins them. Synchronous and single-threaded; driven by `rank.py`.
+is the runner's work; this file only joins them. Synchronous and single-threaded; driven by `rank/process.py`.
 """
 
 from __future__ import annotations

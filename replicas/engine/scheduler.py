@@ -109,9 +109,10 @@ class Scheduler:
         except BadRequest as error:
             self._refuse(request, ("INVALID_ARGUMENT", str(error)))
             return
-        num_waiting = sum(len(lane.waiting) for lane in self._lanes)
-        if num_waiting >= self._limits.max_waiting:
-            self._refuse(request, ("RESOURCE_EXHAUSTED", f"{num_waiting} requests wait already; retry later"))
+        # Waiting ones for whom a row is free do not count: a burst between two steps fills the rows too.
+        num_queued = len(self._sequences) - self._limits.max_sequences
+        if num_queued >= self._limits.max_waiting:
+            self._refuse(request, ("RESOURCE_EXHAUSTED", f"{num_queued} requests wait already; retry later"))
             return
         sequence = Sequence(
             request=request,

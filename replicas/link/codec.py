@@ -93,22 +93,23 @@ def decode_command(message: link_pb2.ToReplica, *, now_ns: int) -> RouterCommand
 
 
 def _encode_energy(statements: Iterable[EnergyStatement]) -> link_pb2.EnergyReport:
-    return link_pb2.EnergyReport(
-        requests=[
-            link_pb2.RequestEnergy(
-                request_id=joules.request_id,
-                attempt=statement.attempt,
-                prefill_mj=joules.prefill_mj,
-                decode_mj=joules.decode_mj,
-                static_mj=joules.static_mj,
-                wasted_mj=joules.wasted_mj,
-                source=joules.source.value,
-                method=joules.method,
-                window_ms=joules.window_ms,
-                confidence_factor=joules.confidence_factor,
-                final=joules.final,
-            )
-            for statement in statements
-            for joules in (statement.joules,)
-        ]
+    return link_pb2.EnergyReport(requests=[_encode_statement(statement) for statement in statements])
+
+
+def _encode_statement(statement: EnergyStatement) -> link_pb2.RequestEnergy:
+    joules = statement.joules
+    if joules is None:
+        return link_pb2.RequestEnergy(request_id=statement.request_id, attempt=statement.attempt, final=True)
+    return link_pb2.RequestEnergy(
+        request_id=statement.request_id,
+        attempt=statement.attempt,
+        prefill_mj=joules.prefill_mj,
+        decode_mj=joules.decode_mj,
+        static_mj=joules.static_mj,
+        wasted_mj=joules.wasted_mj,
+        source=joules.source.value,
+        method=joules.method,
+        window_ms=joules.window_ms,
+        confidence_factor=joules.confidence_factor,
+        final=joules.final,
     )

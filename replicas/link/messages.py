@@ -1,6 +1,6 @@
 """What a replica and a router say to each other beyond requests and tokens, as plain data.
 
-Ids are those of the link. `link_codec.py` turns this into protobuf.
+Ids are those of the link. `codec.py` turns this into protobuf.
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ class ReplicaLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnergyStatement:
-    """The energy of one attempt at a request. If not `joules.final`, a final one follows soon."""
+    """The energy of one attempt at a request. If not `joules.final`, a final one follows soon.
 
+    `joules` None: unknown, and it stays so, since nothing metered the steps.
+    """
+
+    request_id: int
     attempt: int
-    joules: RequestJoules
+    joules: RequestJoules | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

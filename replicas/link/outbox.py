@@ -60,7 +60,7 @@ class Outbox:
     def add_energy(self, statements: Iterable[EnergyStatement]) -> None:
         """A later statement about a request replaces the one still waiting."""
         for statement in statements:
-            self._energy[statement.joules.request_id, statement.attempt] = statement
+            self._energy[statement.request_id, statement.attempt] = statement
         self._note_added()
 
     def add_draining(self, reason: str) -> None:

@@ -158,7 +158,7 @@ class NullRunner:
 
 
 def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
-    """The factory `rank_main.py` looks for; every rank of a null group computes the same tokens by itself."""
+    """The factory `rank/main.py` looks for; every rank of a null group computes the same tokens by itself."""
     runner = NullRunner(config.null, config.limits)
     progress("null", 1, 1)
     return BuiltRunner(runner=runner, shape=runner.shape)

@@ -134,16 +134,17 @@ class Dispatcher:
         for joules in self._energy.take_closed():
             flight = self._in_flight.settle(joules.request_id)
             if flight is not None:
-                _state_energy(flight, joules)
+                self._state_energy(flight, joules)
         for engine_id in self._energy.take_unmeasured():
-            self._in_flight.settle(engine_id)
+            self._settle_unknown(engine_id)
         if not self._in_flight.num_unbilled:
             self.billed.set()
 
     def lose_meter(self) -> None:
         """There is no meter after all: energy is unknown from now on, and nothing waits for it."""
         self._energy = None
-        self._in_flight.forget_unbilled()
+        for engine_id in self._in_flight.unbilled:
+            self._settle_unknown(engine_id)
         self.billed.set()
 
     # From the supervisor.
@@ -219,20 +220,26 @@ class Dispatcher:
     def _land(self, engine_id: int) -> None:
         self._in_flight.land(engine_id)
         if self._energy is None:
-            self._in_flight.settle(engine_id)
+            self._settle_unknown(engine_id)
         else:
             self.billed.clear()
+
+    def _settle_unknown(self, engine_id: int) -> None:
+        """Say so: a router would wait for joules that never come."""
+        flight = self._in_flight.settle(engine_id)
+        if flight is not None:
+            self._state_energy(flight, None)
+
+    def _state_energy(self, flight: Flight[LinkSession], joules: RequestJoules | None) -> None:
+        if flight.link in self._sessions:
+            statement = EnergyStatement(request_id=flight.request_id, attempt=flight.attempt, joules=joules)
+            flight.link.outbox.add_energy((statement,))
 
     def _report_provisional(self, flight: Flight[LinkSession]) -> None:
         """Right behind the last delta, for a router that cannot wait for the meter."""
         joules = None if self._energy is None else self._energy.provisional(flight.engine_id)
         if joules is not None:
-            _state_energy(flight, joules)
-
-
-def _state_energy(flight: Flight[LinkSession], joules: RequestJoules) -> None:
-    statement = EnergyStatement(attempt=flight.attempt, joules=replace(joules, request_id=flight.request_id))
-    flight.link.outbox.add_energy((statement,))
+            self._state_energy(flight, joules)
 
 
 def _renumbered(delta: SequenceDelta, request_id: int) -> SequenceDelta:

@@ -98,9 +98,10 @@ class InFlight(Generic[LinkT]):
         """Its energy is closed (or will never be known): forget it."""
         return self._unbilled.pop(engine_id, None)
 
-    def forget_unbilled(self) -> None:
-        """No energy will be closed any more."""
-        self._unbilled.clear()
+    @property
+    def unbilled(self) -> tuple[int, ...]:
+        """Landed requests whose energy is still open, oldest first."""
+        return tuple(self._unbilled)
 
     def drop_link(self, link: LinkT) -> tuple[int, ...]:
         """A router is gone: forget its unbilled requests and return those to cancel in the engine."""

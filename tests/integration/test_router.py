@@ -243,6 +243,13 @@ async def test_the_deadline_goes_down_and_ends_the_call(router: TestRouter) -> N
         await replica.wait_command("cancel")
 
 
+async def test_a_deadline_longer_than_the_wire_can_say_is_served_with_the_longest(router: TestRouter) -> None:
+    async with router.replica() as replica:
+        answer = await collect(router.inference.Generate(make_request(), timeout=1e9))
+        assert (await replica.wait_command("submit")).submit.deadline_ms == 2**32 - 1
+    assert answer.final.usage.completion_tokens == 8
+
+
 async def test_a_deadline_seen_by_the_engine_first_is_the_same_error(router: TestRouter) -> None:
     async with router.replica() as replica:
         replica.running.clear()
@@ -330,6 +337,15 @@ async def test_joules_nobody_measured_are_unset_not_zero(router: TestRouter) -> 
     assert not answer.final.energy.HasField("total_j")
     assert answer.final.energy.state == pb.ENERGY_STATE_PROVISIONAL
     assert "wattline-energy-joules" not in answer.trailers
+
+
+async def test_an_answer_does_not_wait_for_joules_that_will_never_be_known(router: TestRouter) -> None:
+    async with router.replica(energy=EnergyMode.UNKNOWN):
+        answer = await collect(router.inference.Generate(make_request(energy_wait_ms=1000)))
+        request = pb.GetEnergyRequest(request_id=answer.final.request_id)
+        known = await router.inference.GetEnergy(request)
+    assert answer.final.energy == known.energy == pb.Energy(state=pb.ENERGY_STATE_UNSPECIFIED)
+    assert answer.trailers["wattline-energy-state"] == "unknown"
 
 
 async def test_get_energy_of_an_unknown_request_is_not_found(router: TestRouter) -> None:

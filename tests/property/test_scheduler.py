@@ -99,6 +99,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_blocks=num_blocks,
             lookahead=lookahead,
         )
+        self.max_sequences = max_sequences
         runner = NullRunner(CONFIG, limits)
         self.clock = TickingClock()
         self.scheduler = Scheduler(limits, runner.shape)
@@ -128,7 +129,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if ticks_left is not None:
             life.allowed.add(FinishReason.DEADLINE)
         load = self.engine.load
-        if num_prompt >= self.scheduler.context_tokens or sum(load.waiting) >= MAX_WAITING:
+        num_held = sum(load.running) + sum(load.waiting)
+        if num_prompt >= self.scheduler.context_tokens or num_held >= self.max_sequences + MAX_WAITING:
             life.allowed = {FinishReason.ERROR}
         self.engine.submit(request)
 

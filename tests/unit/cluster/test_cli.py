@@ -85,6 +85,13 @@ def test_a_wrong_option_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> Non
     assert run_main(monkeypatch, "chat", "--tempreture", "1") == 2
 
 
+@pytest.mark.parametrize("option", [("--seed", str(2**64)), ("--max-tokens", str(2**32))])
+def test_a_number_no_request_can_hold_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, option: tuple[str, str]
+) -> None:
+    assert run_main(monkeypatch, "generate", "hi", *option, "--address", "127.0.0.1:1") == 2
+
+
 def test_the_only_model_needs_no_name() -> None:
     assert pick_model(["a"], "") == "a"
     assert pick_model(["a", "b"], "b") == "b"

@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from cluster.client import Ask, CallError, Client
+from cluster.command_error import CommandError
 from cluster.replies import Delta, Final
 from protos import wattline_cluster_pb2 as cluster_pb
 from protos import wattline_cluster_pb2_grpc as cluster_rpc
@@ -134,3 +135,14 @@ def test_status_sums_the_lanes(client: Client) -> None:
     assert [rank.pid for rank in replica.ranks] == [77]
     assert model.joules_per_output_token is None
     assert model.num_ready == 0
+
+
+def test_what_is_no_text_is_refused_in_a_sentence_before_it_is_sent(client: Client) -> None:
+    with pytest.raises(CommandError, match="not valid UTF-8"):
+        list(client.chat("m", [("user", "\udcff")]))
+    with pytest.raises(CommandError, match="not valid UTF-8"):
+        list(client.generate("m", "\udcff"))
+
+
+def test_power_of_zero_on_the_wire_is_unknown(client: Client) -> None:
+    assert client.status().models[0].replicas[0].power_w is None

@@ -68,11 +68,11 @@ async def test_a_wait_ends_with_the_final_joules_or_in_time() -> None:
 
 
 def test_joules_on_the_wire_are_per_token_too() -> None:
-    message = energy_message(FINAL, USAGE)
+    message = energy_message(FINAL, USAGE, is_settled=True)
     assert (message.total_j, message.prefill_j, message.decode_j, message.static_j) == (4.0, 1.0, 3.0, 0.5)
     assert (message.joules_per_output_token, message.joules_per_total_token) == (1.0, 0.4)
     assert message.state == pb.ENERGY_STATE_FINAL
-    assert energy_trailers(FINAL) == (
+    assert energy_trailers(FINAL, is_settled=True) == (
         ("wattline-energy-state", "final"),
         ("wattline-energy-joules", "4.000"),
         ("wattline-energy-source", "counter"),
@@ -80,13 +80,18 @@ def test_joules_on_the_wire_are_per_token_too() -> None:
 
 
 def test_unknown_joules_are_unset_everywhere() -> None:
-    message = energy_message(None, USAGE)
+    message = energy_message(None, USAGE, is_settled=False)
     assert not any(message.HasField(name) for name in ("total_j", "joules_per_output_token"))
-    assert energy_trailers(None) == (("wattline-energy-state", "provisional"),)
+    assert energy_trailers(None, is_settled=False) == (("wattline-energy-state", "provisional"),)
+
+
+def test_joules_that_will_never_be_known_are_not_called_provisional() -> None:
+    assert energy_message(None, USAGE, is_settled=True) == pb.Energy(state=pb.ENERGY_STATE_UNSPECIFIED)
+    assert energy_trailers(None, is_settled=True) == (("wattline-energy-state", "unknown"),)
 
 
 def test_no_tokens_no_joules_per_token() -> None:
-    message = energy_message(FINAL, replace(USAGE, completion_tokens=0))
+    message = energy_message(FINAL, replace(USAGE, completion_tokens=0), is_settled=True)
     assert not message.HasField("joules_per_output_token")
     assert message.joules_per_total_token == pytest.approx(4.0 / 6)
 

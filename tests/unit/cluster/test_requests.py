@@ -87,6 +87,11 @@ def test_a_top_p_out_of_range_is_refused(top_p: float) -> None:
     assert refusal(sampling=pb.Sampling(top_p=top_p)).startswith("sampling.top_p: got ")
 
 
+def test_a_top_k_that_no_plan_can_hold_is_refused() -> None:
+    assert generate(sampling=pb.Sampling(top_k=2**31 - 1)).sampling.top_k == 2**31 - 1
+    assert refusal(sampling=pb.Sampling(top_k=2**31)).startswith("sampling.top_k: got 2147483648; allowed: 0")
+
+
 def test_limits_are_named_with_value_and_limit() -> None:
     assert refusal(limits=pb.Limits(max_tokens=65)) == (
         "limits.max_tokens: got 65; allowed: 1 to 64; choose a value in this range"

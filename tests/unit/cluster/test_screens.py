@@ -141,6 +141,22 @@ def test_without_a_terminal_each_change_is_one_line() -> None:
     assert out.getvalue().splitlines() == ["a: starting ranks", "a: loading weights", "a: ready"]
 
 
+def test_brackets_in_a_reason_are_shown_as_they_are() -> None:
+    for is_terminal in (False, True):
+        out = io.StringIO()
+        console = Console(file=out, width=80, force_terminal=is_terminal)
+        with LoadingScreen(console, ["a"]) as screen:
+            screen.show([Step("a", "trying again: no [/x]")])
+        assert "trying again: no [/x]" in out.getvalue()
+
+
+def test_unknown_power_is_a_dash() -> None:
+    console, out = make_console()
+    console.print(render_models(make_state(replace(make_replica(), power_w=None))))
+    row = next(line for line in out.getvalue().splitlines() if "5l3yhbmy" in line)
+    assert row.split()[-1] == "-"
+
+
 def test_on_a_terminal_a_bar_moves() -> None:
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=True)

@@ -9,7 +9,7 @@ from replicas.energy.ledger import Ledger
 from replicas.energy.meter import Reading, Source
 from replicas.frames import Cancel, Command, Stop, Submit
 from replicas.link.link import LinkSession
-from replicas.link.messages import Drain, ReplicaCard
+from replicas.link.messages import Drain, EnergyStatement, ReplicaCard
 from replicas.link.outbox import Outbox, Parcel
 from replicas.request import (
     EngineCosts,
@@ -155,7 +155,7 @@ async def test_a_cancelled_request_is_heard_no_more() -> None:
     desk.dispatcher.on_command(link, Stop(request_id=7))
     assert desk.sent[1:] == [Cancel(request_id=1)]
     desk.step(make_delta(1, (), finish=FinishReason.CANCELLED))
-    assert await take(link) is None
+    assert await deltas(link) == ()
     assert desk.dispatcher.num_in_flight == 0
     assert desk.dispatcher.idle.is_set()
 
@@ -236,14 +236,14 @@ async def test_wasted_tokens_are_counted_also_for_requests_nobody_hears() -> Non
     assert desk.dispatcher.wasted_tokens == 4
 
 
-async def test_without_a_meter_energy_is_unknown_and_nothing_waits_for_it() -> None:
+async def test_without_a_meter_energy_is_said_to_be_unknown_and_nothing_waits_for_it() -> None:
     desk = Desk()
     link = desk.attach("a")
     desk.dispatcher.on_command(link, Submit(request=make_request(1)))
     desk.step(make_delta(1, (11,), finish=FinishReason.STOP))
     parcel = await take(link)
     assert parcel is not None
-    assert parcel.energy == ()
+    assert parcel.energy == (EnergyStatement(request_id=1, attempt=1, joules=None),)
     assert desk.dispatcher.billed.is_set()
     load = desk.dispatcher.load()
     assert (load.energy_source, load.joules_per_token, load.power_w) == ("", None, None)
@@ -272,7 +272,8 @@ async def test_the_bill_follows_the_answer_under_the_links_number() -> None:
     assert parcel is not None
     (statement,) = parcel.energy
     joules = statement.joules
-    assert (joules.request_id, statement.attempt, joules.total_mj, joules.final) == (7, 1, 4_000, True)
+    assert joules is not None
+    assert (statement.request_id, statement.attempt, joules.total_mj, joules.final) == (7, 1, 4_000, True)
     assert desk.dispatcher.billed.is_set()
     assert desk.dispatcher.load().energy_source == "fake"
 
@@ -287,7 +288,23 @@ async def test_a_meter_that_is_lost_leaves_energy_unknown() -> None:
     assert desk.dispatcher.billed.is_set()
     parcel = await take(link)
     assert parcel is not None
-    assert parcel.energy == ()
+    assert parcel.energy == (EnergyStatement(request_id=7, attempt=1, joules=None),)
+
+
+async def test_a_request_that_ran_before_the_meter_spoke_is_said_to_be_unknown() -> None:
+    desk = Desk(has_meter=True)
+    assert desk.energy is not None
+    link = desk.attach("a")
+    desk.dispatcher.on_command(link, Submit(request=make_request(7)))
+    desk.step(make_delta(1, (11,), finish=FinishReason.STOP), record=make_record(1, start_ns=0, end_ns=1))
+    desk.now_ns = 200 * MS
+    for at_ms in (50, 100):
+        desk.energy.add_reading(Reading(t_ns=at_ms * MS, energy_mj=at_ms, source=Source.FAKE))
+    desk.dispatcher.settle_energy()
+    parcel = await take(link)
+    assert parcel is not None
+    assert parcel.energy == (EnergyStatement(request_id=7, attempt=1, joules=None),)
+    assert desk.dispatcher.billed.is_set()
 
 
 async def test_a_cancelled_request_still_gets_its_bill() -> None:
@@ -305,4 +322,4 @@ async def test_a_cancelled_request_still_gets_its_bill() -> None:
     parcel = await take(link)
     assert parcel is not None
     assert parcel.deltas == ()
-    assert [entry.joules.total_mj for entry in parcel.energy if entry.joules.final] == [100]
+    assert [entry.joules.total_mj for entry in parcel.energy if entry.joules and entry.joules.final] == [100]

@@ -323,7 +323,7 @@ def test_a_prompt_longer_than_the_pool_is_refused_and_one_that_just_fits_is_serv
 
 
 def test_a_full_queue_refuses_with_resource_exhausted() -> None:
-    engine = make_engine(make_limits(max_waiting=2))
+    engine = make_engine(make_limits(max_sequences=1, max_waiting=1))
     for request_id in (1, 2, 3):
         engine.submit(make_request(request_id, (4, 5)))
     transcript = run(engine)

@@ -42,7 +42,7 @@ def make_statement(request_id: int, *, prefill_mj: int, final: bool) -> EnergySt
         confidence_factor=1.0,
         final=final,
     )
-    return EnergyStatement(attempt=1, joules=joules)
+    return EnergyStatement(request_id=request_id, attempt=1, joules=joules)
 
 
 async def take(outbox: Outbox) -> Parcel:

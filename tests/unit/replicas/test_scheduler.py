@@ -9,6 +9,8 @@ from replicas.rank.null_runner import NULL_COSTS
 from replicas.request import FinishReason, GenerationRequest, SamplingParams, StepMember
 
 GREEDY = SamplingParams()
+CAPACITY = 4 + 8
+"""Sequences that run, and those that wait."""
 
 
 def make_scheduler(
@@ -237,3 +239,14 @@ def test_a_sequence_preempted_while_its_token_is_under_way_waits_for_it() -> Non
     assert [(row.sequence.request.request_id, row.planned.token_ids) for row in third.rows] == [
         (1, (10, 11, 60))
     ]
+
+
+def test_a_burst_before_the_first_step_fills_rows_and_queue() -> None:
+    scheduler = make_scheduler()
+    for request_id in range(CAPACITY):
+        submit(scheduler, request_id, 1)
+    assert scheduler.take_deltas() == ()
+    submit(scheduler, CAPACITY, 1)
+    (refusal,) = scheduler.take_deltas()
+    assert refusal.error is not None
+    assert (refusal.request_id, refusal.error[0]) == (CAPACITY, "RESOURCE_EXHAUSTED")

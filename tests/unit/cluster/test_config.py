@@ -1,0 +1,86 @@
+"""The configuration file: what is wrong with it is said in sentences that name key, value, limit and fix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ConfigError, load_config, parse_config
+
+MODEL = {"name": "m", "source": "null"}
+
+
+def problems(raw: Mapping[str, object]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(dict(raw), origin="w.yaml")
+    return str(caught.value).splitlines()
+
+
+def in_model(**keys: object) -> list[str]:
+    return problems({"models": [{**MODEL, **keys}]})
+
+
+def test_a_mistake_in_a_model_is_one_line_and_does_not_blame_the_list() -> None:
+    assert in_model(limits={"step_tokens": 3}) == [
+        "w.yaml: models[0].limits.step_tokens: got 3; allowed: 16 or more"
+    ]
+
+
+def test_every_mistake_has_its_line() -> None:
+    raw = {"models": [MODEL], "router": {"grpc_port": 99999}, "energy": {"meter": "guess"}}
+    assert problems(raw) == [
+        "w.yaml: router.grpc_port: got 99999; allowed: 65535 or less",
+        "w.yaml: energy.meter: got 'guess'; allowed: 'auto', 'nvml', 'cpu-model' or 'fake'",
+    ]
+
+
+def test_an_unknown_key_comes_with_the_one_that_was_meant() -> None:
+    assert problems({"models": [MODEL], "ruter": {}}) == [
+        "w.yaml: ruter: unknown key; did you mean 'router'?"
+    ]
+    assert in_model(zzzz=1) == ["w.yaml: models[0].zzzz: unknown key; remove it"]
+
+
+def test_our_own_rules_speak_for_themselves() -> None:
+    assert problems({"models": [MODEL, MODEL]}) == [
+        "w.yaml: models: name 'm' is used twice; give each model its own"
+    ]
+    assert in_model(replicas={"min": 3, "max": 2}) == [
+        "w.yaml: models[0].replicas: max=2 is below min=3; raise max"
+    ]
+    assert in_model(source=None)[0].startswith("w.yaml: models[0].source: is empty; give a folder or hub id")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"parallel": {"tensor": "two"}}, "models[0].parallel.tensor: got 'two'; allowed: a whole number"),
+        (
+            {"limits": {"drain_s": float("nan")}},
+            "models[0].limits.drain_s: got nan; allowed: a finite number",
+        ),
+        ({"limits": {"ready_timeout_s": float("inf")}}, "got inf; allowed: a finite number"),
+        ({"limits": {"num_blocks": 1}}, "models[0].limits.num_blocks: got 1; allowed: 2 or more, or 0"),
+        ({"limits": {"context_tokens": 4}}, "got 4; allowed: 16 or more, or 0 for what fits"),
+        ({"name": "a b"}, "models[0].name: got 'a b'; allowed: letters, digits and . _ / -"),
+        ({"limits": 3}, "models[0].limits: got 3; allowed: keys with values"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_shown_with_what_is_allowed(keys: dict[str, object], said: str) -> None:
+    (line,) = in_model(**keys)
+    assert said in line
+
+
+def test_no_model_is_a_mistake_of_its_own() -> None:
+    assert problems({"models": []}) == ["w.yaml: models: got []; allowed: 1 entries or more"]
+    assert problems({"models": 3}) == ["w.yaml: models: got 3; allowed: a list; begin each entry with `- `"]
+
+
+def test_a_file_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "w.yaml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_config(path)
