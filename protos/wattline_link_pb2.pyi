@@ -284,6 +284,7 @@ class Submit(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     LANE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Unique on this stream."""
     attempt: _builtins.int
@@ -297,6 +298,10 @@ class Submit(_message.Message):
     lane: _builtins.int
     traceparent: _builtins.str
     """W3C trace context of the request's inference span."""
+    cache_salt: _builtins.bytes
+    """Only requests of one salt share cached KV. Chosen by the router for the tenant, never by a client;
+    64 bytes at most.
+    """
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -317,10 +322,11 @@ class Submit(_message.Message):
         deadline_ms: _builtins.int = ...,
         lane: _builtins.int = ...,
         traceparent: _builtins.str = ...,
+        cache_salt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_ms", b"deadline_ms", "first_offset", b"first_offset", "lane", b"lane", "max_tokens", b"max_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "first_offset", b"first_offset", "lane", b"lane", "max_tokens", b"max_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -498,6 +504,7 @@ class SequenceTiming(_message.Message):
     prefill_us: _builtins.int
     decode_us: _builtins.int
     cached_tokens: _builtins.int
+    """Of the prompt: found in the prefix cache."""
     wasted_tokens: _builtins.int
     """Tokens computed twice (preemption) or past the end."""
     preemptions: _builtins.int
@@ -561,6 +568,7 @@ class LoadSnapshot(_message.Message):
     PROMPT_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     POWER_W_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     step_ms: _builtins.float
     """Exponential averages."""
@@ -570,6 +578,8 @@ class LoadSnapshot(_message.Message):
     prompt_tokens_total: _builtins.int
     generated_tokens_total: _builtins.int
     power_w: _builtins.float
+    cached_tokens_total: _builtins.int
+    """Of prompt_tokens_total: found in the prefix cache."""
     @_builtins.property
     def running(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -577,7 +587,9 @@ class LoadSnapshot(_message.Message):
     @_builtins.property
     def waiting_prefill_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
-    def free_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def free_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Can be given out now; cached blocks that no sequence holds are among them."""
+
     @_builtins.property
     def total_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -596,10 +608,11 @@ class LoadSnapshot(_message.Message):
         prompt_tokens_total: _builtins.int = ...,
         generated_tokens_total: _builtins.int = ...,
         power_w: _builtins.float = ...,
+        cached_tokens_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_tokens_per_s", b"decode_tokens_per_s", "free_blocks", b"free_blocks", "generated_tokens_total", b"generated_tokens_total", "joules_per_token", b"joules_per_token", "power_w", b"power_w", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prompt_tokens_total", b"prompt_tokens_total", "running", b"running", "step", b"step", "step_ms", b"step_ms", "total_blocks", b"total_blocks", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens_total", b"cached_tokens_total", "decode_tokens_per_s", b"decode_tokens_per_s", "free_blocks", b"free_blocks", "generated_tokens_total", b"generated_tokens_total", "joules_per_token", b"joules_per_token", "power_w", b"power_w", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prompt_tokens_total", b"prompt_tokens_total", "running", b"running", "step", b"step", "step_ms", b"step_ms", "total_blocks", b"total_blocks", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

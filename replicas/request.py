@@ -51,11 +51,16 @@ class GenerationRequest:
     lane: int = 0
     attempt: int = 0
     first_offset: int = 0
+    cache_salt: bytes = b""
+    """Only requests of one salt share cached KV. Chosen by the router, never by a client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceTiming:
-    """Where the time of one sequence went, and what it cost beyond its tokens."""
+    """Where the time of one sequence went, and what it cost beyond its tokens.
+
+    `cached_tokens` of its prompt were found in the prefix cache when it was first admitted.
+    """
 
     queue_us: int
     prefill_us: int
@@ -84,7 +89,10 @@ class SequenceDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSnapshot:
-    """The state of an engine after a step; tuples hold one entry per lane, rates are averages."""
+    """The state of an engine after a step; tuples hold one entry per lane, rates are averages.
+
+    Cached blocks that nobody holds count as free: they are given out like any other.
+    """
 
     step: int
     running: tuple[int, ...]
@@ -97,6 +105,8 @@ class LoadSnapshot:
     decode_tokens_per_s: float = 0.0
     prompt_tokens_total: int = 0
     generated_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    """Of the prompt tokens: found in the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,7 @@ def request_to_wire(request: GenerationRequest, *, now_ns: int) -> link_pb2.Subm
         priority=request.priority,
         deadline_ms=deadline_ms,
         lane=request.lane,
+        cache_salt=request.cache_salt,
     )
 
 
@@ -76,6 +77,7 @@ def request_from_wire(message: link_pb2.Submit, *, now_ns: int) -> GenerationReq
         lane=message.lane,
         attempt=message.attempt,
         first_offset=message.first_offset,
+        cache_salt=message.cache_salt,
     )
 
 
@@ -141,6 +143,7 @@ def load_to_wire(load: LoadSnapshot) -> link_pb2.LoadSnapshot:
         decode_tokens_per_s=load.decode_tokens_per_s,
         prompt_tokens_total=load.prompt_tokens_total,
         generated_tokens_total=load.generated_tokens_total,
+        cached_tokens_total=load.cached_tokens_total,
     )
 
 
@@ -157,6 +160,7 @@ def load_from_wire(message: link_pb2.LoadSnapshot) -> LoadSnapshot:
         decode_tokens_per_s=message.decode_tokens_per_s,
         prompt_tokens_total=message.prompt_tokens_total,
         generated_tokens_total=message.generated_tokens_total,
+        cached_tokens_total=message.cached_tokens_total,
     )
 
 

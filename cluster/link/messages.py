@@ -30,6 +30,7 @@ def submit_command(job: EngineJob, *, request_id: int, attempt: int) -> link.ToR
             deadline_ms=0 if job.deadline_s is None else max(1, int(job.deadline_s * 1e3)),
             lane=job.lane,
             traceparent=job.traceparent,
+            cache_salt=job.cache_salt,
         )
     )
 

@@ -28,6 +28,7 @@ from cluster.link.token_stream import Finished
 from cluster.router.admission import Verdict, decide
 from cluster.router.answer import Completed, TextDelta
 from cluster.router.bookkeeping import Books, Run
+from cluster.router.cache_salt import DEFAULT_TENANT, cache_salt
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
 from cluster.router.errors import (
     DeadlinePassed,
@@ -217,6 +218,7 @@ class Streams:
             priority=completion.priority,
             deadline_s=deadline_s,
             lane=route.lane,
+            cache_salt=cache_salt(DEFAULT_TENANT),
             traceparent=span.traceparent,
             text=AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=stop_token_ids),
             buffer_bytes=limit_bytes,

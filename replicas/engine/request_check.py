@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from replicas.engine.prefix_hash import MAX_SALT_BYTES
 from replicas.errors import BadRequest, DoesNotFit
 from replicas.request import GenerationRequest, SamplingParams
 
@@ -32,6 +33,8 @@ def check_request(
         raise BadRequest(f"max_tokens is {request.max_tokens}; ask for at least 1")
     if not 0 <= request.first_offset <= len(prompt_ids):
         raise BadRequest(f"first_offset is {request.first_offset}; the prompt holds {len(prompt_ids)} tokens")
+    if len(request.cache_salt) > MAX_SALT_BYTES:
+        raise BadRequest(f"cache_salt holds {len(request.cache_salt)} bytes; at most {MAX_SALT_BYTES}")
     _check_sampling(request.sampling)
 
 

@@ -60,7 +60,12 @@ class Scheduler:
         self._limits = limits
         self._shape = shape
         self._lanes = tuple(
-            Lane(num_blocks=shape.num_blocks, block_tokens=limits.block_tokens) for _ in range(num_lanes)
+            Lane(
+                num_blocks=shape.num_blocks,
+                block_tokens=limits.block_tokens,
+                caches_prefixes=limits.prefix_caching,
+            )
+            for _ in range(num_lanes)
         )
         self.context_tokens = min(
             shape.context_tokens,
@@ -76,6 +81,7 @@ class Scheduler:
         self._next_deadline_ns: float = math.inf
         self._step = 0
         self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
         self._num_generated_tokens = 0
 
     @property
@@ -178,7 +184,7 @@ class Scheduler:
                 continue
             sequence.num_useful_in_flight -= num_tokens - row.repeated
             if token_id is not None:
-                self._take_token(sequence, token_id, now_ns)
+                self._take_token(sequence, token_id, row.planned.start_pos + num_tokens, now_ns)
         assert next(sampled_ids, None) is None, "a runner samples the rows that ask for it, and no others"
         return tuple(members)
 
@@ -203,6 +209,7 @@ class Scheduler:
             decode_tokens_per_s=decode_tokens_per_s,
             prompt_tokens_total=self._num_prompt_tokens,
             generated_tokens_total=self._num_generated_tokens,
+            cached_tokens_total=self._num_cached_tokens,
         )
 
     def check_idle(self) -> None:
@@ -272,6 +279,7 @@ class Scheduler:
             if sequence.scheduled_ns is None:
                 sequence.scheduled_ns = now_ns
                 self._num_prompt_tokens += len(sequence.request.prompt_ids)
+                self._num_cached_tokens += sequence.cached_tokens
             yield sequence
 
     def _grow(self, lane: Lane, sequence: Sequence) -> bool:
@@ -305,11 +313,20 @@ class Scheduler:
             heapq.heappush(self._free_rows, sequence.row)
             sequence.row = None
 
-    def _take_token(self, sequence: Sequence, token_id: int, now_ns: int) -> None:
+    def _take_token(self, sequence: Sequence, token_id: int, num_computed: int, now_ns: int) -> None:
+        """The token at position `num_computed`: the KV of all before it has just been read.
+
+        A sequence preempted meanwhile has left its blocks to others, but its token still counts.
+        """
+        lane = self._lanes[sequence.request.lane]
         if token_id == NO_TOKEN:
+            if sequence.state is SequenceState.RUNNING:
+                lane.forget(sequence)
             error = ("INTERNAL", "the model's output was not finite")
             self._finish(sequence, FinishReason.ERROR, now_ns, error=error)
             return
+        if sequence.state is SequenceState.RUNNING:
+            lane.file_computed(sequence, num_tokens=num_computed)
         finish = sequence.append(token_id, now_ns)
         self._num_generated_tokens += 1
         if finish is None:

@@ -46,6 +46,12 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_planned_blocks: int = 0
     """The first blocks of `blocks` that a plan has already told the runners."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Hashes of the first full blocks of `tokens`, as far as somebody asked for them."""
+    num_filed_blocks: int = 0
+    """The first blocks of `blocks` that are in the prefix cache, or equal to one that is."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache when it was first admitted."""
     num_computed: int = 0
     num_pending: int = 0
     num_ever_computed: int = 0
@@ -102,6 +108,13 @@ class Sequence:
             self.num_pending += 1
         return tuple(known), repeated
 
+    def reuse(self, *, num_blocks: int, num_tokens: int) -> None:
+        """It starts running with KV that is there already: nobody computes its first tokens."""
+        self.num_computed = num_tokens
+        self.num_filed_blocks = num_blocks
+        if self.scheduled_ns is None:
+            self.cached_tokens = num_tokens
+
     def append(self, token_id: int, now_ns: int) -> FinishReason | None:
         """The oldest pending token is known. Says whether it ends the sequence."""
         self.num_pending -= 1
@@ -118,6 +131,7 @@ class Sequence:
         """Forget all KV. Tokens stay, and so does a pending one: its step is under way and will give it."""
         self.num_computed = 0
         self.num_planned_blocks = 0
+        self.num_filed_blocks = 0
         self.preemptions += 1
 
     def finish(self) -> None:
@@ -164,7 +178,7 @@ class Sequence:
             queue_us=(scheduled_ns - self.submitted_ns) // NS_PER_US,
             prefill_us=(first_token_ns - scheduled_ns) // NS_PER_US,
             decode_us=(now_ns - first_token_ns) // NS_PER_US,
-            cached_tokens=0,
+            cached_tokens=self.cached_tokens,
             wasted_tokens=self.wasted_tokens,
             preemptions=self.preemptions,
         )

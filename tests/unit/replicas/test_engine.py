@@ -282,6 +282,10 @@ def test_cancelling_what_has_ended_is_no_error() -> None:
         (GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=1, lane=1), "lane is 1"),
         (GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=1, first_offset=2), "first_offset is 2"),
         (
+            GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=1, cache_salt=bytes(65)),
+            "cache_salt holds 65 bytes",
+        ),
+        (
             GenerationRequest(
                 request_id=1, prompt_ids=(5,), max_tokens=1, sampling=SamplingParams(temperature=float("nan"))
             ),

@@ -57,6 +57,7 @@ REQUEST = GenerationRequest(
     lane=1,
     attempt=2,
     first_offset=1,
+    cache_salt=bytes(range(16)),
 )
 LOAD = LoadSnapshot(
     step=4,
@@ -69,6 +70,7 @@ LOAD = LoadSnapshot(
     prefill_tokens_per_s=2.5,
     decode_tokens_per_s=3.5,
     prompt_tokens_total=9,
+    cached_tokens_total=4,
     generated_tokens_total=10,
 )
 RESULT = StepResult(
