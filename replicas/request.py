@@ -21,16 +21,35 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 is all tokens."""
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 is all tokens.
+
+    `min_p` leaves out what is less likely than this share of the likeliest. `rank/logit_edits.py` has the
+    arithmetic of penalties and of `logit_bias`, pairs of a token id and what is added to its logit.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but temperature, top-p, top-k and seed is asked for."""
+        return self.min_p == 0.0 and not self.logit_bias and not self.has_penalties
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

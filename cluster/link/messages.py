@@ -8,6 +8,7 @@ from cluster.router.energy_account import RequestEnergy
 from cluster.router.errors import DeadlinePassed, ReplicaStopped, engine_error
 from protos import wattline_link_pb2 as link
 from replicas.request import FinishReason, SequenceTiming
+from replicas.wire import sampling_to_wire
 
 
 def submit_command(job: EngineJob, *, request_id: int, attempt: int) -> link.ToReplica:
@@ -18,12 +19,7 @@ def submit_command(job: EngineJob, *, request_id: int, attempt: int) -> link.ToR
             attempt=attempt,
             first_offset=0,
             prompt_ids=job.prompt_ids,
-            sampling=link.EngineSampling(
-                temperature=job.sampling.temperature,
-                top_p=job.sampling.top_p,
-                top_k=job.sampling.top_k,
-                seed=job.sampling.seed,
-            ),
+            sampling=sampling_to_wire(job.sampling),
             max_tokens=job.max_tokens,
             stop_token_ids=sorted(job.stop_token_ids),
             priority=job.priority,

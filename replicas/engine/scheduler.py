@@ -22,7 +22,7 @@ from replicas.engine.lane import Lane
 from replicas.engine.request_check import check_request
 from replicas.engine.sequence import Sequence, SequenceState
 from replicas.errors import BadRequest
-from replicas.plan import EngineShape, NewRow, PlannedRow, StepOutcome, StepPlan, as_float32
+from replicas.plan import EngineShape, NewRow, PlannedRow, StepOutcome, StepPlan
 from replicas.request import (
     FinishReason,
     GenerationRequest,
@@ -30,6 +30,7 @@ from replicas.request import (
     SequenceDelta,
     StepMember,
 )
+from replicas.sampling_words import as_float32
 
 NO_TOKEN = -1
 """A runner's answer for a row whose logits were not finite."""
@@ -275,7 +276,7 @@ class Scheduler:
                 return
             lane.admit(sequence)
             sequence.row = heapq.heappop(self._free_rows)
-            new_rows.append(NewRow(row=sequence.row, sampling=as_float32(sequence.request.sampling)))
+            new_rows.append(_new_row(sequence, sequence.row))
             if sequence.scheduled_ns is None:
                 sequence.scheduled_ns = now_ns
                 self._num_prompt_tokens += len(sequence.request.prompt_ids)
@@ -367,6 +368,16 @@ class Scheduler:
                 self._finish(sequence, FinishReason.DEADLINE, now_ns)
         deadlines = (sequence.request.deadline_ns for sequence in self._sequences.values())
         self._next_deadline_ns = min((at for at in deadlines if at is not None), default=math.inf)
+
+
+def _new_row(sequence: Sequence, row: int) -> NewRow:
+    """Ranks count tokens for penalties alone; a sequence that resumes brings its answer so far."""
+    request = sequence.request
+    sampling = as_float32(request.sampling)
+    if not sampling.has_penalties:
+        return NewRow(row=row, sampling=sampling)
+    num_prompt = len(request.prompt_ids) - request.first_offset
+    return NewRow(row=row, sampling=sampling, history=tuple(sequence.tokens), num_prompt=num_prompt)
 
 
 def _plan_row(sequence: Sequence, count: int, *, is_prefill: bool) -> ScheduledRow:

@@ -25,6 +25,7 @@ from replicas.parallel.collectives import Collectives
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
 from replicas.rank.batch import Draw, Rows
+from replicas.rank.logit_edits import LogitEdits
 from replicas.rank.sampler import NOT_FINITE, sample
 from replicas.request import SamplingParams
 
@@ -106,6 +107,7 @@ class ModelRunner:
             device=self._device,
             dtype=dtype,
         )
+        self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
         self.decoder = Decoder(spec, shard, weights, kv, collectives)
 
@@ -137,13 +139,17 @@ class ModelRunner:
             self._kv.scrub(self._rows.blocks_of(row))
             self._broken_rows.remove(row)
         self._rows.apply(plan)
+        for new in plan.new_rows:
+            self._edits.set_row(new)
         if not plan.rows:
             return _Finished(StepOutcome(sampled_ids=()))
         batch = self._rows.batch(plan)
         logits_SV, experts_hit = self.decoder.logits(batch)
         if batch.draws:
-            ids_S = sample(logits_SV, batch.draws, self._shard, self._collectives)
+            edited_SV = self._edits.apply(logits_SV, batch.draws)
+            ids_S = sample(edited_SV, batch.draws, self._shard, self._collectives)
             self._rows.remember(batch.draws, ids_S)
+            self._edits.remember(batch.draws, ids_S)
         else:
             ids_S = batch.sampled_S
         if self._device.type != "cuda":

@@ -1,4 +1,7 @@
-"""A model reads the KV that another sequence left, and gives the tokens it gives without a cache."""
+"""A model reads the KV that another sequence left, and gives the tokens it gives without a cache.
+
+Penalties are in the mix: their counts must be right, too, for tokens that nobody computed.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,11 @@ from tests.rank_threads import make_rank_config
 LIMITS = EngineLimits(
     max_sequences=4, step_tokens=32, block_tokens=8, num_blocks=40, context_tokens=128, lookahead=0
 )
-GREEDY = SamplingParams()
-SEEDED = SamplingParams(temperature=0.8, top_p=0.9, seed=7)
+SAMPLINGS = (
+    SamplingParams(),
+    SamplingParams(temperature=0.8, top_p=0.9, seed=7),
+    SamplingParams(repetition_penalty=1.4, frequency_penalty=0.5, presence_penalty=0.3),
+)
 
 
 def make_requests() -> list[GenerationRequest]:
@@ -35,7 +41,7 @@ def make_requests() -> list[GenerationRequest]:
             request_id=index + 1,
             prompt_ids=beginning + tail,
             max_tokens=12,
-            sampling=SEEDED if index % 2 else GREEDY,
+            sampling=SAMPLINGS[index % len(SAMPLINGS)],
         )
         for index, tail in enumerate([*tails, *tails])
     ]

@@ -281,6 +281,18 @@ def test_cancelling_what_has_ended_is_no_error() -> None:
         (GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=0), "max_tokens is 0"),
         (GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=1, lane=1), "lane is 1"),
         (GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=1, first_offset=2), "first_offset is 2"),
+        *(
+            (GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=1, sampling=sampling), words)
+            for sampling, words in (
+                (SamplingParams(min_p=float("nan")), "min_p is nan"),
+                (SamplingParams(repetition_penalty=0.0), "repetition_penalty is 0.0"),
+                (SamplingParams(presence_penalty=float("inf")), "presence_penalty is inf"),
+                (SamplingParams(frequency_penalty=-2.1), "frequency_penalty is -2.1"),
+                (SamplingParams(logit_bias=((1000, 1.0),)), "logit_bias holds token 1000"),
+                (SamplingParams(logit_bias=((7, float("nan")),)), "logit_bias of token 7 is nan"),
+                (SamplingParams(logit_bias=((7, 1.0),) * 301), "logit_bias holds 301 tokens"),
+            )
+        ),
         (
             GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=1, cache_salt=bytes(65)),
             "cache_salt holds 65 bytes",

@@ -10,9 +10,9 @@ from replicas.config import EngineLimits, NullEngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.prefix_hash import extend_hashes
 from replicas.engine.scheduler import Scheduler
-from replicas.plan import PendingStep, StepOutcome, StepPlan
+from replicas.plan import NewRow, PendingStep, StepOutcome, StepPlan
 from replicas.rank.null_runner import NullRunner, null_continuation
-from replicas.request import FinishReason, GenerationRequest, SequenceDelta, StepMember
+from replicas.request import FinishReason, GenerationRequest, SamplingParams, SequenceDelta, StepMember
 
 CONFIG = NullEngineConfig(step_ms=0.0, prefill_tokens_per_s=0.0, vocab_size=1000, context_tokens=256)
 BLOCK_TOKENS = 4
@@ -216,6 +216,32 @@ def test_what_is_shared_is_needed_once_and_admits_more() -> None:
     assert [answer.cached_tokens for answer in answers] == [16, 16, 16]
     for tail, answer in zip((3, 4, 5), answers, strict=True):
         assert answer.tokens == null_continuation((*prompt[:16], tail, 7), 4, CONFIG)
+
+
+def test_a_row_with_penalties_brings_its_whole_history_and_a_plain_one_none() -> None:
+    """After a failover the end of the prompt is answer; cached tokens are in no row of the plan."""
+    limits = EngineLimits(max_sequences=8, block_tokens=BLOCK_TOKENS, num_blocks=50)
+    scheduler = Scheduler(limits, NullRunner(CONFIG, limits).shape)
+    penalised = SamplingParams(presence_penalty=1.0)
+    new_rows: list[NewRow] = []
+    start_pos = []
+    for request_id, sampling in ((1, SamplingParams()), (2, penalised)):
+        scheduler.submit(
+            GenerationRequest(
+                request_id=request_id, prompt_ids=PROMPT, max_tokens=2, sampling=sampling, first_offset=3
+            ),
+            now_ns=0,
+        )
+        step = scheduler.schedule(now_ns=0)
+        assert step is not None
+        scheduler.commit(step, StepOutcome(sampled_ids=(7,) * len(step.rows)), now_ns=0)
+        new_rows += step.plan.new_rows
+        start_pos.append(step.plan.rows[-1].start_pos)
+    assert start_pos == [0, 12]
+    assert new_rows == [
+        NewRow(row=0, sampling=SamplingParams()),
+        NewRow(row=1, sampling=penalised, history=PROMPT, num_prompt=10),
+    ]
 
 
 def test_hashes_depend_on_every_token_before_and_on_the_salt() -> None:
