@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from replicas.request import EngineCosts, SamplingParams
+from replicas.request import EngineCosts, SamplingParams, TokenLogprobs
 from replicas.sampling_words import sampling_from_words, sampling_to_words
 
 WORD = "i"
@@ -88,10 +88,14 @@ class EngineShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
-    """What a rank computed: one id per planned row with `samples`, in order; -1: logits were not finite."""
+    """What a rank computed: one id per planned row with `samples`, in order; -1: logits were not finite.
+
+    `logprobs` is parallel to the ids, or empty if no row asked; None for a row that did not.
+    """
 
     sampled_ids: tuple[int, ...]
     experts_hit: int = 0
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 class PendingStep(Protocol):

@@ -25,6 +25,7 @@ class SamplingParams:
 
     `min_p` leaves out what is less likely than this share of the likeliest. `rank/logit_edits.py` has the
     arithmetic of penalties and of `logit_bias`, pairs of a token id and what is added to its logit.
+    `num_logprobs` None: no logprobs; 0: those of the sampled tokens; k: and of the k likeliest beside each.
     """
 
     temperature: float = 0.0
@@ -36,6 +37,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    num_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -49,7 +51,9 @@ class SamplingParams:
     @property
     def is_plain(self) -> bool:
         """Nothing but temperature, top-p, top-k and seed is asked for."""
-        return self.min_p == 0.0 and not self.logit_bias and not self.has_penalties
+        return (
+            self.min_p == 0.0 and self.num_logprobs is None and not self.logit_bias and not self.has_penalties
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +94,23 @@ class SequenceTiming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """What the model gave a sampled token, before penalties, biases and temperature: natural logarithms.
+
+    `top` are (id, logprob) of the likeliest tokens, best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceDelta:
     """New tokens of one sequence. `finish`, `timing` and `error` are set on its last delta alone.
 
     `first_offset` is the offset of `token_ids[0]` among all tokens delivered for the request.
-    `error` is (gRPC status name, text) and goes with `FinishReason.ERROR`.
+    `error` is (gRPC status name, text) and goes with `FinishReason.ERROR`. `logprobs` is parallel to
+    `token_ids` where the request asks for them, else empty.
     """
 
     request_id: int
@@ -104,6 +120,7 @@ class SequenceDelta:
     finish: FinishReason | None = None
     timing: SequenceTiming | None = None
     error: tuple[str, str] | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,11 @@ _EDIT_FIELDS = struct.Struct("=4f")
 _IS_PLAIN = -1
 """In the place of the number of biases: no edits follow."""
 
+_NO_LOGPROBS = -1
+
 
 def sampling_to_words(sampling: SamplingParams) -> list[int]:
-    """Five plain words, the number of biases, the edits, the biased ids, their biases."""
+    """Five plain words, the number of biases, the edits, the logprobs asked, the biased ids, their biases."""
     plain = _PLAIN_FIELDS.pack(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
     words = [*_PLAIN_WORDS.unpack(plain)]
     if sampling.is_plain:
@@ -34,6 +36,7 @@ def sampling_to_words(sampling: SamplingParams) -> list[int]:
         *words,
         num_biases,
         *_EDIT_WORDS.unpack(edits),
+        _NO_LOGPROBS if sampling.num_logprobs is None else sampling.num_logprobs,
         *ids,
         *struct.unpack(f"={num_biases}i", biases),
     ]
@@ -47,7 +50,8 @@ def sampling_from_words(words: list[int], at: int) -> tuple[SamplingParams, int]
     if num_biases == _IS_PLAIN:
         return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed), at
     min_p, repetition, presence, frequency = _EDIT_FIELDS.unpack(_EDIT_WORDS.pack(*words[at : at + 4]))
-    ids_at, biases_at = at + 4, at + 4 + num_biases
+    num_logprobs = words[at + 4]
+    ids_at, biases_at = at + 5, at + 5 + num_biases
     end = biases_at + num_biases
     biases = struct.unpack(f"={num_biases}f", struct.pack(f"={num_biases}i", *words[biases_at:end]))
     sampling = SamplingParams(
@@ -60,6 +64,7 @@ def sampling_from_words(words: list[int], at: int) -> tuple[SamplingParams, int]
         presence_penalty=presence,
         frequency_penalty=frequency,
         logit_bias=tuple(zip(words[ids_at:biases_at], biases, strict=True)),
+        num_logprobs=None if num_logprobs == _NO_LOGPROBS else num_logprobs,
     )
     return sampling, end
 

@@ -20,6 +20,7 @@ from replicas.request import (
     StepMember,
     StepRecord,
     StepResult,
+    TokenLogprobs,
 )
 
 NS_PER_MS = 1_000_000
@@ -84,6 +85,7 @@ def sampling_to_wire(sampling: SamplingParams) -> link_pb2.EngineSampling:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         logit_bias=dict(sampling.logit_bias),
+        logprobs=sampling.num_logprobs,
     )
 
 
@@ -99,6 +101,7 @@ def _sampling_from_wire(message: link_pb2.EngineSampling) -> SamplingParams:
         presence_penalty=message.presence_penalty,
         frequency_penalty=message.frequency_penalty,
         logit_bias=tuple(sorted(message.logit_bias.items())) if message.logit_bias else (),
+        num_logprobs=message.logprobs if message.HasField("logprobs") else None,
     )
 
 
@@ -125,6 +128,12 @@ def delta_to_wire(delta: SequenceDelta) -> link_pb2.SequenceDelta:
         )
     if delta.error is not None:
         message.error.code, message.error.message = delta.error
+    for said in delta.logprobs:
+        message.logprobs.add(
+            logprob=said.logprob,
+            top_ids=[token_id for token_id, _ in said.top],
+            top_logprobs=[logprob for _, logprob in said.top],
+        )
     return message
 
 
@@ -147,6 +156,14 @@ def delta_from_wire(message: link_pb2.SequenceDelta) -> SequenceDelta:
         finish=FINISH_FROM_WIRE.get(message.finish),
         timing=timing,
         error=(message.error.code, message.error.message) if message.HasField("error") else None,
+        logprobs=logprobs_from_wire(message) if message.logprobs else (),
+    )
+
+
+def logprobs_from_wire(message: link_pb2.SequenceDelta) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(logprob=said.logprob, top=tuple(zip(said.top_ids, said.top_logprobs, strict=True)))
+        for said in message.logprobs
     )
 
 

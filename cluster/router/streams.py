@@ -247,7 +247,7 @@ class Streams:
             elif isinstance(batch.end, Finished):
                 finish = batch.end.reason
             if finish or batch.text or batch.token_ids:
-                yield TextDelta(batch.text, batch.token_ids, finish)
+                yield TextDelta(batch.text, batch.token_ids, finish, batch.logprobs)
             run.outcome = finish
             if finish is None and isinstance(batch.end, RouterError):
                 raise batch.end

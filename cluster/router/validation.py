@@ -16,6 +16,7 @@ from protos import wattline_inference_pb2 as pb
 from replicas.engine.request_check import (
     MAX_BIASED_TOKENS,
     MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MIN_REPETITION_PENALTY,
@@ -32,7 +33,6 @@ MAX_PRIORITY = 100
 MAX_ENERGY_WAIT_MS = 1000
 
 NEUTRAL_VALUES = {
-    "logprobs": 0,
     "n": 1,
 }
 """Fields not served yet, and the value at which they ask for nothing."""
@@ -200,6 +200,7 @@ def _parse_sampling(
             sampling, "frequency_penalty", default=0.0, low=-MAX_PENALTY, high=MAX_PENALTY
         ),
         logit_bias=_parse_logit_bias(sampling.logit_bias, bounds),
+        num_logprobs=_parse_logprobs(sampling, bounds),
     )
 
 
@@ -217,6 +218,14 @@ def _parse_number(
             field=f"sampling.{name}", got=value, limit=f"{low} to {high}", fix=f"use {default} for no effect"
         )
     return value
+
+
+def _parse_logprobs(sampling: pb.Sampling, bounds: RequestBounds) -> int | None:
+    if not sampling.HasField("logprobs"):
+        return None
+    high = min(MAX_LOGPROBS, bounds.vocab_size)
+    _check_range("sampling.logprobs", sampling.logprobs, low=0, high=high)
+    return sampling.logprobs
 
 
 def _parse_logit_bias(

@@ -15,6 +15,7 @@ MAX_PENALTY = 2.0
 """Of presence and frequency, to either side of 0."""
 MAX_LOGIT_BIAS = 100.0
 MAX_BIASED_TOKENS = 300
+MAX_LOGPROBS = 20
 
 
 def check_request(
@@ -69,6 +70,9 @@ def _check_edits(sampling: SamplingParams, *, vocab_size: int) -> None:
             raise BadRequest(
                 f"{name} is {getattr(sampling, name)}; give a number from {-MAX_PENALTY} to {MAX_PENALTY}"
             )
+    max_logprobs = min(MAX_LOGPROBS, vocab_size)
+    if sampling.num_logprobs is not None and not 0 <= sampling.num_logprobs <= max_logprobs:
+        raise BadRequest(f"logprobs is {sampling.num_logprobs}; give 0 to {max_logprobs}")
     if len(sampling.logit_bias) > MAX_BIASED_TOKENS:
         raise BadRequest(f"logit_bias holds {len(sampling.logit_bias)} tokens; at most {MAX_BIASED_TOKENS}")
     for token_id, bias in sampling.logit_bias:

@@ -16,6 +16,7 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 from replicas.config import EngineLimits
 from replicas.engine.lane import Lane
@@ -29,8 +30,8 @@ from replicas.request import (
     LoadSnapshot,
     SequenceDelta,
     StepMember,
+    TokenLogprobs,
 )
-from replicas.sampling_words import as_float32
 
 NO_TOKEN = -1
 """A runner's answer for a row whose logits were not finite."""
@@ -166,7 +167,7 @@ class Scheduler:
 
     def commit(self, step: ScheduledStep, outcome: StepOutcome, *, now_ns: int) -> tuple[StepMember, ...]:
         """Take in what the oldest step under way sampled; says who was in it, for the energy ledger."""
-        sampled_ids = iter(outcome.sampled_ids)
+        sampled = zip(outcome.sampled_ids, outcome.logprobs or repeat(None), strict=False)
         members = []
         for row in step.rows:
             sequence, num_tokens = row.sequence, len(row.planned.token_ids)
@@ -180,13 +181,14 @@ class Scheduler:
                     wasted_tokens=num_tokens if has_ended else row.repeated,
                 )
             )
-            token_id = next(sampled_ids) if row.planned.samples else None
+            token = next(sampled) if row.planned.samples else None
             if has_ended:
                 continue
             sequence.num_useful_in_flight -= num_tokens - row.repeated
-            if token_id is not None:
-                self._take_token(sequence, token_id, row.planned.start_pos + num_tokens, now_ns)
-        assert next(sampled_ids, None) is None, "a runner samples the rows that ask for it, and no others"
+            if token is not None:
+                self._prove_computed(row, is_finite=token[0] != NO_TOKEN)
+                self._take_token(sequence, *token, now_ns)
+        assert next(sampled, None) is None, "a runner samples the rows that ask for it, and no others"
         return tuple(members)
 
     def take_deltas(self) -> tuple[SequenceDelta, ...]:
@@ -276,7 +278,7 @@ class Scheduler:
                 return
             lane.admit(sequence)
             sequence.row = heapq.heappop(self._free_rows)
-            new_rows.append(_new_row(sequence, sequence.row))
+            new_rows.append(sequence.new_row(sequence.row))
             if sequence.scheduled_ns is None:
                 sequence.scheduled_ns = now_ns
                 self._num_prompt_tokens += len(sequence.request.prompt_ids)
@@ -314,26 +316,34 @@ class Scheduler:
             heapq.heappush(self._free_rows, sequence.row)
             sequence.row = None
 
-    def _take_token(self, sequence: Sequence, token_id: int, num_computed: int, now_ns: int) -> None:
-        """The token at position `num_computed`: the KV of all before it has just been read.
+    def _prove_computed(self, row: ScheduledRow, *, is_finite: bool) -> None:
+        """A sampled row has read the KV of its whole sequence: good for others, or for nobody.
 
-        A sequence preempted meanwhile has left its blocks to others, but its token still counts.
+        A sequence preempted meanwhile has left its blocks to others already.
         """
+        sequence = row.sequence
+        if sequence.state is not SequenceState.RUNNING:
+            return
         lane = self._lanes[sequence.request.lane]
+        if is_finite:
+            lane.file_computed(sequence, num_tokens=row.planned.start_pos + len(row.planned.token_ids))
+        else:
+            lane.forget(sequence)
+
+    def _take_token(
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, now_ns: int
+    ) -> None:
         if token_id == NO_TOKEN:
-            if sequence.state is SequenceState.RUNNING:
-                lane.forget(sequence)
             error = ("INTERNAL", "the model's output was not finite")
             self._finish(sequence, FinishReason.ERROR, now_ns, error=error)
             return
-        if sequence.state is SequenceState.RUNNING:
-            lane.file_computed(sequence, num_tokens=num_computed)
         finish = sequence.append(token_id, now_ns)
         self._num_generated_tokens += 1
+        said = () if logprobs is None else (logprobs,)
         if finish is None:
-            self._deltas.append(sequence.token_delta(token_id))
+            self._deltas.append(sequence.token_delta(token_id, said))
         else:
-            self._finish(sequence, finish, now_ns, token_ids=(token_id,))
+            self._finish(sequence, finish, now_ns, token_ids=(token_id,), logprobs=said)
 
     def _end(self, request_id: int, finish: FinishReason, now_ns: int) -> None:
         sequence = self._sequences.get(request_id)
@@ -348,13 +358,16 @@ class Scheduler:
         *,
         token_ids: tuple[int, ...] = (),
         error: tuple[str, str] | None = None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         """Blocks go back now; a step under way that still writes to them runs before whatever reuses them."""
         self._lanes[sequence.request.lane].remove(sequence)
         self._free_row(sequence)
         sequence.finish()
         del self._sequences[sequence.request.request_id]
-        self._deltas.append(sequence.last_delta(token_ids, finish, now_ns=now_ns, error=error))
+        self._deltas.append(
+            sequence.last_delta(token_ids, finish, now_ns=now_ns, error=error, logprobs=logprobs)
+        )
 
     def _refuse(self, request: GenerationRequest, error: tuple[str, str]) -> None:
         sequence = Sequence(request=request, order=(0, 0), submitted_ns=0, context_tokens=0)
@@ -368,16 +381,6 @@ class Scheduler:
                 self._finish(sequence, FinishReason.DEADLINE, now_ns)
         deadlines = (sequence.request.deadline_ns for sequence in self._sequences.values())
         self._next_deadline_ns = min((at for at in deadlines if at is not None), default=math.inf)
-
-
-def _new_row(sequence: Sequence, row: int) -> NewRow:
-    """Ranks count tokens for penalties alone; a sequence that resumes brings its answer so far."""
-    request = sequence.request
-    sampling = as_float32(request.sampling)
-    if not sampling.has_penalties:
-        return NewRow(row=row, sampling=sampling)
-    num_prompt = len(request.prompt_ids) - request.first_offset
-    return NewRow(row=row, sampling=sampling, history=tuple(sequence.tokens), num_prompt=num_prompt)
 
 
 def _plan_row(sequence: Sequence, count: int, *, is_prefill: bool) -> ScheduledRow:

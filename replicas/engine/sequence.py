@@ -17,8 +17,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from replicas.plan import LAST_SAMPLED
-from replicas.request import FinishReason, GenerationRequest, SequenceDelta, SequenceTiming
+from replicas.plan import LAST_SAMPLED, NewRow
+from replicas.request import (
+    FinishReason,
+    GenerationRequest,
+    SequenceDelta,
+    SequenceTiming,
+    TokenLogprobs,
+)
+from replicas.sampling_words import as_float32
 
 NS_PER_US = 1_000
 
@@ -108,6 +115,15 @@ class Sequence:
             self.num_pending += 1
         return tuple(known), repeated
 
+    def new_row(self, row: int) -> NewRow:
+        """What ranks are told once. They count tokens for penalties alone, the answer so far included."""
+        request = self.request
+        sampling = as_float32(request.sampling)
+        if not sampling.has_penalties:
+            return NewRow(row=row, sampling=sampling)
+        num_prompt = len(request.prompt_ids) - request.first_offset
+        return NewRow(row=row, sampling=sampling, history=tuple(self.tokens), num_prompt=num_prompt)
+
     def reuse(self, *, num_blocks: int, num_tokens: int) -> None:
         """It starts running with KV that is there already: nobody computes its first tokens."""
         self.num_computed = num_tokens
@@ -140,7 +156,7 @@ class Sequence:
         self.wasted_tokens += self.num_useful_in_flight
         self.num_useful_in_flight = 0
 
-    def token_delta(self, token_id: int) -> SequenceDelta:
+    def token_delta(self, token_id: int, logprobs: tuple[TokenLogprobs, ...] = ()) -> SequenceDelta:
         """The delta of the token appended last."""
         request = self.request
         return SequenceDelta(
@@ -148,6 +164,7 @@ class Sequence:
             attempt=request.attempt,
             first_offset=request.first_offset + self.num_generated - 1,
             token_ids=(token_id,),
+            logprobs=logprobs,
         )
 
     def last_delta(
@@ -157,6 +174,7 @@ class Sequence:
         *,
         now_ns: int,
         error: tuple[str, str] | None = None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> SequenceDelta:
         """The one delta that ends the sequence. `token_ids` are appended already; a stop token is one."""
         request = self.request
@@ -168,6 +186,7 @@ class Sequence:
             finish=finish,
             timing=self._timing(now_ns),
             error=error,
+            logprobs=logprobs,
         )
 
     def _timing(self, now_ns: int) -> SequenceTiming:

@@ -63,7 +63,6 @@ def test_neutral_values_of_fields_not_served_yet_pass() -> None:
 @pytest.mark.parametrize(
     "sampling",
     [
-        pb.Sampling(logprobs=1),
         pb.Sampling(n=2),
         pb.Sampling(n=0),
     ],
@@ -87,6 +86,7 @@ NAN, INF = float("nan"), float("inf")
         (pb.Sampling(presence_penalty=2.5), "sampling.presence_penalty: got 2.5; allowed: -2.0 to 2.0"),
         (pb.Sampling(presence_penalty=NAN), "sampling.presence_penalty: got nan"),
         (pb.Sampling(frequency_penalty=-INF), "sampling.frequency_penalty: got -inf"),
+        (pb.Sampling(logprobs=21), "sampling.logprobs: got 21; allowed: 0 to 20"),
         (pb.Sampling(logit_bias={50: 1.0}), "sampling.logit_bias: got token 50; allowed: 0 to 49"),
         (pb.Sampling(logit_bias={3: 101.0}), "sampling.logit_bias[3]: got 101.0; allowed: -100.0 to 100.0"),
         (pb.Sampling(logit_bias={3: NAN}), "sampling.logit_bias[3]: got nan"),
@@ -104,6 +104,7 @@ def test_what_edits_logits_reaches_the_engine() -> None:
         presence_penalty=-2.0,
         frequency_penalty=2.0,
         logit_bias={7: -100.0, 3: 0.5},
+        logprobs=0,
         seed=1,
     )
     assert generate(sampling=sampling).sampling == SamplingParams(
@@ -114,6 +115,7 @@ def test_what_edits_logits_reaches_the_engine() -> None:
         presence_penalty=-2.0,
         frequency_penalty=2.0,
         logit_bias=((3, 0.5), (7, -100.0)),
+        num_logprobs=0,
     )
 
 

@@ -44,6 +44,7 @@ from replicas.request import (
     StepMember,
     StepRecord,
     StepResult,
+    TokenLogprobs,
 )
 
 REQUEST = GenerationRequest(
@@ -60,6 +61,7 @@ REQUEST = GenerationRequest(
         presence_penalty=-0.5,
         frequency_penalty=2.0,
         logit_bias=((3, -100.0), (7, 0.5)),
+        num_logprobs=0,
     ),
     stop_token_ids=frozenset({2, 7}),
     priority=-3,
@@ -86,7 +88,13 @@ LOAD = LoadSnapshot(
 RESULT = StepResult(
     step=4,
     deltas=(
-        SequenceDelta(request_id=1, attempt=0, first_offset=3, token_ids=(7, 0)),
+        SequenceDelta(
+            request_id=1,
+            attempt=0,
+            first_offset=3,
+            token_ids=(7, 0),
+            logprobs=(TokenLogprobs(logprob=-0.5, top=((9, -0.25), (7, -0.5))), TokenLogprobs(logprob=-2.0)),
+        ),
         SequenceDelta(
             request_id=2,
             attempt=1,

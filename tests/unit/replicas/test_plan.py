@@ -24,6 +24,7 @@ EDITED = st.builds(
     presence_penalty=FLOAT32,
     frequency_penalty=FLOAT32,
     logit_bias=st.lists(st.tuples(INT31, FLOAT32), max_size=4).map(tuple),
+    num_logprobs=st.one_of(st.none(), INT31),
 )
 NEW_ROWS = st.builds(
     NewRow,
