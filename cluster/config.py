@@ -74,6 +74,7 @@ class LimitsSection(Section):
     num_blocks: int = Field(0, ge=0)
     kv_cache_mib: int = Field(256, ge=1)
     context_tokens: int = Field(0, ge=0)
+    prefix_caching: bool = Field(True, description="share the KV of prompts that begin the same")
     max_output_tokens: int = Field(4096, ge=1)
     drain_s: float = Field(30.0, ge=1.0, le=3600.0)
     ready_timeout_s: float = Field(600.0, ge=5.0)
@@ -96,6 +97,7 @@ class LimitsSection(Section):
             kv_cache_bytes=self.kv_cache_mib * 2**20,
             context_tokens=self.context_tokens,
             lookahead=lookahead,
+            prefix_caching=self.prefix_caching,
         )
 
 

@@ -56,6 +56,8 @@ class EngineLimits:
     """Longest prompt plus output; 0: what the model allows."""
     lookahead: int = 0
     """Steps planned before the tokens of the last one are known: 0 on CPU, 1 on CUDA."""
+    prefix_caching: bool = True
+    """Keep the KV of finished prompts and answers, and share it with whatever begins the same."""
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_waiting", "step_tokens", "block_tokens"):

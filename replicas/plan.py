@@ -12,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from replicas.request import EngineCosts, SamplingParams
+from replicas.request import EngineCosts, SamplingParams, TokenLogprobs
+from replicas.sampling_words import sampling_from_words, sampling_to_words
 
 WORD = "i"
 """Array code of a plan word: int32, in the byte order of the hosts of a group."""
-SAMPLING_WORDS = struct.Struct("=5i")
-SAMPLING_FIELDS = struct.Struct("=ffiQ")
 STEP_WORDS = struct.Struct("=2i")
 STEP_FIELDS = struct.Struct("=Q")
 
@@ -27,10 +26,16 @@ LAST_SAMPLED = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRow:
-    """A sequence takes a row of the batch: `row` in [0, max_sequences)."""
+    """A sequence takes a row of the batch: `row` in [0, max_sequences).
+
+    For a row with penalties alone: `history` is all its tokens, cached ones too, of which the first
+    `num_prompt` are the client's prompt.
+    """
 
     row: int
     sampling: SamplingParams
+    history: tuple[int, ...] = ()
+    num_prompt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +88,14 @@ class EngineShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
-    """What a rank computed: one id per planned row with `samples`, in order; -1: logits were not finite."""
+    """What a rank computed: one id per planned row with `samples`, in order; -1: logits were not finite.
+
+    `logprobs` is parallel to the ids, or empty if no row asked; None for a row that did not.
+    """
 
     sampled_ids: tuple[int, ...]
     experts_hit: int = 0
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 class PendingStep(Protocol):
@@ -121,9 +130,9 @@ Progress = Callable[[str, int, int], None]
 def encode_plan(plan: StepPlan) -> bytes:
     """A plan as int32 words.
 
-    Layout: step (2 words), counts of freed rows, new rows and rows; the freed rows; per new row: row and 5
-    words of sampling; per row: row, start position, samples, counts of tokens and blocks, tokens, blocks.
-    Sampling floats travel as float32: a planner that wants all ranks to agree plans float32 values.
+    Layout: step (2 words), counts of freed rows, new rows and rows; the freed rows; per new row: row, tokens
+    of the prompt, count of the history, history, words of sampling; per row: row, start position, samples,
+    counts of tokens and blocks, tokens, blocks.
     """
     words = [
         *STEP_WORDS.unpack(STEP_FIELDS.pack(plan.step)),
@@ -133,9 +142,9 @@ def encode_plan(plan: StepPlan) -> bytes:
         *plan.freed_rows,
     ]
     for new in plan.new_rows:
-        sampling = new.sampling
-        fields = SAMPLING_FIELDS.pack(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
-        words += (new.row, *SAMPLING_WORDS.unpack(fields))
+        words += (new.row, new.num_prompt, len(new.history))
+        words += new.history
+        words += sampling_to_words(new.sampling)
     for row in plan.rows:
         num_tokens, num_blocks = len(row.token_ids), len(row.new_blocks)
         words += (row.row, row.start_pos, row.samples, num_tokens, num_blocks)
@@ -155,11 +164,10 @@ def decode_plan(payload: bytes) -> StepPlan:
     freed_rows = tuple(words[5:at])
     new_rows = []
     for _ in range(num_new):
-        fields = SAMPLING_FIELDS.unpack(SAMPLING_WORDS.pack(*words[at + 1 : at + 6]))
-        temperature, top_p, top_k, seed = fields
-        sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        new_rows.append(NewRow(row=words[at], sampling=sampling))
-        at += 6
+        row, num_prompt, num_history = words[at : at + 3]
+        history = tuple(words[at + 3 : at + 3 + num_history])
+        sampling, at = sampling_from_words(words, at + 3 + num_history)
+        new_rows.append(NewRow(row=row, sampling=sampling, history=history, num_prompt=num_prompt))
     rows = []
     for _ in range(num_rows):
         row, start_pos, samples, num_tokens, num_blocks = words[at : at + 5]
@@ -176,12 +184,3 @@ def decode_plan(payload: bytes) -> StepPlan:
         at = tokens_end + num_blocks
     assert at == len(words), "a plan ends where its payload does"
     return StepPlan(step=step, freed_rows=freed_rows, new_rows=tuple(new_rows), rows=tuple(rows))
-
-
-def as_float32(sampling: SamplingParams) -> SamplingParams:
-    """The parameters every rank sees: floats cut to what a plan word holds."""
-    fields = SAMPLING_FIELDS.unpack(
-        SAMPLING_FIELDS.pack(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
-    )
-    temperature, top_p, top_k, seed = fields
-    return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)

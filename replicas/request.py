@@ -21,16 +21,39 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 is all tokens."""
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 is all tokens.
+
+    `min_p` leaves out what is less likely than this share of the likeliest. `rank/logit_edits.py` has the
+    arithmetic of penalties and of `logit_bias`, pairs of a token id and what is added to its logit.
+    `num_logprobs` None: no logprobs; 0: those of the sampled tokens; k: and of the k likeliest beside each.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    num_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but temperature, top-p, top-k and seed is asked for."""
+        return (
+            self.min_p == 0.0 and self.num_logprobs is None and not self.logit_bias and not self.has_penalties
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +74,16 @@ class GenerationRequest:
     lane: int = 0
     attempt: int = 0
     first_offset: int = 0
+    cache_salt: bytes = b""
+    """Only requests of one salt share cached KV. Chosen by the router, never by a client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceTiming:
-    """Where the time of one sequence went, and what it cost beyond its tokens."""
+    """Where the time of one sequence went, and what it cost beyond its tokens.
+
+    `cached_tokens` of its prompt were found in the prefix cache when it was first admitted.
+    """
 
     queue_us: int
     prefill_us: int
@@ -66,11 +94,23 @@ class SequenceTiming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """What the model gave a sampled token, before penalties, biases and temperature: natural logarithms.
+
+    `top` are (id, logprob) of the likeliest tokens, best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceDelta:
     """New tokens of one sequence. `finish`, `timing` and `error` are set on its last delta alone.
 
     `first_offset` is the offset of `token_ids[0]` among all tokens delivered for the request.
-    `error` is (gRPC status name, text) and goes with `FinishReason.ERROR`.
+    `error` is (gRPC status name, text) and goes with `FinishReason.ERROR`. `logprobs` is parallel to
+    `token_ids` where the request asks for them, else empty.
     """
 
     request_id: int
@@ -80,11 +120,15 @@ class SequenceDelta:
     finish: FinishReason | None = None
     timing: SequenceTiming | None = None
     error: tuple[str, str] | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSnapshot:
-    """The state of an engine after a step; tuples hold one entry per lane, rates are averages."""
+    """The state of an engine after a step; tuples hold one entry per lane, rates are averages.
+
+    Cached blocks that nobody holds count as free: they are given out like any other.
+    """
 
     step: int
     running: tuple[int, ...]
@@ -97,6 +141,8 @@ class LoadSnapshot:
     decode_tokens_per_s: float = 0.0
     prompt_tokens_total: int = 0
     generated_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    """Of the prompt tokens: found in the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

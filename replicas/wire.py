@@ -20,6 +20,7 @@ from replicas.request import (
     StepMember,
     StepRecord,
     StepResult,
+    TokenLogprobs,
 )
 
 NS_PER_MS = 1_000_000
@@ -41,20 +42,18 @@ def request_to_wire(request: GenerationRequest, *, now_ns: int) -> link_pb2.Subm
     if request.deadline_ns is not None:
         left_ms = -(-(request.deadline_ns - now_ns) // NS_PER_MS)
         deadline_ms = min(max(left_ms, 1), MAX_DEADLINE_MS)
-    sampling = request.sampling
     return link_pb2.Submit(
         request_id=request.request_id,
         attempt=request.attempt,
         first_offset=request.first_offset,
         prompt_ids=request.prompt_ids,
-        sampling=link_pb2.EngineSampling(
-            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed
-        ),
+        sampling=sampling_to_wire(request.sampling),
         max_tokens=request.max_tokens,
         stop_token_ids=sorted(request.stop_token_ids),
         priority=request.priority,
         deadline_ms=deadline_ms,
         lane=request.lane,
+        cache_salt=request.cache_salt,
     )
 
 
@@ -64,18 +63,45 @@ def request_from_wire(message: link_pb2.Submit, *, now_ns: int) -> GenerationReq
         request_id=message.request_id,
         prompt_ids=tuple(message.prompt_ids),
         max_tokens=message.max_tokens,
-        sampling=SamplingParams(
-            temperature=message.sampling.temperature,
-            top_p=message.sampling.top_p,
-            top_k=message.sampling.top_k,
-            seed=message.sampling.seed,
-        ),
+        sampling=_sampling_from_wire(message.sampling),
         stop_token_ids=frozenset(message.stop_token_ids),
         priority=message.priority,
         deadline_ns=now_ns + message.deadline_ms * NS_PER_MS if message.deadline_ms else None,
         lane=message.lane,
         attempt=message.attempt,
         first_offset=message.first_offset,
+        cache_salt=message.cache_salt,
+    )
+
+
+def sampling_to_wire(sampling: SamplingParams) -> link_pb2.EngineSampling:
+    return link_pb2.EngineSampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        logprobs=sampling.num_logprobs,
+    )
+
+
+def _sampling_from_wire(message: link_pb2.EngineSampling) -> SamplingParams:
+    """Biases in the order of their tokens: a map has none of its own, and all ranks must see one."""
+    return SamplingParams(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        seed=message.seed,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty or 1.0,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())) if message.logit_bias else (),
+        num_logprobs=message.logprobs if message.HasField("logprobs") else None,
     )
 
 
@@ -102,6 +128,12 @@ def delta_to_wire(delta: SequenceDelta) -> link_pb2.SequenceDelta:
         )
     if delta.error is not None:
         message.error.code, message.error.message = delta.error
+    for said in delta.logprobs:
+        message.logprobs.add(
+            logprob=said.logprob,
+            top_ids=[token_id for token_id, _ in said.top],
+            top_logprobs=[logprob for _, logprob in said.top],
+        )
     return message
 
 
@@ -124,6 +156,14 @@ def delta_from_wire(message: link_pb2.SequenceDelta) -> SequenceDelta:
         finish=FINISH_FROM_WIRE.get(message.finish),
         timing=timing,
         error=(message.error.code, message.error.message) if message.HasField("error") else None,
+        logprobs=logprobs_from_wire(message) if message.logprobs else (),
+    )
+
+
+def logprobs_from_wire(message: link_pb2.SequenceDelta) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(logprob=said.logprob, top=tuple(zip(said.top_ids, said.top_logprobs, strict=True)))
+        for said in message.logprobs
     )
 
 
@@ -141,6 +181,7 @@ def load_to_wire(load: LoadSnapshot) -> link_pb2.LoadSnapshot:
         decode_tokens_per_s=load.decode_tokens_per_s,
         prompt_tokens_total=load.prompt_tokens_total,
         generated_tokens_total=load.generated_tokens_total,
+        cached_tokens_total=load.cached_tokens_total,
     )
 
 
@@ -157,6 +198,7 @@ def load_from_wire(message: link_pb2.LoadSnapshot) -> LoadSnapshot:
         decode_tokens_per_s=message.decode_tokens_per_s,
         prompt_tokens_total=message.prompt_tokens_total,
         generated_tokens_total=message.generated_tokens_total,
+        cached_tokens_total=message.cached_tokens_total,
     )
 
 

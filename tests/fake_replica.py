@@ -209,6 +209,7 @@ class FakeReplica:
             token_ids=token_ids,
             finish=finish,
             timing=_timing(sequence) if finish else None,
+            logprobs=_logprobs(submit, first_offset, len(token_ids)),
         )
 
     def _hash_token(self, submit: link.Submit, pos: int) -> int:
@@ -283,6 +284,17 @@ async def _messages(
     """Commands until the router hangs up; `read`, because the Welcome was read so too."""
     while isinstance(message := await call.read(), link.ToReplica):
         yield message
+
+
+def _logprobs(submit: link.Submit, first_offset: int, count: int) -> list[link.EngineLogprobs]:
+    """Minus its offset for a token, and one less for each alternative."""
+    if not submit.sampling.HasField("logprobs"):
+        return []
+    top_ids = range(submit.sampling.logprobs)
+    return [
+        link.EngineLogprobs(logprob=-pos, top_ids=top_ids, top_logprobs=[-pos - each for each in top_ids])
+        for pos in range(first_offset, first_offset + count)
+    ]
 
 
 def _timing(sequence: Sequence) -> link.SequenceTiming:

@@ -20,6 +20,7 @@ class EngineJob:
     priority: int
     deadline_s: float | None
     lane: int
+    cache_salt: bytes
     traceparent: str
     text: AnswerText
     buffer_bytes: int

@@ -8,6 +8,7 @@ from cluster.router.energy_account import RequestEnergy
 from cluster.router.errors import DeadlinePassed, ReplicaStopped, engine_error
 from protos import wattline_link_pb2 as link
 from replicas.request import FinishReason, SequenceTiming
+from replicas.wire import sampling_to_wire
 
 MAX_DEADLINE_MS = 2**32 - 1
 """The most the wire holds, 49 days; a caller may have more time, which no answer needs."""
@@ -24,18 +25,14 @@ def submit_command(job: EngineJob, *, request_id: int, attempt: int) -> link.ToR
             attempt=attempt,
             first_offset=0,
             prompt_ids=job.prompt_ids,
-            sampling=link.EngineSampling(
-                temperature=job.sampling.temperature,
-                top_p=job.sampling.top_p,
-                top_k=job.sampling.top_k,
-                seed=job.sampling.seed,
-            ),
+            sampling=sampling_to_wire(job.sampling),
             max_tokens=job.max_tokens,
             stop_token_ids=sorted(job.stop_token_ids),
             priority=job.priority,
             deadline_ms=deadline_ms,
             lane=job.lane,
             traceparent=job.traceparent,
+            cache_salt=job.cache_salt,
         )
     )
 

@@ -19,6 +19,7 @@ from cluster.router.energy_account import EnergyAccount
 from cluster.router.errors import EngineFault, Overloaded, ReplicaStopped
 from cluster.text.detokenize_worker import DetokenizeWorker, StreamTokens
 from protos import wattline_link_pb2 as link
+from replicas.wire import logprobs_from_wire
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ class ReplicaConnection:
                 self.dropped_deltas += 1
                 continue
             token_ids = tuple(delta.token_ids)
+            logprobs = logprobs_from_wire(delta) if delta.logprobs else ()
             end = parse_end(delta) if delta.finish else None
             if token_ids and delta.first_offset != stream.next_offset:
                 self.dropped_deltas += 1
@@ -181,10 +183,10 @@ class ReplicaConnection:
                     continue  # A duplicate.
                 logger.error("link_tokens_lost replica=%s offset=%d", self.replica_id, delta.first_offset)
                 self._send(link.ToReplica(cancel=link.Cancel(request_id=stream.link_id)))
-                token_ids, end = (), EngineFault("tokens of this answer were lost on the way")
+                token_ids, logprobs, end = (), (), EngineFault("tokens of this answer were lost on the way")
             stream.next_offset += len(token_ids)
             num_tokens += len(token_ids)
-            entries.append((stream, token_ids, end))
+            entries.append((stream, token_ids, logprobs, end))
             self._note_progress(stream.link_id, end)
         if entries:
             self._worker.submit(entries)
@@ -214,7 +216,7 @@ class ReplicaConnection:
         streams, self._streams = self._streams, {}
         if streams:
             # Through the worker, so that tokens which came before are delivered before.
-            self._worker.submit([(stream, (), ReplicaStopped()) for stream in streams.values()])
+            self._worker.submit([(stream, (), (), ReplicaStopped()) for stream in streams.values()])
         accounts, self._accounts = self._accounts, {}
         for account in accounts.values():
             account.settle()

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from cluster.router.errors import RouterError
 from cluster.text.answer_text import AnswerText, Piece
-from replicas.request import FinishReason, SequenceTiming
+from replicas.request import FinishReason, SequenceTiming, TokenLogprobs
 
 TOKEN_BYTES = 4
+LOGPROB_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class Batch:
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
     is_stopped: bool
     end: End | None
 
@@ -64,12 +66,13 @@ class TokenStream:
         self._clock_s = clock_s
         self._texts: list[str] = []
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._is_stopped = False
         self._is_abandoned = False
         self._end: End | None = None
         self._wakeup: asyncio.Future[None] | None = None
 
-    def deliver(self, piece: Piece, end: End | None) -> None:
+    def deliver(self, piece: Piece, end: End | None, logprobs: tuple[TokenLogprobs, ...] = ()) -> None:
         """Add what a step gave. After the end, nothing is added any more."""
         if self._end is not None or self._is_abandoned:
             return
@@ -80,11 +83,12 @@ class TokenStream:
             self._texts.append(piece.text)
         if piece.token_ids:
             self._token_ids.extend(piece.token_ids)
+            self._logprobs.extend(logprobs)
             self.last_token_s = self._clock_s()
             self.first_token_s = self.first_token_s or self.last_token_s
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
-        elif len(self._token_ids) * TOKEN_BYTES > self._buffer_bytes:
+        elif self._size_bytes() > self._buffer_bytes:
             self._on_overflow()
 
     def abandon(self) -> None:
@@ -99,8 +103,13 @@ class TokenStream:
             self._wakeup = None
         texts, self._texts = self._texts, []
         token_ids, self._token_ids = self._token_ids, []
+        logprobs, self._logprobs = self._logprobs, []
         return Batch(
-            text="".join(texts), token_ids=tuple(token_ids), is_stopped=self._is_stopped, end=self._end
+            text="".join(texts),
+            token_ids=tuple(token_ids),
+            logprobs=tuple(logprobs),
+            is_stopped=self._is_stopped,
+            end=self._end,
         )
 
     async def wait_end(self) -> End:
@@ -108,3 +117,8 @@ class TokenStream:
         while self._end is None:
             await self.next()
         return self._end
+
+    def _size_bytes(self) -> int:
+        """What is unread; every token of a stream says as many logprobs."""
+        per_token = LOGPROB_BYTES * (1 + len(self._logprobs[0].top)) if self._logprobs else 0
+        return len(self._token_ids) * (TOKEN_BYTES + per_token)

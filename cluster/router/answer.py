@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.router.energy_account import RequestEnergy
-from replicas.request import FinishReason
+from replicas.request import FinishReason, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +31,15 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text and tokens; `finish` (STOP or LENGTH) is set on the last one alone."""
+    """New text and tokens; `finish` (STOP or LENGTH) is set on the last one alone.
+
+    `logprobs` is parallel to `token_ids` where asked for, else empty.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ from cluster.link.token_stream import Finished
 from cluster.router.admission import Verdict, decide
 from cluster.router.answer import Completed, TextDelta
 from cluster.router.bookkeeping import Books, Run
+from cluster.router.cache_salt import DEFAULT_TENANT, cache_salt
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
 from cluster.router.errors import (
     DeadlinePassed,
@@ -218,6 +219,7 @@ class Streams:
             priority=completion.priority,
             deadline_s=deadline_s,
             lane=route.lane,
+            cache_salt=cache_salt(DEFAULT_TENANT),
             traceparent=span.traceparent,
             text=AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=stop_token_ids),
             buffer_bytes=limit_bytes,
@@ -246,7 +248,7 @@ class Streams:
             elif isinstance(batch.end, Finished):
                 finish = batch.end.reason
             if finish or batch.text or batch.token_ids:
-                yield TextDelta(batch.text, batch.token_ids, finish)
+                yield TextDelta(batch.text, batch.token_ids, finish, batch.logprobs)
             run.outcome = finish
             if finish is None and isinstance(batch.end, RouterError):
                 raise batch.end

@@ -6,12 +6,21 @@ Pure. Whatever the server does not serve yet is refused unless it is at its neut
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TextPrompt, TokenPrompt, Turn
 from cluster.router.errors import InvalidRequest
 from protos import wattline_inference_pb2 as pb
+from replicas.engine.request_check import (
+    MAX_BIASED_TOKENS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MIN_REPETITION_PENALTY,
+)
 from replicas.request import SamplingParams
 
 ROLES = ("system", "user", "assistant")
@@ -25,11 +34,6 @@ MAX_PRIORITY = 100
 MAX_ENERGY_WAIT_MS = 1000
 
 NEUTRAL_VALUES = {
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logprobs": 0,
     "n": 1,
 }
 """Fields not served yet, and the value at which they ask for nothing."""
@@ -143,7 +147,7 @@ def _completion(
     return Completion(
         model=request.model,
         prompt=prompt,
-        sampling=_parse_sampling(request.sampling, draw_seed),
+        sampling=_parse_sampling(request.sampling, bounds, draw_seed),
         max_tokens=_parse_max_tokens(limits, bounds),
         stop_texts=_parse_stop_texts(limits.stop),
         stop_token_ids=_parse_stop_token_ids(limits.stop_token_ids, bounds),
@@ -153,7 +157,9 @@ def _completion(
     )
 
 
-def _parse_sampling(sampling: pb.Sampling, draw_seed: Callable[[], int]) -> SamplingParams:
+def _parse_sampling(
+    sampling: pb.Sampling, bounds: RequestBounds, draw_seed: Callable[[], int]
+) -> SamplingParams:
     for name, neutral in NEUTRAL_VALUES.items():
         if sampling.HasField(name) and getattr(sampling, name) != neutral:  # type: ignore[arg-type]
             raise InvalidRequest(
@@ -181,7 +187,70 @@ def _parse_sampling(sampling: pb.Sampling, draw_seed: Callable[[], int]) -> Samp
         top_p=top_p,
         top_k=sampling.top_k,
         seed=sampling.seed if sampling.HasField("seed") else draw_seed(),
+        min_p=_parse_number(sampling, "min_p", default=0.0, low=0.0, high=1.0),
+        repetition_penalty=_parse_number(
+            sampling,
+            "repetition_penalty",
+            default=1.0,
+            low=MIN_REPETITION_PENALTY,
+            high=MAX_REPETITION_PENALTY,
+        ),
+        presence_penalty=_parse_number(
+            sampling, "presence_penalty", default=0.0, low=-MAX_PENALTY, high=MAX_PENALTY
+        ),
+        frequency_penalty=_parse_number(
+            sampling, "frequency_penalty", default=0.0, low=-MAX_PENALTY, high=MAX_PENALTY
+        ),
+        logit_bias=_parse_logit_bias(sampling.logit_bias, bounds),
+        num_logprobs=_parse_logprobs(sampling, bounds),
     )
+
+
+def _parse_number(
+    sampling: pb.Sampling,
+    name: Literal["min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"],
+    *,
+    default: float,
+    low: float,
+    high: float,
+) -> float:
+    value: float = getattr(sampling, name) if sampling.HasField(name) else default
+    if not low <= value <= high:  # Not-a-number fails both comparisons.
+        raise InvalidRequest(
+            field=f"sampling.{name}", got=value, limit=f"{low} to {high}", fix=f"use {default} for no effect"
+        )
+    return value
+
+
+def _parse_logprobs(sampling: pb.Sampling, bounds: RequestBounds) -> int | None:
+    if not sampling.HasField("logprobs"):
+        return None
+    high = min(MAX_LOGPROBS, bounds.vocab_size)
+    _check_range("sampling.logprobs", sampling.logprobs, low=0, high=high)
+    return sampling.logprobs
+
+
+def _parse_logit_bias(
+    logit_bias: Mapping[int, float], bounds: RequestBounds
+) -> tuple[tuple[int, float], ...]:
+    field = "sampling.logit_bias"
+    if len(logit_bias) > MAX_BIASED_TOKENS:
+        raise InvalidRequest(
+            field=field,
+            got=f"{len(logit_bias)} tokens",
+            limit=f"{MAX_BIASED_TOKENS} tokens",
+            fix="send fewer",
+        )
+    _check_vocabulary(logit_bias, bounds, field=field)
+    for token_id, bias in logit_bias.items():
+        if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+            raise InvalidRequest(
+                field=f"{field}[{token_id}]",
+                got=bias,
+                limit=f"{-MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}",
+                fix="choose a value in this range",
+            )
+    return tuple(sorted(logit_bias.items()))
 
 
 def _parse_max_tokens(limits: pb.Limits, bounds: RequestBounds) -> int | None:

@@ -16,9 +16,12 @@ FINISH_REASONS = {
 
 
 def delta_message(delta: TextDelta) -> pb.GenerateResponse:
-    return pb.GenerateResponse(
-        delta=pb.Delta(text=delta.text, token_ids=delta.token_ids, finish_reason=FINISH_REASONS[delta.finish])
-    )
+    message = pb.Delta(text=delta.text, token_ids=delta.token_ids, finish_reason=FINISH_REASONS[delta.finish])
+    for said in delta.logprobs:
+        entry = message.logprobs.add(logprob=said.logprob)
+        for token_id, logprob in said.top:
+            entry.top.add(token_id=token_id, logprob=logprob)
+    return pb.GenerateResponse(delta=message)
 
 
 def final_message(completed: Completed) -> pb.GenerateResponse:

@@ -16,11 +16,13 @@ from threading import Thread
 from cluster.link.token_stream import End, TokenStream
 from cluster.router.errors import EngineFault, RouterError
 from cluster.text.answer_text import Piece
+from replicas.request import TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
-StreamTokens = tuple[TokenStream, tuple[int, ...], End | None]
-StreamPiece = tuple[TokenStream, Piece, End | None]
+Logprobs = tuple[TokenLogprobs, ...]
+StreamTokens = tuple[TokenStream, tuple[int, ...], Logprobs, End | None]
+StreamPiece = tuple[TokenStream, Piece, Logprobs, End | None]
 NOTHING = Piece("", (), False, 0)
 
 
@@ -51,17 +53,21 @@ class DetokenizeWorker:
                 return  # The loop is closed: nobody is left to read.
 
 
-def _detokenize(stream: TokenStream, token_ids: tuple[int, ...], end: End | None) -> StreamPiece:
+def _detokenize(
+    stream: TokenStream, token_ids: tuple[int, ...], logprobs: Logprobs, end: End | None
+) -> StreamPiece:
+    """Logprobs go with the tokens that are sent: those behind a stop are dropped as they are."""
     if isinstance(end, RouterError):
-        return stream, NOTHING, end
+        return stream, NOTHING, (), end
     try:
-        return stream, stream.text.feed(token_ids, is_last=end is not None), end
+        piece = stream.text.feed(token_ids, is_last=end is not None)
+        return stream, piece, logprobs[: len(piece.token_ids)], end
     except Exception:
         # One tokenizer's fault must not stop the text of all streams.
         logger.exception("detokenize_failed tokens=%d", len(token_ids))
-        return stream, NOTHING, EngineFault("the answer could not be turned into text")
+        return stream, NOTHING, (), EngineFault("the answer could not be turned into text")
 
 
 def _deliver(pieces: Sequence[StreamPiece]) -> None:
-    for stream, piece, end in pieces:
-        stream.deliver(piece, end)
+    for stream, piece, logprobs, end in pieces:
+        stream.deliver(piece, end, logprobs)

@@ -7,6 +7,10 @@ the scheduler alone.
 Admission takes the blocks of all known tokens at once: a prefill never stops half-way for want of blocks,
 only decoding asks for more. It leaves one free block per running sequence, or decoding would soon preempt
 what was just admitted.
+
+The beginning of a sequence that is cached is shared, not computed: full blocks only, and never all tokens,
+since the last one has to run to give logits. A block is filed only once a finite token was sampled behind it,
+so what a broken computation left can be found by nobody.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from bisect import bisect_left, insort
 from operator import attrgetter
 
 from replicas.engine.block_pool import BlockPool
+from replicas.engine.prefix_hash import extend_hashes
 from replicas.engine.sequence import Sequence, SequenceState
 
 _by_order = attrgetter("order")
@@ -23,11 +28,12 @@ _by_order = attrgetter("order")
 class Lane:
     """Owns the pool and both queues; the scheduler owns rows, steps and outcomes."""
 
-    def __init__(self, *, num_blocks: int, block_tokens: int) -> None:
+    def __init__(self, *, num_blocks: int, block_tokens: int, caches_prefixes: bool = True) -> None:
         self.pool = BlockPool(num_blocks=num_blocks)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._block_tokens = block_tokens
+        self._caches_prefixes = caches_prefixes
         self._num_waiting_tokens = 0
 
     @property
@@ -51,7 +57,10 @@ class Lane:
         """From waiting to running, with blocks. The caller has asked `has_blocks_for`."""
         self._remove_waiting(sequence)
         sequence.state = SequenceState.RUNNING
-        sequence.blocks = self.pool.allocate(self._blocks_of(sequence))
+        cached = self._cached_blocks(sequence)
+        self.pool.share(cached)
+        sequence.blocks = cached + self.pool.allocate(self._blocks_of(sequence) - len(cached))
+        sequence.reuse(num_blocks=len(cached), num_tokens=len(cached) * self._block_tokens)
         insort(self.running, sequence, key=_by_order)
 
     def remove(self, sequence: Sequence) -> None:
@@ -71,26 +80,60 @@ class Lane:
         """One more block. The caller has looked at `pool.num_free`."""
         sequence.blocks += self.pool.allocate(1)
 
+    def file_computed(self, sequence: Sequence, *, num_tokens: int) -> None:
+        """The KV of the first `num_tokens` of a running sequence is written and proved finite."""
+        num_full = num_tokens // self._block_tokens
+        if num_full == sequence.num_filed_blocks or not self._caches_prefixes:
+            return
+        self._extend_hashes(sequence)
+        for index in range(sequence.num_filed_blocks, num_full):
+            self.pool.file(sequence.blocks[index], sequence.block_hashes[index])
+        sequence.num_filed_blocks = num_full
+
+    def forget(self, sequence: Sequence) -> None:
+        """The KV of a running sequence is not to be trusted: none of its blocks stays in the cache."""
+        self.pool.forget(sequence.blocks)
+
     def has_blocks_for(self, sequence: Sequence) -> bool:
-        return self._blocks_of(sequence) + len(self.running) <= self.pool.num_free
+        return self._num_needed(sequence, self._cached_blocks(sequence)) <= self.pool.num_free
 
     def victims_for(self, sequence: Sequence, *, has_row: bool) -> list[Sequence]:
         """The fewest running sequences of lower priority whose blocks and row would admit `sequence`.
 
         Newest of the lowest priority first; empty if it fits as it is, and if all of them were not enough.
         """
-        num_free, num_running = self.pool.num_free, len(self.running)
-        needed = self._blocks_of(sequence)
+        cached = self._cached_blocks(sequence)
+        needed = self._num_needed(sequence, cached)
+        num_free = self.pool.num_free
         victims: list[Sequence] = []
         for victim in reversed(self.running):
-            if (has_row or victims) and needed + num_running <= num_free:
+            if (has_row or victims) and needed - len(victims) <= num_free:
                 return victims
             if victim.request.priority >= sequence.request.priority:
                 return []
             victims.append(victim)
-            num_free += len(victim.blocks)
-            num_running -= 1
+            tables = [each.blocks for each in victims]
+            num_free = self.pool.num_free + self.pool.num_freed_by(tables, without=cached)
         return victims
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """The blocks a waiting sequence need not compute; at least its last token is left."""
+        if not self._caches_prefixes:
+            return []
+        self._extend_hashes(sequence)
+        return self.pool.find(sequence.block_hashes[: (len(sequence.tokens) - 1) // self._block_tokens])
+
+    def _extend_hashes(self, sequence: Sequence) -> None:
+        extend_hashes(
+            sequence.block_hashes,
+            sequence.tokens,
+            block_tokens=self._block_tokens,
+            salt=sequence.request.cache_salt,
+        )
+
+    def _num_needed(self, sequence: Sequence, cached: list[int]) -> int:
+        """Free blocks that its admission asks for: cached blocks that nobody holds are free ones, too."""
+        return self._blocks_of(sequence) - self.pool.num_held(cached) + len(self.running)
 
     def _blocks_of(self, sequence: Sequence) -> int:
         return -(-sequence.length // self._block_tokens)

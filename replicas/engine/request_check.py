@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 
+from replicas.engine.prefix_hash import MAX_SALT_BYTES
 from replicas.errors import BadRequest, DoesNotFit
 from replicas.request import GenerationRequest, SamplingParams
 
 MAX_SEED = 2**64 - 1
 MAX_TOP_K = 2**31 - 1
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.1, 10.0
+MAX_PENALTY = 2.0
+"""Of presence and frequency, to either side of 0."""
+MAX_LOGIT_BIAS = 100.0
+MAX_BIASED_TOKENS = 300
+MAX_LOGPROBS = 20
 
 
 def check_request(
@@ -32,7 +39,10 @@ def check_request(
         raise BadRequest(f"max_tokens is {request.max_tokens}; ask for at least 1")
     if not 0 <= request.first_offset <= len(prompt_ids):
         raise BadRequest(f"first_offset is {request.first_offset}; the prompt holds {len(prompt_ids)} tokens")
+    if len(request.cache_salt) > MAX_SALT_BYTES:
+        raise BadRequest(f"cache_salt holds {len(request.cache_salt)} bytes; at most {MAX_SALT_BYTES}")
     _check_sampling(request.sampling)
+    _check_edits(request.sampling, vocab_size=vocab_size)
 
 
 def _check_sampling(sampling: SamplingParams) -> None:
@@ -44,3 +54,31 @@ def _check_sampling(sampling: SamplingParams) -> None:
         raise BadRequest(f"top_k is {sampling.top_k}; give 0 (all tokens) to {MAX_TOP_K}")
     if not 0 <= sampling.seed <= MAX_SEED:
         raise BadRequest(f"seed is {sampling.seed}; give an unsigned 64-bit number")
+    if not 0 <= sampling.min_p <= 1:
+        raise BadRequest(f"min_p is {sampling.min_p}; give a number from 0 to 1")
+
+
+def _check_edits(sampling: SamplingParams, *, vocab_size: int) -> None:
+    """Comparisons are false for what is not a number, so that is refused, too."""
+    if not MIN_REPETITION_PENALTY <= sampling.repetition_penalty <= MAX_REPETITION_PENALTY:
+        raise BadRequest(
+            f"repetition_penalty is {sampling.repetition_penalty}; give a number from "
+            f"{MIN_REPETITION_PENALTY} to {MAX_REPETITION_PENALTY}"
+        )
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not abs(getattr(sampling, name)) <= MAX_PENALTY:
+            raise BadRequest(
+                f"{name} is {getattr(sampling, name)}; give a number from {-MAX_PENALTY} to {MAX_PENALTY}"
+            )
+    max_logprobs = min(MAX_LOGPROBS, vocab_size)
+    if sampling.num_logprobs is not None and not 0 <= sampling.num_logprobs <= max_logprobs:
+        raise BadRequest(f"logprobs is {sampling.num_logprobs}; give 0 to {max_logprobs}")
+    if len(sampling.logit_bias) > MAX_BIASED_TOKENS:
+        raise BadRequest(f"logit_bias holds {len(sampling.logit_bias)} tokens; at most {MAX_BIASED_TOKENS}")
+    for token_id, bias in sampling.logit_bias:
+        if not 0 <= token_id < vocab_size:
+            raise BadRequest(f"logit_bias holds token {token_id}; the vocabulary is 0 to {vocab_size - 1}")
+        if not abs(bias) <= MAX_LOGIT_BIAS:
+            raise BadRequest(
+                f"logit_bias of token {token_id} is {bias}; give {-MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}"
+            )

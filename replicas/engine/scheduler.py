@@ -16,19 +16,21 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 from replicas.config import EngineLimits
 from replicas.engine.lane import Lane
 from replicas.engine.request_check import check_request
 from replicas.engine.sequence import Sequence, SequenceState
 from replicas.errors import BadRequest
-from replicas.plan import EngineShape, NewRow, PlannedRow, StepOutcome, StepPlan, as_float32
+from replicas.plan import EngineShape, NewRow, PlannedRow, StepOutcome, StepPlan
 from replicas.request import (
     FinishReason,
     GenerationRequest,
     LoadSnapshot,
     SequenceDelta,
     StepMember,
+    TokenLogprobs,
 )
 
 NO_TOKEN = -1
@@ -60,7 +62,12 @@ class Scheduler:
         self._limits = limits
         self._shape = shape
         self._lanes = tuple(
-            Lane(num_blocks=shape.num_blocks, block_tokens=limits.block_tokens) for _ in range(num_lanes)
+            Lane(
+                num_blocks=shape.num_blocks,
+                block_tokens=limits.block_tokens,
+                caches_prefixes=limits.prefix_caching,
+            )
+            for _ in range(num_lanes)
         )
         self.context_tokens = min(
             shape.context_tokens,
@@ -76,6 +83,7 @@ class Scheduler:
         self._next_deadline_ns: float = math.inf
         self._step = 0
         self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
         self._num_generated_tokens = 0
 
     @property
@@ -160,7 +168,7 @@ class Scheduler:
 
     def commit(self, step: ScheduledStep, outcome: StepOutcome, *, now_ns: int) -> tuple[StepMember, ...]:
         """Take in what the oldest step under way sampled; says who was in it, for the energy ledger."""
-        sampled_ids = iter(outcome.sampled_ids)
+        sampled = zip(outcome.sampled_ids, outcome.logprobs or repeat(None), strict=False)
         members = []
         for row in step.rows:
             sequence, num_tokens = row.sequence, len(row.planned.token_ids)
@@ -174,13 +182,14 @@ class Scheduler:
                     wasted_tokens=num_tokens if has_ended else row.repeated,
                 )
             )
-            token_id = next(sampled_ids) if row.planned.samples else None
+            token = next(sampled) if row.planned.samples else None
             if has_ended:
                 continue
             sequence.num_useful_in_flight -= num_tokens - row.repeated
-            if token_id is not None:
-                self._take_token(sequence, token_id, now_ns)
-        assert next(sampled_ids, None) is None, "a runner samples the rows that ask for it, and no others"
+            if token is not None:
+                self._prove_computed(row, is_finite=token[0] != NO_TOKEN)
+                self._take_token(sequence, *token, now_ns)
+        assert next(sampled, None) is None, "a runner samples the rows that ask for it, and no others"
         return tuple(members)
 
     def take_deltas(self) -> tuple[SequenceDelta, ...]:
@@ -204,6 +213,7 @@ class Scheduler:
             decode_tokens_per_s=decode_tokens_per_s,
             prompt_tokens_total=self._num_prompt_tokens,
             generated_tokens_total=self._num_generated_tokens,
+            cached_tokens_total=self._num_cached_tokens,
         )
 
     def check_idle(self) -> None:
@@ -269,10 +279,11 @@ class Scheduler:
                 return
             lane.admit(sequence)
             sequence.row = heapq.heappop(self._free_rows)
-            new_rows.append(NewRow(row=sequence.row, sampling=as_float32(sequence.request.sampling)))
+            new_rows.append(sequence.new_row(sequence.row))
             if sequence.scheduled_ns is None:
                 sequence.scheduled_ns = now_ns
                 self._num_prompt_tokens += len(sequence.request.prompt_ids)
+                self._num_cached_tokens += sequence.cached_tokens
             yield sequence
 
     def _grow(self, lane: Lane, sequence: Sequence) -> bool:
@@ -306,17 +317,34 @@ class Scheduler:
             heapq.heappush(self._free_rows, sequence.row)
             sequence.row = None
 
-    def _take_token(self, sequence: Sequence, token_id: int, now_ns: int) -> None:
+    def _prove_computed(self, row: ScheduledRow, *, is_finite: bool) -> None:
+        """A sampled row has read the KV of its whole sequence: good for others, or for nobody.
+
+        A sequence preempted meanwhile has left its blocks to others already.
+        """
+        sequence = row.sequence
+        if sequence.state is not SequenceState.RUNNING:
+            return
+        lane = self._lanes[sequence.request.lane]
+        if is_finite:
+            lane.file_computed(sequence, num_tokens=row.planned.start_pos + len(row.planned.token_ids))
+        else:
+            lane.forget(sequence)
+
+    def _take_token(
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, now_ns: int
+    ) -> None:
         if token_id == NO_TOKEN:
             error = ("INTERNAL", "the model's output was not finite")
             self._finish(sequence, FinishReason.ERROR, now_ns, error=error)
             return
         finish = sequence.append(token_id, now_ns)
         self._num_generated_tokens += 1
+        said = () if logprobs is None else (logprobs,)
         if finish is None:
-            self._deltas.append(sequence.token_delta(token_id))
+            self._deltas.append(sequence.token_delta(token_id, said))
         else:
-            self._finish(sequence, finish, now_ns, token_ids=(token_id,))
+            self._finish(sequence, finish, now_ns, token_ids=(token_id,), logprobs=said)
 
     def _end(self, request_id: int, finish: FinishReason, now_ns: int) -> None:
         sequence = self._sequences.get(request_id)
@@ -331,13 +359,16 @@ class Scheduler:
         *,
         token_ids: tuple[int, ...] = (),
         error: tuple[str, str] | None = None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         """Blocks go back now; a step under way that still writes to them runs before whatever reuses them."""
         self._lanes[sequence.request.lane].remove(sequence)
         self._free_row(sequence)
         sequence.finish()
         del self._sequences[sequence.request.request_id]
-        self._deltas.append(sequence.last_delta(token_ids, finish, now_ns=now_ns, error=error))
+        self._deltas.append(
+            sequence.last_delta(token_ids, finish, now_ns=now_ns, error=error, logprobs=logprobs)
+        )
 
     def _refuse(self, request: GenerationRequest, error: tuple[str, str]) -> None:
         sequence = Sequence(request=request, order=(0, 0), submitted_ns=0, context_tokens=0)

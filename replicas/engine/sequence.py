@@ -17,8 +17,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from replicas.plan import LAST_SAMPLED
-from replicas.request import FinishReason, GenerationRequest, SequenceDelta, SequenceTiming
+from replicas.plan import LAST_SAMPLED, NewRow
+from replicas.request import (
+    FinishReason,
+    GenerationRequest,
+    SequenceDelta,
+    SequenceTiming,
+    TokenLogprobs,
+)
+from replicas.sampling_words import as_float32
 
 NS_PER_US = 1_000
 
@@ -46,6 +53,12 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_planned_blocks: int = 0
     """The first blocks of `blocks` that a plan has already told the runners."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Hashes of the first full blocks of `tokens`, as far as somebody asked for them."""
+    num_filed_blocks: int = 0
+    """The first blocks of `blocks` that are in the prefix cache, or equal to one that is."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache when it was first admitted."""
     num_computed: int = 0
     num_pending: int = 0
     num_ever_computed: int = 0
@@ -102,6 +115,22 @@ class Sequence:
             self.num_pending += 1
         return tuple(known), repeated
 
+    def new_row(self, row: int) -> NewRow:
+        """What ranks are told once. They count tokens for penalties alone, the answer so far included."""
+        request = self.request
+        sampling = as_float32(request.sampling)
+        if not sampling.has_penalties:
+            return NewRow(row=row, sampling=sampling)
+        num_prompt = len(request.prompt_ids) - request.first_offset
+        return NewRow(row=row, sampling=sampling, history=tuple(self.tokens), num_prompt=num_prompt)
+
+    def reuse(self, *, num_blocks: int, num_tokens: int) -> None:
+        """It starts running with KV that is there already: nobody computes its first tokens."""
+        self.num_computed = num_tokens
+        self.num_filed_blocks = num_blocks
+        if self.scheduled_ns is None:
+            self.cached_tokens = num_tokens
+
     def append(self, token_id: int, now_ns: int) -> FinishReason | None:
         """The oldest pending token is known. Says whether it ends the sequence."""
         self.num_pending -= 1
@@ -118,6 +147,7 @@ class Sequence:
         """Forget all KV. Tokens stay, and so does a pending one: its step is under way and will give it."""
         self.num_computed = 0
         self.num_planned_blocks = 0
+        self.num_filed_blocks = 0
         self.preemptions += 1
 
     def finish(self) -> None:
@@ -126,7 +156,7 @@ class Sequence:
         self.wasted_tokens += self.num_useful_in_flight
         self.num_useful_in_flight = 0
 
-    def token_delta(self, token_id: int) -> SequenceDelta:
+    def token_delta(self, token_id: int, logprobs: tuple[TokenLogprobs, ...] = ()) -> SequenceDelta:
         """The delta of the token appended last."""
         request = self.request
         return SequenceDelta(
@@ -134,6 +164,7 @@ class Sequence:
             attempt=request.attempt,
             first_offset=request.first_offset + self.num_generated - 1,
             token_ids=(token_id,),
+            logprobs=logprobs,
         )
 
     def last_delta(
@@ -143,6 +174,7 @@ class Sequence:
         *,
         now_ns: int,
         error: tuple[str, str] | None = None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> SequenceDelta:
         """The one delta that ends the sequence. `token_ids` are appended already; a stop token is one."""
         request = self.request
@@ -154,6 +186,7 @@ class Sequence:
             finish=finish,
             timing=self._timing(now_ns),
             error=error,
+            logprobs=logprobs,
         )
 
     def _timing(self, now_ns: int) -> SequenceTiming:
@@ -164,7 +197,7 @@ class Sequence:
             queue_us=(scheduled_ns - self.submitted_ns) // NS_PER_US,
             prefill_us=(first_token_ns - scheduled_ns) // NS_PER_US,
             decode_us=(now_ns - first_token_ns) // NS_PER_US,
-            cached_tokens=0,
+            cached_tokens=self.cached_tokens,
             wasted_tokens=self.wasted_tokens,
             preemptions=self.preemptions,
         )

@@ -29,7 +29,7 @@ from replicas.plan import (
     StepOutcome,
     StepPlan,
 )
-from replicas.request import EngineCosts, SamplingParams
+from replicas.request import EngineCosts, SamplingParams, TokenLogprobs
 
 EOS_TOKEN_ID = 2
 FIRST_PLAIN_TOKEN_ID = 3
@@ -56,6 +56,7 @@ class _Row:
     """What the runner remembers of a row of the batch."""
 
     seed: int
+    num_logprobs: int | None = None
     blocks: list[int] = field(default_factory=list)
     last_sampled: int = LAST_SAMPLED
 
@@ -117,9 +118,13 @@ class NullRunner:
             del self._rows[row]
         for new in plan.new_rows:
             sampling = new.sampling
-            self._rows[new.row] = _Row(seed=0 if sampling.is_greedy else _hash_sampling(sampling))
+            self._rows[new.row] = _Row(
+                seed=0 if sampling.is_greedy else _hash_sampling(sampling), num_logprobs=sampling.num_logprobs
+            )
+        sampled = [(self._run_row(row), self._rows[row.row]) for row in plan.rows if self._write(row)]
         outcome = StepOutcome(
-            sampled_ids=tuple([self._run_row(row) for row in plan.rows if self._write(row)])
+            sampled_ids=tuple([token_id for token_id, _ in sampled]),
+            logprobs=_certainties(sampled),
         )
         done_ns = None if plan.step == self._config.hang_at_step else self._done_ns(plan)
         return _NullStep(outcome=outcome, done_ns=done_ns, clock=self._clock)
@@ -181,6 +186,18 @@ def null_continuation(
     for _ in range(count):
         tokens.append(null_token(tokens[:PREFIX_TOKENS], tokens[-1], len(tokens), seed, config))
     return tuple(tokens[len(prompt_ids) :])
+
+
+def _certainties(sampled: list[tuple[int, _Row]]) -> tuple[TokenLogprobs | None, ...]:
+    """A hash leaves no doubt: probability one, and no alternatives. Empty if no row asks."""
+    if all(row.num_logprobs is None for _, row in sampled):
+        return ()
+    return tuple(
+        None
+        if row.num_logprobs is None
+        else TokenLogprobs(logprob=0.0, top=((token_id, 0.0),) if row.num_logprobs else ())
+        for token_id, row in sampled
+    )
 
 
 def _hash_sampling(sampling: SamplingParams) -> int:

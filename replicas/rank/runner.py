@@ -25,6 +25,8 @@ from replicas.parallel.collectives import Collectives
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
 from replicas.rank.batch import Draw, Rows
+from replicas.rank.logit_edits import LogitEdits
+from replicas.rank.logprobs import measure_logprobs, read_logprobs
 from replicas.rank.sampler import NOT_FINITE, sample
 from replicas.request import SamplingParams
 
@@ -45,19 +47,25 @@ class _Finished:
 
 
 class _Enqueued:
-    """A step on a CUDA device: ids, then the experts hit, on their way into pinned memory."""
+    """A step on a CUDA device: ids, the experts hit, and logprobs, on their way into pinned memory."""
 
-    def __init__(self, runner: ModelRunner, draws: tuple[Draw, ...], words: torch.Tensor) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        draws: tuple[Draw, ...],
+        words: torch.Tensor,
+        logprobs: torch.Tensor | None,
+    ) -> None:
         self._runner = runner
         self._draws = draws
-        self._words = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
-        self._words.copy_(words, non_blocking=True)
+        self._words = _to_pinned(words)
+        self._logprobs = None if logprobs is None else _to_pinned(logprobs)
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
 
     def result(self) -> StepOutcome:
         self._event.synchronize()
-        return self._runner.outcome(self._draws, self._words.tolist())
+        return self._runner.outcome(self._draws, self._words.tolist(), self._logprobs)
 
 
 class ModelRunner:
@@ -106,6 +114,7 @@ class ModelRunner:
             device=self._device,
             dtype=dtype,
         )
+        self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
         self.decoder = Decoder(spec, shard, weights, kv, collectives)
 
@@ -137,27 +146,36 @@ class ModelRunner:
             self._kv.scrub(self._rows.blocks_of(row))
             self._broken_rows.remove(row)
         self._rows.apply(plan)
+        for new in plan.new_rows:
+            self._edits.set_row(new)
         if not plan.rows:
             return _Finished(StepOutcome(sampled_ids=()))
         batch = self._rows.batch(plan)
         logits_SV, experts_hit = self.decoder.logits(batch)
+        logprobs = None
         if batch.draws:
-            ids_S = sample(logits_SV, batch.draws, self._shard, self._collectives)
+            edited_SV = self._edits.apply(logits_SV, batch.draws)
+            ids_S = sample(edited_SV, batch.draws, self._shard, self._collectives)
             self._rows.remember(batch.draws, ids_S)
+            self._edits.remember(batch.draws, ids_S)
+            logprobs = measure_logprobs(logits_SV, ids_S, batch.draws, self._collectives)
         else:
             ids_S = batch.sampled_S
         if self._device.type != "cuda":
-            return _Finished(self.outcome(batch.draws, [*ids_S.tolist(), int(experts_hit)]))
+            return _Finished(self.outcome(batch.draws, [*ids_S.tolist(), int(experts_hit)], logprobs))
         hit_1 = torch.as_tensor(experts_hit, dtype=torch.int64, device=self._device).view(1)
-        return _Enqueued(self, batch.draws, torch.cat((ids_S, hit_1)))
+        return _Enqueued(self, batch.draws, torch.cat((ids_S, hit_1)), logprobs)
 
-    def outcome(self, draws: tuple[Draw, ...], words: list[int]) -> StepOutcome:
+    def outcome(
+        self, draws: tuple[Draw, ...], words: list[int], logprobs: torch.Tensor | None
+    ) -> StepOutcome:
         """From the words a step leaves: ids, then the experts hit. Notes rows that must be scrubbed."""
         *ids, experts_hit = words
         for draw, token_id in zip(draws, ids, strict=True):
             if token_id == NOT_FINITE:
                 self._broken_rows.add(draw.row)
-        return StepOutcome(sampled_ids=tuple(ids), experts_hit=experts_hit)
+        said = () if logprobs is None else read_logprobs(logprobs.tolist(), draws)
+        return StepOutcome(sampled_ids=tuple(ids), experts_hit=experts_hit, logprobs=said)
 
     def warmup(self) -> None:
         """Run a prefill chunk and a few decode batches on the scratch block, so that kernels are loaded.
@@ -204,6 +222,12 @@ class ModelRunner:
                     f"rank {rank} loaded another model or cache than rank {self._collectives.rank}: "
                     f"{theirs.tolist()} against {mine.tolist()} (digest words, blocks, context)"
                 )
+
+
+def _to_pinned(values: torch.Tensor) -> torch.Tensor:
+    """A copy that is complete once the stream has come this far."""
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return pinned.copy_(values, non_blocking=True)
 
 
 def _dtype_of(name: str, device: torch.device) -> torch.dtype:

@@ -3,8 +3,8 @@
 Sampling is an argmax too: of logit + temperature x noise, where the noise (Gumbel) is a hash of seed,
 position and token id. It therefore depends on neither the batch, nor the rank, nor the device, and a sequence
 continued elsewhere draws the same tokens. Ranks exchange one (score, id) pair per row; whole logits only for
-rows with top-k or top-p. Shape letters: S rows, V local vocabulary, W whole vocabulary, R ranks, M rows that
-are filtered, K candidates.
+rows with top-k, top-p or min-p. Shape letters: S rows, V local vocabulary, W whole vocabulary, R ranks,
+M rows that are filtered, K candidates.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def gumbel_noise(draws: Sequence[Draw], first_id: int, count: int, device: torch
 def _with_noise(
     logits_SV: torch.Tensor, draws: Sequence[Draw], hot: list[int], shard: Shard, collectives: Collectives
 ) -> torch.Tensor:
-    """Replace the logits of rows `hot` by noisy scores, -inf for tokens that top-k or top-p leaves out."""
+    """Replace the logits of rows `hot` by noisy scores, -inf for tokens that a filter leaves out."""
     device = logits_SV.device
     hot_draws = [draws[index] for index in hot]
     index_S = torch.tensor(hot, dtype=torch.int64, device=device)
@@ -82,11 +82,12 @@ def _with_noise(
 
 
 def _is_filtered(draw: Draw) -> bool:
-    return draw.sampling.top_k > 0 or draw.sampling.top_p < 1.0
+    sampling = draw.sampling
+    return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
 
 
 def _floors(logits_MW: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """The lowest logit each row keeps, [M, 1]: top-k first, then top-p within it. Ties are kept."""
+    """The lowest logit each row keeps, [M, 1]: top-k first, top-p within it, and min-p. Ties are kept."""
     vocab_size = logits_MW.shape[1]
     top_k = [min(draw.sampling.top_k or vocab_size, vocab_size) for draw in draws]
     needed = max((k for k in top_k if k < vocab_size), default=1)
@@ -106,7 +107,10 @@ def _floors(logits_MW: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         needed = vocab_size
     floor_M1 = best_MK.gather(1, (kept_M1 - 1).clamp_(0, needed - 1))
     is_open_M1 = (top_p_M1 >= 1.0) & (k_M1 >= vocab_size)
-    return floor_M1.masked_fill_(is_open_M1, -torch.inf)
+    floor_M1 = floor_M1.masked_fill_(is_open_M1, -torch.inf)
+    # p >= min_p * p_best, as logits; log(0) leaves everything in.
+    min_p_M1 = _column([draw.sampling.min_p for draw in draws], logits_MW.device)
+    return torch.maximum(floor_M1, best_MK[:, :1] + temperature_M1 * min_p_M1.log())
 
 
 def _num_kept(

@@ -252,6 +252,7 @@ def _renumbered(delta: SequenceDelta, request_id: int) -> SequenceDelta:
         finish=delta.finish,
         timing=delta.timing,
         error=delta.error,
+        logprobs=delta.logprobs,
     )
 
 

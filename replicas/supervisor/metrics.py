@@ -87,6 +87,11 @@ def _engine_families(snapshot: MetricsSnapshot) -> Iterator[Metric]:
     yield _gauge("wattline_requests_in_flight", "Requests that the engine holds.", snapshot.num_in_flight)
     yield _gauge("wattline_links", "Routers attached.", snapshot.num_links)
     yield CounterMetricFamily("wattline_engine_steps", "Forward passes.", value=snapshot.num_steps)
+    yield CounterMetricFamily(
+        "wattline_prefix_cached_tokens",
+        "Prompt tokens found in the prefix cache.",
+        value=load.cached_tokens_total,
+    )
     tokens = CounterMetricFamily("wattline_tokens", "Tokens by kind.", labels=["kind"])
     tokens.add_metric(["prompt"], load.prompt_tokens_total)
     tokens.add_metric(["generated"], load.generated_tokens_total)

@@ -39,7 +39,7 @@ def make_config(folder: Path, router: TestRouter) -> ReplicaConfig:
         replica_id="real",
         routers=(router.addresses.link,),
         parallel=ParallelConfig(tensor=2),
-        limits=EngineLimits(max_sequences=8, max_waiting=8, num_blocks=256),
+        limits=EngineLimits(max_sequences=8, max_waiting=16, num_blocks=256),
         null=NullEngineConfig(step_ms=2.0, vocab_size=VOCAB_SIZE, context_tokens=512),
         runtime_dir=str(folder / "run"),
         shared_dir=str(folder / "shm"),
@@ -105,3 +105,11 @@ async def test_a_request_goes_all_the_way_whatever_ends_it(router: TestRouter) -
     assert [len(each.token_ids) for each in answers] == [20] * 12
     await wait_idle(router)
     assert (await replica_status(router)).requests_in_flight == 0
+
+    beginning = "the same beginning of every prompt " * 4
+    first = await collect(router.inference.Generate(make_request(beginning + "one")))
+    second = await collect(router.inference.Generate(make_request(beginning + "two")))
+    assert first.final.usage.cached_tokens == 0
+    assert second.final.usage.cached_tokens >= 16
+    await wait_idle(router)
+    assert (await replica_status(router)).load.cached_tokens_total == second.final.usage.cached_tokens

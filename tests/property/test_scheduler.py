@@ -1,7 +1,9 @@
 """Random lives of requests through scheduler, engine and null runner, in pools too small for them.
 
 The null runner reads its cache through the block tables, so a lost, shared or early reused block shows as a
-wrong token. Tokens are compared with what the sequence alone determines.
+wrong token. Tokens are compared with what the sequence alone determines. Prompts often begin the same, under
+one of two salts; behind every step stands a copy of the cache, in which each row must find the whole of its
+sequence, write to no block of another row, and find nothing of the other salt.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from replicas.config import EngineLimits, NullEngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.scheduler import Scheduler
-from replicas.plan import PendingStep, StepPlan, decode_plan, encode_plan
+from replicas.plan import LAST_SAMPLED, PendingStep, PlannedRow, StepPlan, decode_plan, encode_plan
 from replicas.rank.null_runner import EOS_TOKEN_ID, NullRunner, null_continuation
 from replicas.request import FinishReason, GenerationRequest, SequenceDelta, StepMember, StepResult
 
@@ -44,6 +46,10 @@ class WatchedRunner:
     limits: EngineLimits
     live_rows: set[int] = field(default_factory=set)
     last_step: int = 0
+    tables: dict[int, list[int]] = field(default_factory=dict)
+    sequences: dict[int, list[int]] = field(default_factory=dict)
+    """Per row, the tokens of its sequence as far as this row wrote or sampled them."""
+    cache: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def launch(self, plan: StepPlan) -> PendingStep:
         assert plan.step == self.last_step + 1
@@ -56,7 +62,33 @@ class WatchedRunner:
         rows = [row.row for row in plan.rows]
         assert len(set(rows)) == len(rows) and set(rows) <= self.live_rows
         assert len(self.live_rows) <= self.limits.max_sequences
-        return self.inner.launch(decode_plan(encode_plan(plan)))
+        for row in (*plan.freed_rows, *new_rows):
+            self.tables[row], self.sequences[row] = [], []
+        for planned in plan.rows:
+            self.write(planned)
+        pending = self.inner.launch(decode_plan(encode_plan(plan)))
+        for planned, token_id in zip(
+            (planned for planned in plan.rows if planned.samples), pending.result().sampled_ids, strict=True
+        ):
+            self.sequences[planned.row].append(token_id)
+        return pending
+
+    def write(self, planned: PlannedRow) -> None:
+        """As a runner does; what the row did not write itself, it takes from the blocks it was given."""
+        table, sequence = self.tables[planned.row], self.sequences[planned.row]
+        table += planned.new_blocks
+        for pos in range(len(sequence), planned.start_pos):
+            sequence.append(self.cache[table[pos // BLOCK_TOKENS]][pos % BLOCK_TOKENS])
+        others = {block for row, blocks in self.tables.items() if row != planned.row for block in blocks}
+        for pos, token_id in enumerate(planned.token_ids, planned.start_pos):
+            block = table[pos // BLOCK_TOKENS]
+            assert block not in others, "a shared block is never written"
+            if pos == len(sequence):
+                sequence.append(token_id)
+            assert token_id in (LAST_SAMPLED, sequence[pos])
+            self.cache.setdefault(block, {})[pos % BLOCK_TOKENS] = sequence[pos]
+        for pos in range(planned.start_pos):
+            assert self.cache[table[pos // BLOCK_TOKENS]][pos % BLOCK_TOKENS] == sequence[pos]
 
     def close(self) -> None:
         self.inner.close()
@@ -71,6 +103,7 @@ class Life:
     last: SequenceDelta | None = None
     has_started: bool = False
     num_computed: int = 0
+    cached_tokens: int = 0
     wasted_tokens: int = 0
     allowed: set[FinishReason] = field(default_factory=lambda: {FinishReason.STOP, FinishReason.LENGTH})
 
@@ -89,8 +122,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         step_tokens=st.integers(1, 24),
         max_sequences=st.integers(1, 5),
         lookahead=st.integers(0, 1),
+        prefix_caching=st.booleans(),
     )
-    def open(self, num_blocks: int, step_tokens: int, max_sequences: int, lookahead: int) -> None:
+    def open(
+        self,
+        num_blocks: int,
+        step_tokens: int,
+        max_sequences: int,
+        lookahead: int,
+        prefix_caching: bool = True,
+    ) -> None:
         limits = EngineLimits(
             max_sequences=max_sequences,
             max_waiting=MAX_WAITING,
@@ -98,8 +139,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             block_tokens=BLOCK_TOKENS,
             num_blocks=num_blocks,
             lookahead=lookahead,
+            prefix_caching=prefix_caching,
         )
         self.max_sequences = max_sequences
+        self.prefix_caching = prefix_caching
         runner = NullRunner(CONFIG, limits)
         self.clock = TickingClock()
         self.scheduler = Scheduler(limits, runner.shape)
@@ -113,9 +156,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 30),
         priority=st.integers(0, 2),
         ticks_left=st.one_of(st.none(), st.integers(1, 200)),
+        salt=st.sampled_from([b"", b"", b"a"]),
     )
     def submit(
-        self, num_prompt: int, first_token: int, max_tokens: int, priority: int, ticks_left: int | None
+        self,
+        num_prompt: int,
+        first_token: int,
+        max_tokens: int,
+        priority: int,
+        ticks_left: int | None,
+        salt: bytes,
     ) -> None:
         request = GenerationRequest(
             request_id=len(self.lives) + 1,
@@ -124,6 +174,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             stop_token_ids=frozenset({EOS_TOKEN_ID}),
             priority=priority,
             deadline_ns=None if ticks_left is None else self.clock.now_ns + ticks_left * TICK_NS,
+            cache_salt=salt,
         )
         life = self.lives[request.request_id] = Life(request=request)
         if ticks_left is not None:
@@ -193,13 +244,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert [member.is_prefill for member in members] == sorted(member.is_prefill for member in members)
         for member in members:
             life = self.lives[member.request_id]
-            self.check_turn(life)
+            self.check_turn(life, member)
             self.check_work(life, member)
 
-    def check_turn(self, life: Life) -> None:
-        """Among equals, whoever came first starts first."""
+    def check_turn(self, life: Life, member: StepMember) -> None:
+        """Among equals, whoever came first starts first; what it need not compute is in the cache."""
         if not life.has_started:
             life.has_started = True
+            life.cached_tokens = member.context_tokens
+            assert life.cached_tokens < len(life.request.prompt_ids)
+            assert life.cached_tokens % BLOCK_TOKENS == 0
+            assert self.prefix_caching or life.cached_tokens == 0
             request = life.request
             assert self.newest_started.get(request.priority, 0) < request.request_id
             self.newest_started[request.priority] = request.request_id
@@ -218,6 +273,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_answer(self, life: Life) -> None:
         assert life.last is not None and life.last.timing is not None
         assert life.last.timing.wasted_tokens == life.wasted_tokens
+        assert life.last.timing.cached_tokens == life.cached_tokens
         request = life.request
         room = min(request.max_tokens, self.scheduler.context_tokens - len(request.prompt_ids))
         expected = null_continuation(request.prompt_ids, max(room, 0), CONFIG)

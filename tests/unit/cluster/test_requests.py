@@ -63,11 +63,6 @@ def test_neutral_values_of_fields_not_served_yet_pass() -> None:
 @pytest.mark.parametrize(
     "sampling",
     [
-        pb.Sampling(min_p=0.1),
-        pb.Sampling(repetition_penalty=1.1),
-        pb.Sampling(presence_penalty=0.5),
-        pb.Sampling(frequency_penalty=-0.5),
-        pb.Sampling(logprobs=1),
         pb.Sampling(n=2),
         pb.Sampling(n=0),
     ],
@@ -75,6 +70,53 @@ def test_neutral_values_of_fields_not_served_yet_pass() -> None:
 )
 def test_fields_not_served_yet_are_refused_not_ignored(sampling: pb.Sampling) -> None:
     assert "not served yet; unset it" in refusal(sampling=sampling)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [
+        (pb.Sampling(min_p=-0.1), "sampling.min_p: got -0.1"),
+        (pb.Sampling(min_p=1.5), "sampling.min_p: got 1.5; allowed: 0.0 to 1.0"),
+        (pb.Sampling(min_p=NAN), "sampling.min_p: got nan"),
+        (pb.Sampling(repetition_penalty=0.0), "sampling.repetition_penalty: got 0.0; allowed: 0.1 to 10.0"),
+        (pb.Sampling(repetition_penalty=INF), "sampling.repetition_penalty: got inf"),
+        (pb.Sampling(presence_penalty=2.5), "sampling.presence_penalty: got 2.5; allowed: -2.0 to 2.0"),
+        (pb.Sampling(presence_penalty=NAN), "sampling.presence_penalty: got nan"),
+        (pb.Sampling(frequency_penalty=-INF), "sampling.frequency_penalty: got -inf"),
+        (pb.Sampling(logprobs=21), "sampling.logprobs: got 21; allowed: 0 to 20"),
+        (pb.Sampling(logit_bias={50: 1.0}), "sampling.logit_bias: got token 50; allowed: 0 to 49"),
+        (pb.Sampling(logit_bias={3: 101.0}), "sampling.logit_bias[3]: got 101.0; allowed: -100.0 to 100.0"),
+        (pb.Sampling(logit_bias={3: NAN}), "sampling.logit_bias[3]: got nan"),
+        (pb.Sampling(logit_bias=dict.fromkeys(range(301), 1.0)), "sampling.logit_bias: got 301 tokens"),
+    ],
+)
+def test_what_edits_logits_is_finite_and_bounded(sampling: pb.Sampling, words: str) -> None:
+    assert refusal(sampling=sampling).startswith(words)
+
+
+def test_what_edits_logits_reaches_the_engine() -> None:
+    sampling = pb.Sampling(
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-2.0,
+        frequency_penalty=2.0,
+        logit_bias={7: -100.0, 3: 0.5},
+        logprobs=0,
+        seed=1,
+    )
+    assert generate(sampling=sampling).sampling == SamplingParams(
+        temperature=1.0,
+        seed=1,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-2.0,
+        frequency_penalty=2.0,
+        logit_bias=((3, 0.5), (7, -100.0)),
+        num_logprobs=0,
+    )
 
 
 @pytest.mark.parametrize("temperature", [-0.01, 2.01, float("nan"), float("inf")])

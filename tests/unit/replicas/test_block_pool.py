@@ -43,7 +43,7 @@ def test_releasing_twice_is_caught() -> None:
 
 
 def test_sharing_a_free_block_is_caught() -> None:
-    with pytest.raises(AssertionError, match="only held blocks"):
+    with pytest.raises(AssertionError, match="only held or cached blocks"):
         BlockPool(num_blocks=3).share([1])
 
 

@@ -19,6 +19,7 @@ from replicas.request import (
     SequenceDelta,
     StepMember,
     StepResult,
+    TokenLogprobs,
 )
 
 INSTANT = NullEngineConfig(step_ms=0.0, prefill_tokens_per_s=0.0, vocab_size=1000, context_tokens=256)
@@ -235,6 +236,26 @@ def test_sampled_tokens_depend_on_the_seed_and_greedy_ones_do_not() -> None:
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
+def test_logprobs_come_with_every_token_of_those_who_ask(lookahead: int) -> None:
+    engine = make_engine(make_limits(lookahead=lookahead))
+    for request_id, num_logprobs in enumerate((None, 0, 2)):
+        sampling = SamplingParams(num_logprobs=num_logprobs)
+        engine.submit(
+            GenerationRequest(request_id=request_id, prompt_ids=(9, 9), max_tokens=4, sampling=sampling)
+        )
+    said: dict[int, list[TokenLogprobs]] = defaultdict(list)
+    transcript = Transcript()
+    while engine.has_work:
+        result = engine.step()
+        transcript.add(result)
+        for delta in result.deltas:
+            said[delta.request_id] += delta.logprobs
+    assert said[0] == []
+    assert said[1] == [TokenLogprobs(logprob=0.0)] * 4
+    assert said[2] == [TokenLogprobs(logprob=0.0, top=((each, 0.0),)) for each in transcript.tokens[2]]
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
 def test_cancel_and_stop_end_a_running_request_at_once(lookahead: int) -> None:
     engine = make_engine(make_limits(lookahead=lookahead))
     for request_id in (1, 2, 3):
@@ -281,6 +302,23 @@ def test_cancelling_what_has_ended_is_no_error() -> None:
         (GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=0), "max_tokens is 0"),
         (GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=1, lane=1), "lane is 1"),
         (GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=1, first_offset=2), "first_offset is 2"),
+        *(
+            (GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=1, sampling=sampling), words)
+            for sampling, words in (
+                (SamplingParams(min_p=float("nan")), "min_p is nan"),
+                (SamplingParams(num_logprobs=21), "logprobs is 21; give 0 to 20"),
+                (SamplingParams(repetition_penalty=0.0), "repetition_penalty is 0.0"),
+                (SamplingParams(presence_penalty=float("inf")), "presence_penalty is inf"),
+                (SamplingParams(frequency_penalty=-2.1), "frequency_penalty is -2.1"),
+                (SamplingParams(logit_bias=((1000, 1.0),)), "logit_bias holds token 1000"),
+                (SamplingParams(logit_bias=((7, float("nan")),)), "logit_bias of token 7 is nan"),
+                (SamplingParams(logit_bias=((7, 1.0),) * 301), "logit_bias holds 301 tokens"),
+            )
+        ),
+        (
+            GenerationRequest(request_id=1, prompt_ids=(5,), max_tokens=1, cache_salt=bytes(65)),
+            "cache_salt holds 65 bytes",
+        ),
         (
             GenerationRequest(
                 request_id=1, prompt_ids=(5,), max_tokens=1, sampling=SamplingParams(temperature=float("nan"))

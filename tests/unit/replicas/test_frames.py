@@ -44,19 +44,32 @@ from replicas.request import (
     StepMember,
     StepRecord,
     StepResult,
+    TokenLogprobs,
 )
 
 REQUEST = GenerationRequest(
     request_id=2**60,
     prompt_ids=(1, 2, 128_000),
     max_tokens=5,
-    sampling=SamplingParams(temperature=0.5, top_p=0.75, top_k=40, seed=2**64 - 1),
+    sampling=SamplingParams(
+        temperature=0.5,
+        top_p=0.75,
+        top_k=40,
+        seed=2**64 - 1,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=2.0,
+        logit_bias=((3, -100.0), (7, 0.5)),
+        num_logprobs=0,
+    ),
     stop_token_ids=frozenset({2, 7}),
     priority=-3,
     deadline_ns=1_500_000_000,
     lane=1,
     attempt=2,
     first_offset=1,
+    cache_salt=bytes(range(16)),
 )
 LOAD = LoadSnapshot(
     step=4,
@@ -69,12 +82,19 @@ LOAD = LoadSnapshot(
     prefill_tokens_per_s=2.5,
     decode_tokens_per_s=3.5,
     prompt_tokens_total=9,
+    cached_tokens_total=4,
     generated_tokens_total=10,
 )
 RESULT = StepResult(
     step=4,
     deltas=(
-        SequenceDelta(request_id=1, attempt=0, first_offset=3, token_ids=(7, 0)),
+        SequenceDelta(
+            request_id=1,
+            attempt=0,
+            first_offset=3,
+            token_ids=(7, 0),
+            logprobs=(TokenLogprobs(logprob=-0.5, top=((9, -0.25), (7, -0.5))), TokenLogprobs(logprob=-2.0)),
+        ),
         SequenceDelta(
             request_id=2,
             attempt=1,

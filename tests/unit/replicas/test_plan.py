@@ -5,14 +5,33 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicas.plan import LAST_SAMPLED, NewRow, PlannedRow, StepPlan, as_float32, decode_plan, encode_plan
+from replicas.plan import LAST_SAMPLED, NewRow, PlannedRow, StepPlan, decode_plan, encode_plan
 from replicas.request import SamplingParams
+from replicas.sampling_words import as_float32
 
 INT31 = st.integers(0, 2**31 - 1)
 FLOAT32 = st.floats(0, 2, width=32)
 
-SAMPLING = st.builds(
+PLAIN = st.builds(
     SamplingParams, temperature=FLOAT32, top_p=FLOAT32, top_k=INT31, seed=st.integers(0, 2**64 - 1)
+)
+EDITED = st.builds(
+    SamplingParams,
+    temperature=FLOAT32,
+    seed=st.integers(0, 2**64 - 1),
+    min_p=FLOAT32,
+    repetition_penalty=FLOAT32,
+    presence_penalty=FLOAT32,
+    frequency_penalty=FLOAT32,
+    logit_bias=st.lists(st.tuples(INT31, FLOAT32), max_size=4).map(tuple),
+    num_logprobs=st.one_of(st.none(), INT31),
+)
+NEW_ROWS = st.builds(
+    NewRow,
+    row=INT31,
+    sampling=st.one_of(PLAIN, EDITED),
+    history=st.lists(INT31, max_size=4).map(tuple),
+    num_prompt=INT31,
 )
 ROWS = st.builds(
     PlannedRow,
@@ -26,7 +45,7 @@ PLANS = st.builds(
     StepPlan,
     step=st.integers(0, 2**64 - 1),
     freed_rows=st.lists(INT31, max_size=4).map(tuple),
-    new_rows=st.lists(st.builds(NewRow, row=INT31, sampling=SAMPLING), max_size=4).map(tuple),
+    new_rows=st.lists(NEW_ROWS, max_size=4).map(tuple),
     rows=st.lists(ROWS, max_size=4).map(tuple),
 )
 

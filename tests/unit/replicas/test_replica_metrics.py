@@ -18,6 +18,7 @@ LOAD = LoadSnapshot(
     total_blocks=(8, 8),
     prompt_tokens_total=30,
     generated_tokens_total=12,
+    cached_tokens_total=16,
 )
 
 
@@ -40,6 +41,7 @@ def test_lanes_are_added_up_and_steps_observed() -> None:
     assert values["wattline_kv_blocks_free"] == 11
     assert values["wattline_kv_blocks_total"] == 16
     assert values["wattline_engine_steps_total"] == 3
+    assert values["wattline_prefix_cached_tokens_total"] == 16
     assert values['wattline_tokens_total{kind="wasted"}'] == 2
     assert values['wattline_step_seconds_bucket{le="0.005"}'] == 1
     assert values["wattline_step_sequences_sum"] == 2

@@ -9,38 +9,11 @@ import torch
 
 from replicas.config import ParallelConfig, RankConfig
 from replicas.parallel.collectives import Collectives, SoloCollectives
-from replicas.parallel.degrees import VOCAB_GRANULE, Shard
 from replicas.rank.batch import Draw
 from replicas.rank.sampler import NOT_FINITE, gumbel_noise, sample
 from replicas.request import SamplingParams
 from tests.rank_threads import make_rank_config, run_rank_threads
-
-
-def make_shard(vocab_size: int, *, rank: int = 0, num_ranks: int = 1) -> Shard:
-    rows = -(-vocab_size // (num_ranks * VOCAB_GRANULE)) * VOCAB_GRANULE
-    return Shard(
-        rank=rank,
-        num_ranks=num_ranks,
-        head_start=0,
-        num_heads=1,
-        kv_head_start=0,
-        num_kv_heads=1,
-        ffn_start=0,
-        ffn_size=1,
-        expert_start=0,
-        num_experts=0,
-        vocab_start=rank * rows,
-        vocab_rows=rows,
-        vocab_valid=max(0, min(rows, vocab_size - rank * rows)),
-        is_attention_split=False,
-        is_ffn_split=False,
-    )
-
-
-def shard_of_logits(logits: torch.Tensor, shard: Shard) -> torch.Tensor:
-    whole = torch.full((len(logits), shard.num_ranks * shard.vocab_rows), -torch.inf)
-    whole[:, : logits.shape[1]] = logits
-    return whole[:, shard.vocab_start : shard.vocab_start + shard.vocab_rows].clone()
+from tests.shards import make_shard, shard_of_logits
 
 
 def sample_solo(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
@@ -85,7 +58,7 @@ def test_ranks_agree_with_one_rank(tmp_path: Path, num_ranks: int) -> None:
         SamplingParams(temperature=1.3, top_k=5, seed=2),
         SamplingParams(temperature=0.7, top_p=0.9, seed=2**63),
         GREEDY,
-        SamplingParams(temperature=1e-9, top_p=0.1, top_k=3, seed=4),
+        SamplingParams(temperature=1e-9, top_p=0.1, top_k=3, seed=4, min_p=0.5),
     ]
     draws = [Draw(row=row, sampling=each, position=100 + row) for row, each in enumerate(params)]
     wanted = sample_solo(logits, draws)
@@ -153,6 +126,11 @@ def test_the_noise_is_gumbel() -> None:
         (SamplingParams(temperature=1.0, top_k=3, top_p=0.82), [0.625, 0.375, 0.0, 0.0]),
         (SamplingParams(temperature=1.0, top_p=0.0), [1.0, 0.0, 0.0, 0.0]),
         (SamplingParams(temperature=1.0, top_k=1), [1.0, 0.0, 0.0, 0.0]),
+        (SamplingParams(temperature=1.0, min_p=0.25), [0.5263, 0.3158, 0.1579, 0.0]),
+        (SamplingParams(temperature=0.5, min_p=0.25), [0.7353, 0.2647, 0.0, 0.0]),
+        (SamplingParams(temperature=1.0, min_p=0.25, top_k=2), [0.625, 0.375, 0.0, 0.0]),
+        (SamplingParams(temperature=1.0, min_p=0.7, top_p=0.81), [1.0, 0.0, 0.0, 0.0]),
+        (SamplingParams(temperature=1.0, min_p=1.0), [1.0, 0.0, 0.0, 0.0]),
     ],
 )
 def test_frequencies_follow_the_distribution(params: SamplingParams, probabilities: list[float]) -> None:

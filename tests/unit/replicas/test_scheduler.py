@@ -16,8 +16,14 @@ CAPACITY = 4 + 8
 def make_scheduler(
     *, num_blocks: int = 50, step_tokens: int = 8, max_sequences: int = 4, num_lanes: int = 1
 ) -> Scheduler:
-    """Blocks of 4 tokens."""
-    limits = EngineLimits(max_sequences=max_sequences, max_waiting=8, step_tokens=step_tokens, block_tokens=4)
+    """Blocks of 4 tokens. Without prefix caching: the prompts here all begin the same."""
+    limits = EngineLimits(
+        max_sequences=max_sequences,
+        max_waiting=8,
+        step_tokens=step_tokens,
+        block_tokens=4,
+        prefix_caching=False,
+    )
     shape = EngineShape(
         architecture="test",
         vocab_size=100,
