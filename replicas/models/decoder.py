@@ -63,8 +63,8 @@ class Decoder:
             ffn_TH, layer_hit = self._ffn(index, x_TH)
             x_TH.add_(ffn_TH, alpha=spec.residual_multiplier)
             experts_hit = experts_hit + layer_hit
-        x_SH = rms_norm(x_TH.index_select(0, batch.sampled_S), self._final_norm_H, spec.norm_eps)
-        return finish_logits(self._head(x_SH), self._shard.vocab_valid, spec.logits_divisor), experts_hit
+        logits_SV = self._head(x_TH.index_select(0, batch.sampled_S))
+        return finish_logits(logits_SV, self._shard.vocab_valid, spec.logits_divisor), experts_hit
 
     def _attention(self, index: int, x_TH: torch.Tensor, rotation: Rotation, batch: Batch) -> torch.Tensor:
         if self._kernels is not None:
@@ -87,7 +87,7 @@ class Decoder:
         if self._kernels is not None:
             return self._kernels.head(x_SH)
         assert self._head_VH is not None
-        return linear(x_SH, self._head_VH)
+        return linear(rms_norm(x_SH, self._final_norm_H, self._spec.norm_eps), self._head_VH)
 
     def _torch_attention(
         self, index: int, layer: LayerWeights, x_TH: torch.Tensor, rotation: Rotation, batch: Batch

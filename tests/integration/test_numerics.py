@@ -89,6 +89,20 @@ def test_logits_and_tokens_are_those_of_transformers(
     assert (sum(first.experts_hit) > 0) == (name == "granite-moe")
 
 
+@pytest.mark.parametrize(("head_dim", "num_kv_heads", "seed"), [(64, 8, 2), (64, 4, 1), (128, 2, 2)])
+def test_heads_of_the_usual_sizes_have_their_own_kernels(
+    tmp_path: Path, head_dim: int, num_kv_heads: int, seed: int
+) -> None:
+    torch.set_num_threads(1)
+    source = make_llama(tmp_path / "llama", head_dim=head_dim, num_kv_heads=num_kv_heads, seed=seed)
+    (config,) = make_script_configs(tmp_path, source, tensor=1, expert=1, threads=2)
+    (result,) = run_rank_threads(
+        [config], lambda config, ranks: run_script(config, ranks, make_scripts(seed=0, vocab_size=500))
+    )
+    assert isinstance(result, ScriptedResult), result
+    compare(result, source)
+
+
 @pytest.mark.parametrize("name", ["llama", "granite-moe"])
 def test_half_weights_and_two_threads_change_no_bit(tmp_path: Path, name: str) -> None:
     """Values that are bfloat16 widen exactly, and every output is one sum in order, whoever computes it."""

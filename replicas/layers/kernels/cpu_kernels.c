@@ -28,7 +28,10 @@
 #define NR (VL * NV)
 #define SPIN_NS 100000
 #define BLOCK_BYTES (384 * 1024)
-#define QUERY_BLOCK 16
+#define QUERY_BLOCK 96 /* Queries of an attention task, and keys it turns into panels at a time. */
+#define KEY_BLOCK 128
+#define AHEAD_BYTES 8192 /* Weights are asked for this early: with several rows the core does not look far enough ahead. */
+#define MAX_VECTORS (128 / VL) /* Of a head in attend_queries. */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vf __attribute__((vector_size(4 * VL), aligned(4)));
@@ -58,6 +61,30 @@ INLINE float dot(const float *a, const float *b, const long size) {
     for (; i + VL <= size; i += VL) sum += *(const vf *)(a + i) * *(const vf *)(b + i);
     for (; i < size; i++) rest += a[i] * b[i];
     return lane_sum(sum) + rest;
+}
+
+/* x[i] becomes the halves of x[2i] and x[2i+1] added up: one level of the tree below. */
+#define FOLD(count, ...) do { \
+    const vi low = {__VA_ARGS__}, high = low + count; \
+    _Pragma("GCC unroll 8") \
+    for (int i = 0; i < count; i++) \
+        x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], low) + __builtin_shuffle(x[2 * i], x[2 * i + 1], high); \
+    } while (0)
+
+/* The lane sums of VL vectors, as one vector: three operations a vector. */
+INLINE vf lane_sums(vf *x) {
+    typedef int32_t vi __attribute__((vector_size(4 * VL)));
+#if VL == 16
+    FOLD(8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    FOLD(4, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    FOLD(2, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
+    FOLD(1, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#else
+    FOLD(4, 0, 1, 2, 3, 8, 9, 10, 11);
+    FOLD(2, 0, 1, 4, 5, 8, 9, 12, 13);
+    FOLD(1, 0, 2, 4, 6, 8, 10, 12, 14);
+#endif
+    return x[0];
 }
 
 /* ---- Threads: workers look for work for SPIN_NS after the last, then sleep in the kernel. ---- */
@@ -186,7 +213,7 @@ typedef struct { const void *data; long num_rows, num_columns, is_half; } Matrix
 
 /* acc[m] = x[m] . panel, for a compile-time number of rows. */
 INLINE void tile(const int rows, const int is_half, const float *const *x, const void *panel, long columns, vf (*acc)[NV]) {
-    vf sum[rows][NV];
+    vf sum[MR][NV];
 #pragma GCC unroll 16
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 4
@@ -196,9 +223,12 @@ INLINE void tile(const int rows, const int is_half, const float *const *x, const
     for (long k = 0; k < columns; k++) {
         vf w[NV];
         if (is_half) {
+            __builtin_prefetch((const char *)(half + k * VL) + AHEAD_BYTES);
             vu words = *(const vu *)(half + k * VL);
             w[0] = (vf)(words << 16), w[1] = (vf)(words & 0xffff0000u);
         } else {
+            __builtin_prefetch((const char *)(full + k * NR) + AHEAD_BYTES);
+            __builtin_prefetch((const char *)(full + k * NR + VL) + AHEAD_BYTES);
             w[0] = *(const vf *)(full + k * NR), w[1] = *(const vf *)(full + k * NR + VL);
         }
 #pragma GCC unroll 16
@@ -341,6 +371,13 @@ static void norm(Pool *pool, const float *x, const float *weight, float *y, long
     run(pool, norm_task, &n, num_tokens, 8);
 }
 
+/* Logits of the vocabulary rows `w` over normed tokens. */
+void wl_head(Pool *pool, const float *norm_weight, const Matrix *w, const float *x, float *y, long num_tokens, float eps) {
+    float *normed = scratch(pool, (size_t)(num_tokens * w->num_columns) * sizeof(float));
+    norm(pool, x, norm_weight, normed, num_tokens, w->num_columns, eps);
+    dense(pool, w, NULL, normed, y, num_tokens);
+}
+
 /* ---- Attention: norm, query/key/value, rotation and cache write, attention over pages, output. ---- */
 
 typedef struct {
@@ -357,7 +394,7 @@ typedef struct {
     float eps, scale;
 } Step;
 
-typedef struct { const Step *s; const AttentionLayer *layer; float *qkv, *mixed; const long *first_task; } Attention;
+typedef struct { const Step *s; const AttentionLayer *layer; float *qkv, *mixed; const long *first_task; long block; } Attention;
 
 static void rotate_task(const void *job, long t) {
     const Attention *a = job;
@@ -378,57 +415,168 @@ static void rotate_task(const void *job, long t) {
     memcpy(a->layer->values + s->slots[t] * (long)width, row + heads * D, width * sizeof(float));
 }
 
-/* One query token and one KV head: the G queries of the head against `length` cached tokens. */
-INLINE void attend_one(const Attention *a, const int64_t *table, long token, long head, long length, const long D, float *score) {
-    const Step *s = a->s;
-    long G = s->num_heads / s->num_kv_heads, page = s->block_tokens, stride = s->num_kv_heads * D;
-    const float *q = a->qkv + (token * (s->num_heads + 2 * s->num_kv_heads) + head * G) * D;
-    float *out = a->mixed + (token * s->num_heads + head * G) * D;
-    for (long at = 0; at < length; at += page) {
-        const float *k = a->layer->keys + (table[at / page] * page) * stride + head * D;
-        long count = length - at < page ? length - at : page;
-        for (long j = 0; j < count; j++, k += stride)
-            for (long g = 0; g < G; g++) score[g * length + at + j] = dot(q + g * D, k, D) * s->scale;
+/* Buffers of a thread; workers keep theirs for life. */
+static _Thread_local struct { float *data; size_t size; } own;
+
+static float *own_buffer(long count) {
+    if ((size_t)count > own.size) {
+        free(own.data);
+        own.size = ((size_t)count * 2 + 63) & ~(size_t)63;
+        own.data = aligned_alloc(64, own.size * sizeof(float));
+        if (!own.data) abort();
     }
-    for (long g = 0; g < G; g++) {
-        float *p = score + g * length, top = -INFINITY, total = 0;
-        for (long j = 0; j < length; j++) top = p[j] > top ? p[j] : top;
-        long j = 0;
-        vf sums = {0};
-        for (; j + VL <= length; j += VL) {
-            vf e = exponential(*(vf *)(p + j) - top);
-            *(vf *)(p + j) = e;
-            sums += e;
-        }
-        total = lane_sum(sums);
-        for (; j < length; j++) total += p[j] = expf(p[j] - top);
-        float sum[D];
-        for (long d = 0; d < D; d++) sum[d] = 0;
-        for (long at = 0; at < length; at += page) {
-            const float *v = a->layer->values + (table[at / page] * page) * stride + head * D;
-            long count = length - at < page ? length - at : page;
-            for (long i = 0; i < count; i++, v += stride)
-                for (long d = 0; d < D; d++) sum[d] += p[at + i] * v[d];
-        }
-        for (long d = 0; d < D; d++) out[g * D + d] = sum[d] / total;
-    }
+    return own.data;
 }
 
-static void attend_64(const Attention *a, const int64_t *b, long t, long h, long n, float *p) { attend_one(a, b, t, h, n, 64, p); }
-static void attend_128(const Attention *a, const int64_t *b, long t, long h, long n, float *p) { attend_one(a, b, t, h, n, 128, p); }
-static void attend_any(const Attention *a, const int64_t *b, long t, long h, long n, long D, float *p) { attend_one(a, b, t, h, n, D, p); }
+static long row_of(const Step *s, const int64_t *table, long position) {
+    return table[position / s->block_tokens] * s->block_tokens + position % s->block_tokens;
+}
 
-/* Scores are per thread: workers keep theirs for life. */
-static _Thread_local struct { float *data; size_t size; } scores;
+/* Scores become weights: exp(score - top). Returns their sum. */
+static float weigh(float *score, long count, float top) {
+    vf sums = {0};
+    long j = 0;
+    for (; j + VL <= count; j += VL) sums += *(vf *)(score + j) = exponential(*(vf *)(score + j) - top);
+    float total = lane_sum(sums);
+    for (; j < count; j++) total += score[j] = expf(score[j] - top);
+    return total;
+}
 
-static float *score_buffer(size_t count) {
-    if (count > scores.size) {
-        free(scores.data);
-        scores.size = count * 2;
-        scores.data = malloc(scores.size * sizeof(float));
-        if (!scores.data) abort();
+static float highest(const float *x, long count) {
+    float top = -INFINITY;
+    for (long j = 0; j < count; j++) top = x[j] > top ? x[j] : top;
+    return top;
+}
+
+/* `Q` queries of one token that share a KV head, against `length` cached tokens; D a multiple of VL. */
+INLINE void attend_queries(const Attention *a, const int64_t *table, const float *q, float *out, long head, long length, const long Q, const long D) {
+    const Step *s = a->s;
+    const long page = s->block_tokens, stride = s->num_kv_heads * D, V = D / VL;
+    float *score = own_buffer(Q * (length + VL));
+    vf sum[2][MAX_VECTORS];
+    for (long at = 0; at < length; at += page) {
+        const float *k = a->layer->keys + table[at / page] * page * stride + head * D;
+        const float *value = a->layer->values + table[at / page] * page * stride + head * D;
+        long count = length - at < page ? length - at : page, j = 0;
+        /* A head's rows lie apart, so the core does not see them coming: the next page's keys, and the values. */
+        const float *next = at + page < length ? a->layer->keys + table[at / page + 1] * page * stride + head * D : k;
+        for (long i = 0; i < count; i++)
+#pragma GCC unroll 8
+            for (long d = 0; d < D; d += 16) __builtin_prefetch(next + i * stride + d), __builtin_prefetch(value + i * stride + d);
+        for (; j + VL <= count; j += VL)
+#pragma GCC unroll 2
+            for (long g = 0; g < Q; g++) {
+                vf x[VL];
+#pragma GCC unroll 16
+                for (long i = 0; i < VL; i++) {
+                    x[i] = (vf){0};
+#pragma GCC unroll 8
+                    for (long v = 0; v < V; v++) x[i] += *(const vf *)(q + g * D + v * VL) * *(const vf *)(k + (j + i) * stride + v * VL);
+                }
+                *(vf *)(score + g * length + at + j) = lane_sums(x) * s->scale;
+            }
+        for (; j < count; j++)
+            for (long g = 0; g < Q; g++) score[g * length + at + j] = dot(q + g * D, k + j * stride, D) * s->scale;
     }
-    return scores.data;
+    float total[2];
+#pragma GCC unroll 2
+    for (long g = 0; g < Q; g++) {
+        total[g] = weigh(score + g * length, length, highest(score + g * length, length));
+#pragma GCC unroll 16
+        for (long v = 0; v < V; v++) sum[g][v] = (vf){0};
+    }
+    for (long at = 0; at < length; at += page) {
+        const float *value = a->layer->values + table[at / page] * page * stride + head * D;
+        long count = length - at < page ? length - at : page;
+        for (long j = 0; j < count; j++)
+#pragma GCC unroll 16
+            for (long v = 0; v < V; v++) {
+                vf part = *(const vf *)(value + j * stride + v * VL);
+#pragma GCC unroll 2
+                for (long g = 0; g < Q; g++) sum[g][v] += score[g * length + at + j] * part;
+            }
+    }
+#pragma GCC unroll 2
+    for (long g = 0; g < Q; g++)
+#pragma GCC unroll 16
+        for (long v = 0; v < V; v++) *(vf *)(out + g * D + v * VL) = sum[g][v] / total[g];
+}
+
+#define ATTEND(n, Q, D) static void attend_##n(const Attention *a, const int64_t *t, const float *q, float *out, long head, long length) \
+    { attend_queries(a, t, q, out, head, length, Q, D); }
+ATTEND(one_64, 1, 64) ATTEND(two_64, 2, 64) ATTEND(one_128, 1, 128) ATTEND(two_128, 2, 128)
+
+/* A token's queries of one KV head, two at a time: keys and values are read once for both. */
+static void attend_token(const Attention *a, const int64_t *table, long token, long head, long length) {
+    const Step *s = a->s;
+    long G = s->num_heads / s->num_kv_heads, D = s->head_dim, g = 0;
+    const float *q = a->qkv + (token * (s->num_heads + 2 * s->num_kv_heads) + head * G) * D;
+    float *out = a->mixed + (token * s->num_heads + head * G) * D;
+    for (; g + 2 <= G; g += 2) (D == 64 ? attend_two_64 : attend_two_128)(a, table, q + g * D, out + g * D, head, length);
+    if (g < G) (D == 64 ? attend_one_64 : attend_one_128)(a, table, q + g * D, out + g * D, head, length);
+}
+
+/* All queries of `count` tokens of a sequence and one KV head: keys and values become panels, block by block,
+ * and both products run on the tiles of the matrices, with a running softmax between them. */
+static void attend_block(const Attention *a, const int64_t *table, long token, long position, long count, long head) {
+    const Step *s = a->s;
+    long G = s->num_heads / s->num_kv_heads, D = s->head_dim, R = count * G, stride = s->num_kv_heads * D;
+    long wide = (D + NR - 1) / NR * NR, length = position + count;
+    float *keys = own_buffer(KEY_BLOCK * (D + wide + R) + R * (D + wide + 2) + 64), *values = keys + KEY_BLOCK * D;
+    float *score = values + KEY_BLOCK * wide, *sum = score + R * KEY_BLOCK, *q = sum + R * wide, *top = q + R * D, *total = top + R;
+    for (long r = 0; r < R; r++) {
+        const float *from = a->qkv + ((token + r / G) * (s->num_heads + 2 * s->num_kv_heads) + head * G + r % G) * D;
+        for (long d = 0; d < D; d++) q[r * D + d] = from[d] * s->scale;
+        top[r] = -INFINITY, total[r] = 0;
+    }
+    memset(sum, 0, (size_t)(R * wide) * sizeof(float));
+    for (long at = 0; at < length; at += KEY_BLOCK) {
+        long n = length - at < KEY_BLOCK ? length - at : KEY_BLOCK;
+        if (n < KEY_BLOCK || D < wide) memset(keys, 0, (size_t)(KEY_BLOCK * (D + wide)) * sizeof(float));
+        for (long j = 0; j < n; j++) {
+            long row = row_of(s, table, at + j) * stride + head * D;
+            const float *k = a->layer->keys + row, *value = a->layer->values + row;
+            float *panel = keys + j / NR * NR * D + j % NR;
+            for (long d = 0; d < D; d++) panel[d * NR] = k[d];
+            for (long d = 0; d < D; d += NR)
+                memcpy(values + d * KEY_BLOCK + j * NR, value + d, (size_t)(D - d < NR ? D - d : NR) * sizeof(float));
+        }
+        const float *x[MR];
+        vf acc[MR][NV];
+        for (long r = 0; r < R; r += MR) {
+            long rows = R - r < MR ? R - r : MR;
+            for (long m = 0; m < rows; m++) x[m] = q + (r + m) * D;
+            for (long j = 0; j < n; j += NR) {
+                tiles[0][rows](x, keys + j * D, D, acc);
+                for (long m = 0; m < rows; m++) store(acc[m], score + (r + m) * KEY_BLOCK + j, NR);
+            }
+        }
+        for (long r = 0; r < R; r++) {
+            float *p = score + r * KEY_BLOCK;
+            long visible = position + r / G - at + 1;
+            visible = visible < 0 ? 0 : visible < n ? visible : n;
+            if (visible) {
+                float best = highest(p, visible), new_top = best > top[r] ? best : top[r], factor = expf(top[r] - new_top);
+                total[r] = total[r] * factor + weigh(p, visible, new_top);
+                if (factor != 1.0f) for (long d = 0; d < wide; d++) sum[r * wide + d] *= factor;
+                top[r] = new_top;
+            }
+            for (long j = visible; j < n; j++) p[j] = 0;
+        }
+        for (long r = 0; r < R; r += MR) {
+            long rows = R - r < MR ? R - r : MR;
+            for (long m = 0; m < rows; m++) x[m] = score + (r + m) * KEY_BLOCK;
+            for (long d = 0; d < wide; d += NR) {
+                tiles[0][rows](x, values + d * KEY_BLOCK, n, acc);
+                for (long m = 0; m < rows; m++)
+                    for (int v = 0; v < NV; v++) *(vf *)(sum + (r + m) * wide + d + v * VL) += acc[m][v];
+            }
+        }
+    }
+    for (long r = 0; r < R; r++) {
+        float *out = a->mixed + ((token + r / G) * s->num_heads + head * G + r % G) * D;
+        for (long d = 0; d < D; d++) out[d] = sum[r * wide + d] / total[r];
+    }
 }
 
 static void attend_task(const void *job, long index) {
@@ -437,25 +585,21 @@ static void attend_task(const void *job, long index) {
     long K = s->num_kv_heads, unit = index / K, head = index % K, sequence = 0;
     while (a->first_task[sequence + 1] <= unit) sequence++;
     const int64_t *q = s->sequences + sequence * 4, *table = s->tables + q[3] * s->table_stride;
-    long first = (unit - a->first_task[sequence]) * QUERY_BLOCK;
-    long end = first + QUERY_BLOCK < q[1] ? first + QUERY_BLOCK : q[1];
-    float *p = score_buffer((size_t)((q[2] + end) * (s->num_heads / K)));
-    for (long t = first; t < end; t++) {
-        long length = q[2] + t + 1;
-        if (s->head_dim == 64) attend_64(a, table, q[0] + t, head, length, p);
-        else if (s->head_dim == 128) attend_128(a, table, q[0] + t, head, length, p);
-        else attend_any(a, table, q[0] + t, head, length, s->head_dim, p);
-    }
+    long first = (unit - a->first_task[sequence]) * a->block;
+    long count = q[1] - first < a->block ? q[1] - first : a->block;
+    if (q[1] == 1 && (s->head_dim == 64 || s->head_dim == 128)) attend_token(a, table, q[0], head, q[2] + 1);
+    else attend_block(a, table, q[0] + first, q[2] + first, count, head);
 }
 
 void wl_attention(Pool *pool, const AttentionLayer *layer, const Step *s, const float *x, float *out) {
     long T = s->num_tokens, H = layer->qkv.num_columns, Q = layer->qkv.num_rows, A = s->num_heads * s->head_dim;
     long *first_task = scratch(pool, (size_t)(s->num_sequences + 64) * sizeof(long) + (size_t)(T * (H + Q + A) + 64) * sizeof(float));
+    long group = s->num_heads / s->num_kv_heads, block = group < QUERY_BLOCK ? QUERY_BLOCK / group : 1;
     first_task[0] = 0;
     for (long i = 0; i < s->num_sequences; i++)
-        first_task[i + 1] = first_task[i] + (s->sequences[i * 4 + 1] + QUERY_BLOCK - 1) / QUERY_BLOCK;
+        first_task[i + 1] = first_task[i] + (s->sequences[i * 4 + 1] + block - 1) / block;
     float *normed = (float *)(first_task + s->num_sequences + 8), *qkv = normed + T * H, *mixed = qkv + T * Q;
-    Attention a = {s, layer, qkv, mixed, first_task};
+    Attention a = {s, layer, qkv, mixed, first_task, block};
     norm(pool, x, layer->norm_weight, normed, T, H, s->eps);
     dense(pool, &layer->qkv, NULL, normed, qkv, T);
     run(pool, rotate_task, &a, T, 8);

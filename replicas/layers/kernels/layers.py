@@ -73,6 +73,7 @@ class CpuLayers:
             else self._pack_experts(layer, layer.ffn)
             for layer in weights.layers
         ]
+        self._final_norm_H = weights.final_norm_H
         self._head = self._pack(weights.head_VH)
         self._step: _KernelStep | None = None
 
@@ -128,8 +129,18 @@ class CpuLayers:
         return out_TH, hit or 0
 
     def head(self, x_SH: torch.Tensor) -> torch.Tensor:
-        """Logits [S, V] of this rank's vocabulary rows, neither divided nor masked."""
-        return self._pool.linear(x_SH, self._head)
+        """Logits [S, V] of this rank's vocabulary rows over normed `x_SH`, neither divided nor masked."""
+        logits_SV = x_SH.new_empty((x_SH.shape[0], self._head.layout.num_rows))
+        self._pool.library.wl_head(
+            self._pool.handle,
+            self._final_norm_H.data_ptr(),
+            byref(self._head.layout),
+            x_SH.data_ptr(),
+            logits_SV.data_ptr(),
+            x_SH.shape[0],
+            self._spec.norm_eps,
+        )
+        return logits_SV
 
     def close(self) -> None:
         """Join the threads; no call may follow."""

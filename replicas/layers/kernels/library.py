@@ -134,6 +134,10 @@ def _load(path: Path) -> ctypes.CDLL:
         "wl_pool_free": (None, (c_void_p,)),
         "wl_panel_rows": (c_int, ()),
         "wl_linear": (None, (c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_long)),
+        "wl_head": (
+            None,
+            (c_void_p, c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_long, c_float),
+        ),
         "wl_attention": (
             None,
             (c_void_p, POINTER(CAttentionLayer), POINTER(CStep), c_void_p, c_void_p),
