@@ -120,6 +120,9 @@ static int64_t now_ns(void) {
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
+/* Buffers of a thread; workers keep theirs for life. */
+static _Thread_local struct { float *data; size_t size; } own;
+
 static void take(Pool *p) {
     long count = p->count, chunk = p->chunk, at;
     while ((at = atomic_fetch_add(&p->next, chunk)) < count)
@@ -148,6 +151,7 @@ static void *work(void *argument) {
         pthread_mutex_unlock(&p->mutex);
         last = now_ns();
     }
+    free(own.data);
     return NULL;
 }
 
@@ -415,9 +419,6 @@ static void rotate_task(const void *job, long t) {
     memcpy(a->layer->values + s->slots[t] * (long)width, row + heads * D, width * sizeof(float));
 }
 
-/* Buffers of a thread; workers keep theirs for life. */
-static _Thread_local struct { float *data; size_t size; } own;
-
 static float *own_buffer(long count) {
     if ((size_t)count > own.size) {
         free(own.data);
@@ -628,19 +629,19 @@ typedef struct {
     long num_choices, first_expert, num_local;
 } ExpertLayer;
 
-/* The best `num_choices` logits of a token (lowest index of equals), and their softmax. */
+/* The best `num_choices` logits of a token (lowest index of equals), which it overwrites, and their softmax.
+ * A token without finite logits gets some expert; its share is then not a number. */
 static void choose(float *logits, long count, long num_choices, int *choice, float *share) {
-    float total = 0;
+    float total = 0, top = 0;
     for (long c = 0; c < num_choices; c++) {
-        long best = -1;
-        for (long e = 0; e < count; e++) {
-            int is_taken = 0;
-            for (long b = 0; b < c; b++) is_taken |= choice[b] == e;
-            if (!is_taken && (best < 0 || logits[e] > logits[best])) best = e;
-        }
+        long best = 0;
+        for (long e = 1; e < count; e++)
+            if (logits[e] > logits[best]) best = e;
+        if (c == 0) top = logits[best];
         choice[c] = (int)best;
-        share[c] = expf(logits[best] - logits[choice[0]]);
+        share[c] = expf(logits[best] - top);
         total += share[c];
+        logits[best] = -INFINITY;
     }
     for (long c = 0; c < num_choices; c++) share[c] /= total;
 }
