@@ -31,14 +31,25 @@ def engine(
     model: Annotated[list[Path], typer.Option(help="checkpoint folder; repeat for several")],
     tp: Annotated[int, typer.Option(help="tensor-parallel ranks")] = 1,
     ep: Annotated[int, typer.Option(help="expert-parallel ranks of MoE models")] = 1,
+    threads: Annotated[int, typer.Option(help="threads of each rank")] = 1,
+    kernels: Annotated[str, typer.Option(help="CPU kernels, comma separated: auto, float32, off")] = "auto",
+    workload: Annotated[str, typer.Option(help="comma separated: mix, prefix")] = "mix",
     concurrency: ConcurrencyOption = "1,8,32",
     output_tokens: Annotated[int, typer.Option(help="tokens each request produces")] = 64,
     json: JsonOption = None,
 ) -> None:
     """The engine alone: rank processes behind their socket, no link, no router, no text."""
+    from bench.engine import EngineSetup
     from bench.suites import run_engine_suite
 
-    asyncio.run(run_engine_suite(model, tp, ep, parse_concurrency(concurrency), output_tokens, json))
+    setups = [
+        EngineSetup(source=str(one.resolve()), tensor=tp, expert=ep, threads=threads, kernels=kind)
+        for one in model
+        for kind in kernels.split(",")
+    ]
+    asyncio.run(
+        run_engine_suite(setups, workload.split(","), parse_concurrency(concurrency), output_tokens, json)
+    )
 
 
 @app.command()

@@ -25,6 +25,7 @@ class EngineSetup:
     expert: int = 1
     threads: int = 1
     dtype: str = "auto"
+    kernels: str = "auto"
     null: NullEngineConfig = field(default_factory=NullEngineConfig)
     max_sequences: int = 64
 
@@ -71,6 +72,7 @@ class EngineUnderTest:
                 limits=EngineLimits(max_sequences=setup.max_sequences),
                 dtype=setup.dtype,
                 threads=setup.threads,
+                kernels=setup.kernels,
                 socket_path=socket_path if rank == 0 else "",
                 null=setup.null,
             )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from rich.table import Table
 from bench.closed_loop import LineRun, run_closed_loop
 from bench.engine import EngineSetup, EngineUnderTest
 from bench.record import summarize, write_results
-from bench.workload import Workload, mix
+from bench.workload import WORKLOADS, Workload
 from cluster.config import Config, EnergySection, ModelSection, load_config
 from replicas.energy.cpu_model import CpuModelMeter
 
@@ -31,6 +33,8 @@ NULL_VOCAB_SIZE = 32_000
 COLUMNS = (
     "system",
     "model",
+    "kernels",
+    "workload",
     "concurrency",
     "output_tok_s",
     "ttft_ms_p50",
@@ -44,18 +48,16 @@ console = Console()
 
 
 async def run_engine_suite(
-    models: Sequence[Path],
-    tp: int,
-    ep: int,
+    setups: Sequence[EngineSetup],
+    workloads: Sequence[str],
     concurrencies: Sequence[int],
     output_tokens: int,
     path: Path | None,
 ) -> None:
-    """Measure each checkpoint's engine at each concurrency and write one file."""
+    """Measure each engine on each workload at each concurrency and write one file."""
     rows: list[dict[str, object]] = []
-    for model in models:
-        setup = EngineSetup(source=str(model.resolve()), tensor=tp, expert=ep)
-        rows += await measure_engine(model.name, setup, concurrencies, output_tokens)
+    for setup in setups:
+        rows += await measure_engine(Path(setup.source).name, setup, concurrencies, output_tokens, workloads)
     finish("engine", rows, path)
 
 
@@ -111,18 +113,24 @@ async def run_edge_suite(
     finish("edge", rows, path)
 
 
-def make_workload(concurrency: int, size: int, output_tokens: int) -> Workload:
-    return mix(
+def make_workload(
+    concurrency: int, size: int, output_tokens: int, name: str = "mix", seed: int = SEED
+) -> Workload:
+    return WORKLOADS[name](
         concurrency=concurrency,
         vocab_size=size,
         num_requests=max(MIN_REQUESTS, REQUESTS_PER_STREAM * concurrency),
         output_tokens=output_tokens,
-        seed=SEED,
+        seed=seed,
     )
 
 
 async def measure_engine(
-    name: str, setup: EngineSetup, concurrencies: Sequence[int], output_tokens: int
+    name: str,
+    setup: EngineSetup,
+    concurrencies: Sequence[int],
+    output_tokens: int,
+    workloads: Sequence[str] = ("mix",),
 ) -> list[dict[str, object]]:
     """Rows of one engine; joules are the CPU estimate over its rank processes."""
     rows = []
@@ -133,9 +141,11 @@ async def measure_engine(
             static_w=ENERGY.cpu_static_w,
             core_w=ENERGY.cpu_core_w,
         )
-        for concurrency in concurrencies:
-            workload = make_workload(concurrency, engine.ready.vocab_size, output_tokens)
-            await engine.run(make_workload(concurrency, engine.ready.vocab_size, WARM_UP_OUTPUT_TOKENS))
+        vocab_size = engine.ready.vocab_size
+        for kind, concurrency in product(workloads, concurrencies):
+            workload = make_workload(concurrency, vocab_size, output_tokens, kind)
+            # Another seed: a prefix cache must carry nothing over.
+            await engine.run(make_workload(concurrency, vocab_size, WARM_UP_OUTPUT_TOKENS, kind, SEED + 1))
             before = meter.read()
             times, wall_s = await engine.run(workload)
             after = meter.read()
@@ -148,6 +158,8 @@ async def measure_engine(
                     (after.energy_mj - before.energy_mj) / 1e3, after.source.value, times_tokens(workload)
                 )
                 | {"tensor_parallel": setup.tensor, "expert_parallel": setup.expert}
+                | {"threads_per_rank": setup.threads, "kernels": setup.kernels}
+                | {"load_average": round(os.getloadavg()[0], 2)}
             )
             show(rows[-1])
     return rows

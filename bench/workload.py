@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass
 
 MIX_TOKENS_MIN, MIX_TOKENS_MAX = 16, 256
+PREFIX_TOKENS = 512
+TAIL_TOKENS_MIN, TAIL_TOKENS_MAX = 16, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,3 +36,20 @@ def mix(*, concurrency: int, vocab_size: int, num_requests: int, output_tokens: 
         for _ in range(num_requests)
     )
     return Workload(name="mix", prompts=prompts, output_tokens=output_tokens, concurrency=concurrency)
+
+
+def prefix(
+    *, concurrency: int, vocab_size: int, num_requests: int, output_tokens: int, seed: int
+) -> Workload:
+    """Prompts that share their first 512 tokens, with a tail of 16..64 of their own."""
+    ids = random.Random(f"prefix-{seed}-{concurrency}")
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(ids.randrange(vocab_size // 8, vocab_size) for _ in range(count))
+
+    head = draw(PREFIX_TOKENS)
+    prompts = tuple(head + draw(ids.randint(TAIL_TOKENS_MIN, TAIL_TOKENS_MAX)) for _ in range(num_requests))
+    return Workload(name="prefix", prompts=prompts, output_tokens=output_tokens, concurrency=concurrency)
+
+
+WORKLOADS = {"mix": mix, "prefix": prefix}

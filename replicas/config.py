@@ -9,6 +9,7 @@ from replicas.errors import BadParallelism
 
 LAYOUTS = ("shared",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "float32", "off")
 METERS = ("auto", "nvml", "cpu-model", "fake")
 
 
@@ -105,12 +106,19 @@ class RankConfig:
     device: str = "cpu"
     dtype: str = "auto"
     threads: int = 1
+    kernels: str = "auto"
+    """The compiled CPU kernels of float32 models. `auto`: matrices whose values are all bfloat16 are kept in
+    half the bytes and widened exactly; `float32`: kept as floats; `off`, or no compiler: torch."""
     socket_path: str = ""
     shared_dir: str = "/dev/shm"
     rendezvous: str = ""
     null: NullEngineConfig = field(default_factory=NullEngineConfig)
     attach_timeout_s: float = 60.0
     collective_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels is {self.kernels!r}; one of {', '.join(KERNELS)}")
 
     @property
     def num_ranks(self) -> int:

@@ -82,7 +82,13 @@ def make_granite(folder: Path, *, is_tied: bool = True, seed: int = 0) -> Path:
 
 
 def make_granite_moe(
-    folder: Path, *, vocab_size: int = 49155, num_experts: int = 8, num_choices: int = 2, seed: int = 0
+    folder: Path,
+    *,
+    vocab_size: int = 49155,
+    num_experts: int = 8,
+    num_choices: int = 2,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Path:
     """A Granite MoE with the odd vocabulary of the published ones."""
     config = GraniteMoeConfig(
@@ -95,7 +101,7 @@ def make_granite_moe(
         num_experts_per_tok=num_choices,
         tie_word_embeddings=True,
     )
-    return _save(GraniteMoeForCausalLM(config), folder, seed=seed)
+    return _save(GraniteMoeForCausalLM(config), folder, seed=seed, dtype=dtype)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ Every rank runs the same script on its own runner; only ids that the runner retu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -155,9 +155,15 @@ def make_scripts(seed: int, vocab_size: int) -> list[ScriptedSequence]:
     ]
 
 
-def make_script_configs(folder: Path, source: Path, *, tensor: int, expert: int) -> list[RankConfig]:
+def make_script_configs(
+    folder: Path, source: Path, *, tensor: int, expert: int, kernels: str = "auto", threads: int = 1
+) -> list[RankConfig]:
     parallel = ParallelConfig(tensor=tensor, expert=expert)
     return [
-        make_rank_config(folder, rank=rank, parallel=parallel, source=str(source), limits=LIMITS)
+        replace(
+            make_rank_config(folder, rank=rank, parallel=parallel, source=str(source), limits=LIMITS),
+            kernels=kernels,
+            threads=threads,
+        )
         for rank in range(parallel.num_ranks)
     ]

@@ -38,6 +38,7 @@ def test_wheel_holds_our_packages_alone(wheel: zipfile.ZipFile) -> None:
 def test_wheel_is_typed_and_carries_its_schemas(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     assert {f"{package}/py.typed" for package in ("autoscale", "cluster", "protos", "replicas")} <= names
+    assert "replicas/layers/kernels/cpu_kernels.c" in names, "compiled on first use"
     assert "protos/wattline_inference.proto" in names
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -42,6 +44,18 @@ class PrefillChunk:
 
 
 Span = DecodeGroup | PrefillChunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedSequences:
+    """The sequences of a step as compiled kernels read them, in place of spans.
+
+    A row of `rows_B4` is first flat token, number of tokens, position of the first, and row of `tables`,
+    which lists the blocks of every sequence.
+    """
+
+    rows_B4: npt.NDArray[np.int64]
+    tables: npt.NDArray[np.int64]
 
 
 class PagedKV:

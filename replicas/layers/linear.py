@@ -49,11 +49,11 @@ def embed(
     return collectives.all_reduce(x_TH.masked_fill_(is_elsewhere_T.unsqueeze(1), 0.0))
 
 
-def head_logits(x_TH: torch.Tensor, rows_VH: torch.Tensor, num_valid: int, divisor: float) -> torch.Tensor:
+def finish_logits(product_TV: torch.Tensor, num_valid: int, divisor: float) -> torch.Tensor:
     """float32 logits of the rank's own vocabulary rows; those of padding rows are -inf."""
-    logits_TV = linear(x_TH, rows_VH).float()
+    logits_TV = product_TV.float()
     if divisor != 1.0:
         logits_TV /= divisor
-    if num_valid < rows_VH.shape[0]:
+    if num_valid < logits_TV.shape[1]:
         logits_TV[:, num_valid:] = -torch.inf
     return logits_TV

@@ -1,7 +1,8 @@
 """The decoder: one skeleton for Llama, Granite and Granite MoE, on flat tokens.
 
 Plain tensors and functions; what differs between the architectures is numbers of the spec and the kind of
-MLP. Every rank runs it on the same batch with its own shard. Shape letters: T tokens of the step, H hidden,
+MLP. Every rank runs it on the same batch with its own shard; compiled kernels, where there are any, take the
+place of the torch leaves of a half layer. Shape letters: T tokens of the step, H hidden,
 S tokens whose logits are asked for, V local vocabulary rows.
 """
 
@@ -11,7 +12,8 @@ import torch
 
 from replicas.layers.attention import PagedKV, attend
 from replicas.layers.experts import mix_experts
-from replicas.layers.linear import embed, gate, head_logits, linear
+from replicas.layers.kernels.layers import CpuLayers
+from replicas.layers.linear import embed, finish_logits, gate, linear
 from replicas.layers.norm import rms_norm
 from replicas.layers.rope import Rotation, inverse_frequencies, rotate, rotation_at
 from replicas.models.spec import ModelSpec
@@ -25,11 +27,22 @@ class Decoder:
     """One rank's shard of a model, with its KV cache. Owns neither rows nor sampling."""
 
     def __init__(
-        self, spec: ModelSpec, shard: Shard, weights: ModelWeights, kv: PagedKV, collectives: Collectives
+        self,
+        spec: ModelSpec,
+        shard: Shard,
+        weights: ModelWeights,
+        kv: PagedKV,
+        collectives: Collectives,
+        kernels: CpuLayers | None = None,
     ) -> None:
         self._spec = spec
         self._shard = shard
-        self._weights = weights
+        self._embedding_VH = weights.embedding_VH
+        self._final_norm_H = weights.final_norm_H
+        # The kernels hold their own copy of the matrices: these need not stay in memory beside it.
+        self._layers = weights.layers if kernels is None else ()
+        self._head_VH = weights.head_VH if kernels is None else None
+        self._kernels = kernels
         self._kv = kv
         self._collectives = collectives
         device = weights.embedding_VH.device
@@ -37,21 +50,46 @@ class Decoder:
 
     def logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
         """Run a step: float32 logits [S, V] of this rank's vocabulary rows, and the experts hit."""
-        spec, weights = self._spec, self._weights
-        x_TH = embed(batch.token_ids_T, weights.embedding_VH, self._shard.vocab_start, self._collectives)
+        spec = self._spec
+        x_TH = embed(batch.token_ids_T, self._embedding_VH, self._shard.vocab_start, self._collectives)
         if spec.embedding_multiplier != 1.0:
             x_TH *= spec.embedding_multiplier
         rotation = rotation_at(batch.positions_T, self._frequencies_R, x_TH.dtype)
+        if self._kernels is not None:
+            self._kernels.begin(rotation, batch.slots_T, batch.sequences)
         experts_hit: torch.Tensor | int = 0
-        for index, layer in enumerate(weights.layers):
-            x_TH.add_(self._attention(index, layer, x_TH, rotation, batch), alpha=spec.residual_multiplier)
-            ffn_TH, layer_hit = self._ffn(layer, x_TH)
+        for index in range(spec.num_layers):
+            x_TH.add_(self._attention(index, x_TH, rotation, batch), alpha=spec.residual_multiplier)
+            ffn_TH, layer_hit = self._ffn(index, x_TH)
             x_TH.add_(ffn_TH, alpha=spec.residual_multiplier)
             experts_hit = experts_hit + layer_hit
-        x_SH = rms_norm(x_TH.index_select(0, batch.sampled_S), weights.final_norm_H, spec.norm_eps)
-        return head_logits(x_SH, weights.head_VH, self._shard.vocab_valid, spec.logits_divisor), experts_hit
+        logits_SV = self._head(x_TH.index_select(0, batch.sampled_S))
+        return finish_logits(logits_SV, self._shard.vocab_valid, spec.logits_divisor), experts_hit
 
-    def _attention(
+    def _attention(self, index: int, x_TH: torch.Tensor, rotation: Rotation, batch: Batch) -> torch.Tensor:
+        if self._kernels is not None:
+            out_TH = self._kernels.attention(index, x_TH)
+        else:
+            out_TH = self._torch_attention(index, self._layers[index], x_TH, rotation, batch)
+        return self._collectives.all_reduce(out_TH) if self._shard.is_attention_split else out_TH
+
+    def _ffn(self, index: int, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
+        experts_hit: torch.Tensor | int
+        if self._kernels is not None:
+            out_TH, experts_hit = self._kernels.ffn(index, x_TH)
+        else:
+            out_TH, experts_hit = self._torch_ffn(self._layers[index], x_TH)
+        if self._shard.is_ffn_split:
+            out_TH = self._collectives.all_reduce(out_TH)
+        return out_TH, experts_hit
+
+    def _head(self, x_SH: torch.Tensor) -> torch.Tensor:
+        if self._kernels is not None:
+            return self._kernels.head(x_SH)
+        assert self._head_VH is not None
+        return linear(rms_norm(x_SH, self._final_norm_H, self._spec.norm_eps), self._head_VH)
+
+    def _torch_attention(
         self, index: int, layer: LayerWeights, x_TH: torch.Tensor, rotation: Rotation, batch: Batch
     ) -> torch.Tensor:
         shard, spec = self._shard, self._spec
@@ -69,21 +107,15 @@ class Decoder:
             spans=batch.spans,
             scale=spec.attention_scale,
         )
-        out_TH = linear(mixed, layer.out_HA)
-        return self._collectives.all_reduce(out_TH) if shard.is_attention_split else out_TH
+        return linear(mixed, layer.out_HA)
 
-    def _ffn(self, layer: LayerWeights, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
+    def _torch_ffn(self, layer: LayerWeights, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
         normed_TH = rms_norm(x_TH, layer.ffn_norm_H, self._spec.norm_eps)
-        experts_hit: torch.Tensor | int = 0
         if isinstance(layer.ffn, MlpWeights):
-            out_TH = linear(gate(linear(normed_TH, layer.ffn.gate_up_2FH)), layer.ffn.down_HF)
-        else:
-            out_TH, experts_hit = mix_experts(
-                normed_TH,
-                layer.ffn,
-                num_choices=self._spec.experts_per_token,
-                first_expert=self._shard.expert_start,
-            )
-        if self._shard.is_ffn_split:
-            out_TH = self._collectives.all_reduce(out_TH)
-        return out_TH, experts_hit
+            return linear(gate(linear(normed_TH, layer.ffn.gate_up_2FH)), layer.ffn.down_HF), 0
+        return mix_experts(
+            normed_TH,
+            layer.ffn,
+            num_choices=self._spec.experts_per_token,
+            first_expert=self._shard.expert_start,
+        )

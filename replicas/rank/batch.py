@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from replicas.layers.attention import DecodeGroup, PrefillChunk, Span
+from replicas.layers.attention import DecodeGroup, PagedSequences, PrefillChunk, Span
 from replicas.plan import LAST_SAMPLED, PlannedRow, StepPlan
 from replicas.request import SamplingParams
 
@@ -34,12 +34,16 @@ class Draw:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The tensors of a step. `sampled_S[i]` is the flat index of the token that `draws[i]` continues."""
+    """The tensors of a step. `sampled_S[i]` is the flat index of the token that `draws[i]` continues.
+
+    `spans` and `sequences` say the same; compiled kernels read the second, and then the first is empty.
+    """
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     slots_T: torch.Tensor
     spans: tuple[Span, ...]
+    sequences: PagedSequences
     sampled_S: torch.Tensor
     draws: tuple[Draw, ...]
 
@@ -55,7 +59,9 @@ class Rows:
         block_tokens: int,
         device: torch.device,
         dtype: torch.dtype,
+        has_spans: bool = True,
     ) -> None:
+        self._has_spans = has_spans
         self._block_tokens = block_tokens
         self._device = device
         self._dtype = dtype
@@ -106,16 +112,26 @@ class Rows:
         ends = np.cumsum([len(row.token_ids) for row in ordered]).tolist()
         last_index = {row.row: end - 1 for row, end in zip(ordered, ends, strict=True)}
         sampled = [row for row in plan.rows if row.samples]
-        spans: list[Span] = self._decode_groups(decodes)
-        spans += [self._chunk(row, end) for row, end in zip(chunks, ends[len(decodes) :], strict=True)]
+        spans: list[Span] = []
+        if self._has_spans:
+            spans += self._decode_groups(decodes)
+            spans += [self._chunk(row, end) for row, end in zip(chunks, ends[len(decodes) :], strict=True)]
         return Batch(
             token_ids_T=self._token_ids(ordered, rows),
             positions_T=self._to_device(positions),
             slots_T=self._to_device(slots),
             spans=tuple(spans),
+            sequences=self._sequences(ordered, ends),
             sampled_S=self._to_device([last_index[row.row] for row in sampled]),
             draws=tuple(self._draw(row) for row in sampled),
         )
+
+    def _sequences(self, ordered: list[PlannedRow], ends: list[int]) -> PagedSequences:
+        rows = [
+            (end - len(row.token_ids), len(row.token_ids), row.start_pos, row.row)
+            for row, end in zip(ordered, ends, strict=True)
+        ]
+        return PagedSequences(rows_B4=np.asarray(rows, dtype=np.int64), tables=self._tables)
 
     def _draw(self, row: PlannedRow) -> Draw:
         sampling = self._sampling[row.row]

@@ -16,6 +16,8 @@ import torch
 from replicas.config import EngineLimits, RankConfig
 from replicas.errors import BadCheckpoint, RankLost
 from replicas.layers.attention import PagedKV
+from replicas.layers.kernels.layers import CpuLayers
+from replicas.layers.kernels.library import open_pool
 from replicas.models.checkpoint import Checkpoint
 from replicas.models.costs import costs_of
 from replicas.models.decoder import Decoder
@@ -107,16 +109,18 @@ class ModelRunner:
             dtype=dtype,
         )
         self._kv = kv
+        self._kernels = _cpu_layers(config, spec, shard, weights, kv)
         self._rows = Rows(
             max_sequences=limits.max_sequences,
             max_blocks=-(-self.context_tokens // limits.block_tokens),
             block_tokens=limits.block_tokens,
             device=self._device,
             dtype=dtype,
+            has_spans=self._kernels is None,
         )
         self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
-        self.decoder = Decoder(spec, shard, weights, kv, collectives)
+        self.decoder = Decoder(spec, shard, weights, kv, collectives, self._kernels)
 
     @classmethod
     def build(cls, config: RankConfig, collectives: Collectives, progress: Progress) -> ModelRunner:
@@ -203,6 +207,8 @@ class ModelRunner:
     def close(self) -> None:
         """Release weights, cache and collectives. The runner cannot be used afterwards."""
         self._collectives.close()
+        if self._kernels is not None:
+            self._kernels.close()
         del self.decoder, self._kv, self._rows
 
     def _run_alone(self, planned: tuple[PlannedRow, ...]) -> None:
@@ -239,6 +245,22 @@ def _dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _cpu_layers(
+    config: RankConfig, spec: ModelSpec, shard: Shard, weights: ModelWeights, kv: PagedKV
+) -> CpuLayers | None:
+    """The compiled kernels where they serve: float32 on a CPU with a compiler. Torch then needs one thread:
+    two pools would fight for the same cores."""
+    dtype, device = weights.embedding_VH.dtype, weights.embedding_VH.device
+    if config.kernels == "off" or device.type != "cpu" or dtype != torch.float32:
+        return None
+    pool = open_pool(config.threads)
+    if pool is None:
+        return None
+    layers = CpuLayers(pool, spec, shard, weights, kv, keeps_half=config.kernels == "auto")
+    torch.set_num_threads(1)
+    return layers
 
 
 def _num_blocks(spec: ModelSpec, shard: Shard, limits: EngineLimits, itemsize: int) -> int:

@@ -67,12 +67,13 @@ def compare(result: ScriptedResult, source: Path) -> None:
         assert token_ids[start:] == theirs.argmax(dim=1).tolist()
 
 
+@pytest.mark.parametrize("kernels", ["float32", "off"])
 @pytest.mark.parametrize(("name", "degrees"), CASES)
 def test_logits_and_tokens_are_those_of_transformers(
-    tmp_path: Path, checkpoints: dict[str, Path], name: str, degrees: tuple[int, int]
+    tmp_path: Path, checkpoints: dict[str, Path], name: str, degrees: tuple[int, int], kernels: str
 ) -> None:
     source = checkpoints[name]
-    configs = make_script_configs(tmp_path, source, tensor=degrees[0], expert=degrees[1])
+    configs = make_script_configs(tmp_path, source, tensor=degrees[0], expert=degrees[1], kernels=kernels)
 
     def work(config: RankConfig, collectives: Collectives) -> ScriptedResult:
         return run_script(config, collectives, make_scripts(seed=0, vocab_size=500))
@@ -86,3 +87,41 @@ def test_logits_and_tokens_are_those_of_transformers(
         assert other.token_ids == first.token_ids
         assert other.experts_hit == first.experts_hit
     assert (sum(first.experts_hit) > 0) == (name == "granite-moe")
+
+
+@pytest.mark.parametrize(("head_dim", "num_kv_heads", "seed"), [(64, 8, 2), (64, 4, 1), (128, 2, 2)])
+def test_heads_of_the_usual_sizes_have_their_own_kernels(
+    tmp_path: Path, head_dim: int, num_kv_heads: int, seed: int
+) -> None:
+    torch.set_num_threads(1)
+    source = make_llama(tmp_path / "llama", head_dim=head_dim, num_kv_heads=num_kv_heads, seed=seed)
+    (config,) = make_script_configs(tmp_path, source, tensor=1, expert=1, threads=2)
+    (result,) = run_rank_threads(
+        [config], lambda config, ranks: run_script(config, ranks, make_scripts(seed=0, vocab_size=500))
+    )
+    assert isinstance(result, ScriptedResult), result
+    compare(result, source)
+
+
+@pytest.mark.parametrize("name", ["llama", "granite-moe"])
+def test_half_weights_and_two_threads_change_no_bit(tmp_path: Path, name: str) -> None:
+    """Values that are bfloat16 widen exactly, and every output is one sum in order, whoever computes it."""
+    torch.set_num_threads(1)
+    if name == "llama":
+        source = make_llama(tmp_path / name, dtype=torch.bfloat16, seed=SEEDS[name])
+    else:
+        source = make_granite_moe(tmp_path / name, dtype=torch.bfloat16, seed=SEEDS[name])
+
+    def work(config: RankConfig, collectives: Collectives) -> ScriptedResult:
+        return run_script(config, collectives, make_scripts(seed=0, vocab_size=500))
+
+    def run(kernels: str, threads: int) -> ScriptedResult:
+        configs = make_script_configs(tmp_path, source, tensor=1, expert=1, kernels=kernels, threads=threads)
+        (result,) = run_rank_threads(configs, work)
+        assert isinstance(result, ScriptedResult), result
+        return result
+
+    plain, half = run("float32", 1), run("auto", 2)
+    assert half.token_ids == plain.token_ids
+    for ours, theirs in zip(half.logits, plain.logits, strict=True):
+        assert torch.equal(torch.stack(ours), torch.stack(theirs))

@@ -91,7 +91,7 @@ def test_a_broken_row_fails_alone_and_its_blocks_can_be_used_again(llama: Path) 
     wanted = run_new(runner, start(0, short, (1, 2)), start(1, long, (3, 4, 5)))
     wanted_next = decode(runner, (0, 5, wanted[0]), (1, 9, wanted[1]))
     with torch.inference_mode():
-        runner.decoder._weights.embedding_VH[7] = torch.nan
+        runner.decoder._embedding_VH[7] = torch.nan
     broken = start(2, (7,) * 8, (6, 7))
     assert run_new(runner, broken, start(3, long, (8, 9, 10)), freed=(0, 1)) == (-1, wanted[1])
     assert run_new(runner, start(0, short, (7, 6)), freed=(2,)) == wanted[:1]

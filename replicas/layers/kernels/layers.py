@@ -1,0 +1,188 @@
+"""A rank's decoder layers on the compiled kernels: packed weights, and one call per half layer.
+
+Holds its own copy of the matrices; the KV cache is the rank's, in the same layout as torch reads it. Partial
+sums come back as the torch path gives them, so that the decoder adds up ranks either way. Shape letters:
+T tokens, H hidden, S sampled tokens, V local vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+from dataclasses import dataclass, field
+
+import torch
+
+from replicas.layers.attention import PagedKV, PagedSequences
+from replicas.layers.kernels.library import (
+    CAttentionLayer,
+    CExpertLayer,
+    CMatrix,
+    CMlpLayer,
+    CStep,
+    KernelPool,
+    PackedMatrix,
+)
+from replicas.layers.rope import Rotation
+from replicas.models.spec import ModelSpec
+from replicas.models.weights import ExpertWeights, LayerWeights, MlpWeights, ModelWeights
+from replicas.parallel.degrees import Shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KernelStep:
+    """The C structure of a step, and the tensors it points into."""
+
+    layout: CStep
+    owners: tuple[object, ...]
+
+
+@dataclass(slots=True)
+class _Packed:
+    """Whatever the C structures of all layers point into."""
+
+    tensors: list[torch.Tensor] = field(default_factory=list)
+
+    def keep(self, tensor: torch.Tensor) -> int:
+        self.tensors.append(tensor)
+        return tensor.data_ptr()
+
+
+class CpuLayers:
+    """Runs the layers of one rank. Not reentrant: one step at a time, between `begin` calls."""
+
+    def __init__(
+        self,
+        pool: KernelPool,
+        spec: ModelSpec,
+        shard: Shard,
+        weights: ModelWeights,
+        kv: PagedKV,
+        *,
+        keeps_half: bool,
+    ) -> None:
+        self._pool = pool
+        self._spec = spec
+        self._shard = shard
+        self._kv = kv
+        self._keeps_half = keeps_half
+        self._owned = _Packed()
+        self._attention = [self._pack_attention(index, layer) for index, layer in enumerate(weights.layers)]
+        self._ffn = [
+            self._pack_mlp(layer, layer.ffn)
+            if isinstance(layer.ffn, MlpWeights)
+            else self._pack_experts(layer, layer.ffn)
+            for layer in weights.layers
+        ]
+        self._final_norm_H = weights.final_norm_H
+        self._head = self._pack(weights.head_VH)
+        self._step: _KernelStep | None = None
+
+    def begin(self, rotation: Rotation, slots_T: torch.Tensor, sequences: PagedSequences) -> None:
+        """Where the tokens of the next calls are: angles, slots to write, pages to read."""
+        spec, shard = self._spec, self._shard
+        cos_TD, sin_TD = rotation.cos_T1D.contiguous(), rotation.signed_sin_T1D.contiguous()
+        layout = CStep(
+            num_tokens=len(slots_T),
+            num_sequences=len(sequences.rows_B4),
+            num_heads=shard.num_heads,
+            num_kv_heads=shard.num_kv_heads,
+            head_dim=spec.head_dim,
+            block_tokens=self._kv.keys[0].shape[1],
+            table_stride=sequences.tables.shape[1],
+            cosine=cos_TD.data_ptr(),
+            signed_sine=sin_TD.data_ptr(),
+            slots=slots_T.data_ptr(),
+            sequences=sequences.rows_B4.ctypes.data,
+            tables=sequences.tables.ctypes.data,
+            eps=spec.norm_eps,
+            scale=spec.attention_scale,
+        )
+        self._step = _KernelStep(layout=layout, owners=(cos_TD, sin_TD, slots_T, sequences))
+
+    def attention(self, index: int, x_TH: torch.Tensor) -> torch.Tensor:
+        """This rank's heads' part of attention over normed `x_TH`; writes the new tokens to the cache."""
+        assert self._step is not None
+        assert x_TH.is_contiguous()
+        out_TH = torch.empty_like(x_TH)
+        self._pool.library.wl_attention(
+            self._pool.handle,
+            byref(self._attention[index]),
+            byref(self._step.layout),
+            x_TH.data_ptr(),
+            out_TH.data_ptr(),
+        )
+        return out_TH
+
+    def ffn(self, index: int, x_TH: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """This rank's part of the MLP or the experts over normed `x_TH`, and how many experts were hit."""
+        out_TH = torch.empty_like(x_TH)
+        layer, library = self._ffn[index], self._pool.library
+        run = library.wl_mlp if isinstance(layer, CMlpLayer) else library.wl_experts
+        hit = run(
+            self._pool.handle,
+            byref(layer),
+            x_TH.data_ptr(),
+            out_TH.data_ptr(),
+            x_TH.shape[0],
+            self._spec.norm_eps,
+        )
+        return out_TH, hit or 0
+
+    def head(self, x_SH: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V] of this rank's vocabulary rows over normed `x_SH`, neither divided nor masked."""
+        logits_SV = x_SH.new_empty((x_SH.shape[0], self._head.layout.num_rows))
+        self._pool.library.wl_head(
+            self._pool.handle,
+            self._final_norm_H.data_ptr(),
+            byref(self._head.layout),
+            x_SH.data_ptr(),
+            logits_SV.data_ptr(),
+            x_SH.shape[0],
+            self._spec.norm_eps,
+        )
+        return logits_SV
+
+    def close(self) -> None:
+        """Join the threads; no call may follow."""
+        self._pool.close()
+
+    def _pack_attention(self, index: int, layer: LayerWeights) -> CAttentionLayer:
+        return CAttentionLayer(
+            norm_weight=self._owned.keep(layer.attention_norm_H),
+            qkv=self._pack(layer.qkv_QH).layout,
+            out=self._pack(layer.out_HA).layout,
+            keys=self._kv.keys[index].data_ptr(),
+            values=self._kv.values[index].data_ptr(),
+        )
+
+    def _pack_mlp(self, layer: LayerWeights, mlp: MlpWeights) -> CMlpLayer:
+        gate_FH, up_FH = mlp.gate_up_2FH.chunk(2)
+        return CMlpLayer(
+            norm_weight=self._owned.keep(layer.ffn_norm_H),
+            gate=self._pack(gate_FH).layout,
+            up=self._pack(up_FH).layout,
+            down=self._pack(mlp.down_HF).layout,
+        )
+
+    def _pack_experts(self, layer: LayerWeights, experts: ExpertWeights) -> CExpertLayer:
+        count = experts.down_EHF.shape[0]
+        gate_EFH, up_EFH = experts.gate_up_E2FH.chunk(2, dim=1)
+        gate, up, down = (
+            (CMatrix * count)(*(self._pack(one).layout for one in stacked))
+            for stacked in (gate_EFH, up_EFH, experts.down_EHF)
+        )
+        return CExpertLayer(
+            norm_weight=self._owned.keep(layer.ffn_norm_H),
+            router=self._pack(experts.router_XH).layout,
+            gate=gate,
+            up=up,
+            down=down,
+            num_choices=self._spec.experts_per_token,
+            first_expert=self._shard.expert_start,
+            num_local=count,
+        )
+
+    def _pack(self, weight: torch.Tensor) -> PackedMatrix:
+        packed = self._pool.pack(weight, keeps_half=self._keeps_half)
+        self._owned.keep(packed.panels)
+        return packed

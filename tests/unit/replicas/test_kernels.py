@@ -1,0 +1,81 @@
+"""The compiled kernels: products against float64, the cache of the library, and what is left without one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from replicas.layers.kernels import build
+from replicas.layers.kernels.build import KernelsUnavailable, build_library
+from replicas.layers.kernels.library import KernelPool, open_pool
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+
+@pytest.fixture(scope="module")
+def pool() -> KernelPool:
+    return KernelPool(2)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 12, 13, 40])
+def test_a_product_is_exact_to_rounding_and_half_storage_changes_no_bit(
+    pool: KernelPool, rows: int, num_tokens: int
+) -> None:
+    generator = torch.Generator().manual_seed(rows * 100 + num_tokens)
+    weight = torch.randn(rows, 70, generator=generator).bfloat16().float()
+    x = torch.randn(num_tokens, 70, generator=generator)
+    half, whole = pool.pack(weight), pool.pack(weight, keeps_half=False)
+    assert half.panels.dtype == torch.bfloat16
+    assert whole.panels.dtype == torch.float32
+    y = pool.linear(x, whole)
+    assert torch.equal(pool.linear(x, half), y)
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(pool: KernelPool) -> None:
+    weight = pool.pack(torch.randn(96, 64, generator=torch.Generator().manual_seed(1)))
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(2))
+    whole = pool.linear(x, weight)
+    for row in (0, 11, 12, 299):
+        assert torch.equal(pool.linear(x[row : row + 1].contiguous(), weight)[0], whole[row])
+
+
+def test_weights_that_are_not_bfloat16_keep_all_their_bits(pool: KernelPool) -> None:
+    assert pool.pack(torch.full((4, 4), 0.1)).panels.dtype == torch.float32
+
+
+def test_an_idle_pool_uses_no_cpu() -> None:
+    pool = KernelPool(4)
+    weight = pool.pack(torch.randn(512, 64))
+    pool.linear(torch.randn(4, 64), weight)
+    before = sum(os.times()[:2])
+    time.sleep(0.5)
+    assert sum(os.times()[:2]) - before < 0.2
+    pool.close()
+
+
+def test_the_library_is_compiled_once(tmp_path: Path) -> None:
+    first = build_library(tmp_path)
+    stamp = first.stat().st_mtime_ns
+    assert build_library(tmp_path) == first
+    assert first.stat().st_mtime_ns == stamp
+    assert [one.name for one in tmp_path.iterdir()] == [first.name]
+
+
+def test_without_a_compiler_there_is_no_pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(KernelsUnavailable, match="no C compiler"):
+        build_library(tmp_path)
+    assert open_pool(1) is None
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "FLAGS", ("-no-such-flag",))
+    with pytest.raises(KernelsUnavailable, match="no-such-flag"):
+        build_library(tmp_path)
