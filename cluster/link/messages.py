@@ -6,17 +6,18 @@ from cluster.link.engine_job import EngineJob
 from cluster.link.token_stream import End, Finished
 from cluster.router.energy_account import RequestEnergy
 from cluster.router.errors import DeadlinePassed, ReplicaStopped, engine_error
+from cluster.router.failover import LossReason
 from protos import wattline_link_pb2 as link
 from replicas.request import FinishReason, SequenceTiming
 
 
-def submit_command(job: EngineJob, *, request_id: int, attempt: int) -> link.ToReplica:
+def submit_command(job: EngineJob, *, request_id: int) -> link.ToReplica:
     """The command that starts a request. A deadline under a millisecond is sent as one: 0 means none."""
     return link.ToReplica(
         submit=link.Submit(
             request_id=request_id,
-            attempt=attempt,
-            first_offset=0,
+            attempt=job.attempt,
+            first_offset=job.first_offset,
             prompt_ids=job.prompt_ids,
             sampling=link.EngineSampling(
                 temperature=job.sampling.temperature,
@@ -45,7 +46,7 @@ def parse_end(delta: link.SequenceDelta) -> End:
         case link.ENGINE_FINISH_DEADLINE:
             return DeadlinePassed()
         case link.ENGINE_FINISH_CANCELLED:
-            return ReplicaStopped()
+            return ReplicaStopped(LossReason.REFUSED)
         case _:
             return engine_error(delta.error.code, delta.error.message)
 

@@ -40,10 +40,14 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completed:
-    """The end of a successful answer. `energy` None: nothing is known yet."""
+    """The end of a successful answer. `energy` None: nothing is known yet.
+
+    `resumed_at` has the token offsets where another replica went on.
+    """
 
     request_id: str
     trace_id: str
     usage: Usage
     timing: Timing
     energy: RequestEnergy | None
+    resumed_at: tuple[int, ...] = ()

@@ -29,6 +29,8 @@ def final_message(completed: Completed) -> pb.GenerateResponse:
             timing=_timing_message(completed.timing),
             energy=energy_message(completed.energy, completed.usage),
             trace_id=completed.trace_id,
+            attempts=1 + len(completed.resumed_at),
+            resumed_at=completed.resumed_at,
         )
     )
 
@@ -53,6 +55,7 @@ def energy_message(energy: RequestEnergy | None, usage: Usage) -> pb.Energy:
         prefill_j=energy.prefill_mj / 1e3,
         decode_j=energy.decode_mj / 1e3,
         static_j=energy.static_mj / 1e3,
+        wasted_j=energy.wasted_mj / 1e3,
         joules_per_output_token=total_j / output_tokens if output_tokens else None,
         joules_per_total_token=total_j / total_tokens if total_tokens else None,
         source=energy.source,

@@ -44,12 +44,25 @@ class InferenceSpan:
         trace_id, span_id = format_trace_id(context.trace_id), format_span_id(context.span_id)
         return f"00-{trace_id}-{span_id}-{context.trace_flags:02x}"
 
+    def add_failover(self, *, reason: str, offset: int, from_replica: str, to_replica: str) -> None:
+        """Another replica goes on with the token at `offset`."""
+        self._span.add_event(
+            semconv.FAILOVER_EVENT,
+            {
+                semconv.FAILOVER_REASON: reason,
+                semconv.FAILOVER_OFFSET: offset,
+                semconv.FAILOVER_FROM: from_replica,
+                semconv.FAILOVER_TO: to_replica,
+            },
+        )
+
     def finish(
         self,
         *,
         replica_id: str,
         usage: Usage,
         timing: SequenceTiming | None,
+        resumed_at: tuple[int, ...],
         outcome: FinishReason | RouterError | None,
     ) -> None:
         """The model's work is over, now. `outcome` None: the caller went away."""
@@ -75,6 +88,10 @@ class InferenceSpan:
         if isinstance(outcome, RouterError):
             self._span.set_attribute(semconv.ERROR_TYPE, type(outcome).__name__)
             self._span.set_status(Status(StatusCode.ERROR))
+        if resumed_at:
+            self._span.set_attributes(
+                {semconv.ATTEMPTS: 1 + len(resumed_at), semconv.RESUMED_AT: list(resumed_at)}
+            )
         if timing is not None:
             self._span.set_attribute(semconv.PREEMPTIONS, timing.preemptions)
             self._add_phases(timing)
@@ -89,6 +106,7 @@ class InferenceSpan:
                     semconv.ENERGY_PREFILL_J: energy.prefill_mj / 1e3,
                     semconv.ENERGY_DECODE_J: energy.decode_mj / 1e3,
                     semconv.ENERGY_STATIC_J: energy.static_mj / 1e3,
+                    semconv.ENERGY_WASTED_J: energy.wasted_mj / 1e3,
                     semconv.ENERGY_SOURCE: energy.source,
                     semconv.ENERGY_METHOD: energy.method,
                     semconv.ENERGY_WINDOW_MS: energy.window_ms,
