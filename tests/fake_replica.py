@@ -134,6 +134,7 @@ class FakeReplica:
         async with self._writing:  # A write that is cancelled under way would break the stream.
             for task in speaking:
                 task.cancel()
+        self._awake.set()
         if self._call is not None and not self._call.done() and says_goodbye:
             with suppress(grpc.RpcError, asyncio.InvalidStateError, TimeoutError):
                 await self.send(link.FromReplica(goodbye=link.Goodbye(reason="test")))
