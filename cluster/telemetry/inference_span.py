@@ -30,7 +30,7 @@ class InferenceSpan:
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer = tracer
         self._span = span
-        self._start_ns = time_ns()
+        self._attempt_start_ns = time_ns()
         self._end_ns: int | None = None
 
     @property
@@ -45,7 +45,8 @@ class InferenceSpan:
         return f"00-{trace_id}-{span_id}-{context.trace_flags:02x}"
 
     def add_failover(self, *, reason: str, offset: int, from_replica: str, to_replica: str) -> None:
-        """Another replica goes on with the token at `offset`."""
+        """Another replica goes on with the token at `offset`, now."""
+        self._attempt_start_ns = time_ns()
         self._span.add_event(
             semconv.FAILOVER_EVENT,
             {
@@ -54,6 +55,7 @@ class InferenceSpan:
                 semconv.FAILOVER_FROM: from_replica,
                 semconv.FAILOVER_TO: to_replica,
             },
+            timestamp=self._attempt_start_ns,
         )
 
     def finish(
@@ -116,9 +118,9 @@ class InferenceSpan:
         self._span.end(end_time=self._end_ns)
 
     def _add_phases(self, timing: SequenceTiming) -> None:
-        """Child spans from the engine's durations, laid end to end from the submission on."""
+        """Child spans from the engine's durations, laid end to end from its submission on."""
         context = set_span_in_context(self._span)
-        start_ns = self._start_ns
+        start_ns = self._attempt_start_ns
         for name, duration_us in (
             (semconv.QUEUE, timing.queue_us),
             (semconv.PREFILL, timing.prefill_us),
