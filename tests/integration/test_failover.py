@@ -84,7 +84,8 @@ async def test_a_stream_goes_on_where_its_replica_stopped(
     submit = new.received("submit")[0].submit
     assert (submit.attempt, submit.first_offset, submit.max_tokens) == (1, resumed_at, LONG - resumed_at)
     assert list(submit.prompt_ids) == [*spell("hello"), *expected(count=resumed_at)]
-    assert 0 < resumed_at <= 7
+    # What was on its way when a process is killed may be lost, and is made again.
+    assert resumed_at == 7 or fate is Fate.KILLED
     usage = answer.final.usage
     assert (answer.final.attempts, usage.prompt_tokens, usage.completion_tokens) == (2, 5, LONG)
     assert usage.wasted_tokens == 5 + resumed_at
@@ -104,6 +105,7 @@ async def test_what_a_frozen_replica_says_later_is_dropped_but_for_its_joules(ro
             await old.wait_command("cancel")
             answer = await collect(call)
             assert answer.token_ids == expected()
+            assert answer.text == decode(expected())
             assert list(answer.final.resumed_at) == [5]
             assert answer.final.energy.state == pb.ENERGY_STATE_PROVISIONAL
             assert answer.final.energy.total_j == (1000 + MJ_PER_TOKEN * (LONG - 5)) / 1e3
@@ -136,10 +138,12 @@ async def test_stop_texts_and_characters_go_on_across_replicas(router: TestRoute
         return tokens[min(pos, len(tokens) - 1)]
 
     async with router.replica(replica_id="old", tokens=say) as old, asyncio.timeout(WAIT_S):
+        old.running.clear()
         old.fate, old.fate_after = Fate.FAILED, cut
         call = router.inference.Generate(make_request(max_tokens=50, stop=["é END"]))
         await old.wait_command("submit")
         async with router.replica(replica_id="new", tokens=say):
+            old.running.set()
             answer = await collect(call)
     assert answer.text == "naïve caf"
     assert answer.deltas[-1].finish_reason == pb.FINISH_REASON_STOP
@@ -169,10 +173,12 @@ async def test_a_stream_waits_for_a_replica_as_long_as_it_may() -> None:
     async with run_test_router(config) as router, asyncio.timeout(WAIT_S):
         old = router.replica(epoch=1)
         await old.attach()
-        old.fate, old.fate_after = Fate.KILLED, 3
+        old.running.clear()
+        old.fate, old.fate_after = Fate.KILLED, 6
         call = router.inference.Generate(make_request(max_tokens=LONG))
         late = router.inference.Generate(make_request(max_tokens=LONG), timeout=1.0)
-        await old.wait_command("submit")
+        await old.wait_command("submit", count=2)
+        old.running.set()
         assert (await fail(late)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
         async with router.replica(epoch=2):
             assert (await collect(call)).token_ids == expected()
