@@ -51,7 +51,7 @@ async def running(folder: Path, router: TestRouter, name: str, **changes: Any) -
         replica_id=name,
         routers=(router.addresses.link,),
         parallel=ParallelConfig(tensor=2),
-        limits=EngineLimits(max_sequences=32, max_waiting=8, num_blocks=1024),
+        limits=EngineLimits(max_sequences=32, max_waiting=64, num_blocks=1024),
         null=NULL,
         runtime_dir=str(folder / name),
         shared_dir=str(folder),
