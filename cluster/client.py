@@ -230,6 +230,7 @@ def to_event(message: pb.GenerateResponse) -> replies.Delta | replies.Final:
             total_ms=timing.total_ms,
         ),
         energy=to_energy(message.final.energy),
+        resumed_at=tuple(message.final.resumed_at),
     )
 
 

@@ -53,13 +53,14 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Final:
-    """The end of an answer: what it took."""
+    """The end of an answer: what it took. `resumed_at`: token offsets where another replica went on."""
 
     request_id: str
     trace_id: str
     usage: Usage
     timing: Timing
     energy: Energy
+    resumed_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

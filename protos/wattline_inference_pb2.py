@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/wattline_inference.proto\x12\x0bwattline.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf2\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\t \x01(\rH\x08\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\t\x88\x01\x01\x12\x38\n\nlogit_bias\x18\x0b \x03(\x0b\x32$.wattline.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x04\n\x02_n\"j\n\x06Limits\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x42\r\n\x0b_max_tokens\"\xf3\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.wattline.v1.TokenIdsH\x00\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.wattline.v1.Sampling\x12#\n\x06limits\x18\x05 \x01(\x0b\x32\x13.wattline.v1.Limits\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x1b\n\x0e\x65nergy_wait_ms\x18\x07 \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06promptB\x11\n\x0f_energy_wait_ms\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd4\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.wattline.v1.Message\x12\'\n\x08sampling\x18\x03 \x01(\x0b\x32\x15.wattline.v1.Sampling\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.wattline.v1.Limits\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x1b\n\x0e\x65nergy_wait_ms\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_energy_wait_ms\"e\n\x10GenerateResponse\x12#\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x12.wattline.v1.DeltaH\x00\x12#\n\x05\x66inal\x18\x02 \x01(\x0b\x32\x12.wattline.v1.FinalH\x00\x42\x07\n\x05\x65vent\"\x88\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.wattline.v1.FinishReason\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.wattline.v1.TokenLogprobs\"H\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.wattline.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x9a\x01\n\x05\x46inal\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.wattline.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.wattline.v1.Timing\x12#\n\x06\x65nergy\x18\x04 \x01(\x0b\x32\x13.wattline.v1.Energy\x12\x10\n\x08trace_id\x18\x05 \x01(\t\"g\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x15\n\rwasted_tokens\x18\x04 \x01(\r\"d\n\x06Timing\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x11\n\tdecode_ms\x18\x03 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\"\x91\x03\n\x06\x45nergy\x12\x14\n\x07total_j\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tprefill_j\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08\x64\x65\x63ode_j\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x15\n\x08static_j\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12$\n\x17joules_per_output_token\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12#\n\x16joules_per_total_token\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x0e\n\x06source\x18\x07 \x01(\t\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x11\n\twindow_ms\x18\t \x01(\x01\x12\x19\n\x11\x63onfidence_factor\x18\n \x01(\x01\x12\'\n\x05state\x18\x0b \x01(\x0e\x32\x18.wattline.v1.EnergyStateB\n\n\x08_total_jB\x0c\n\n_prefill_jB\x0b\n\t_decode_jB\x0b\n\t_static_jB\x1a\n\x18_joules_per_output_tokenB\x19\n\x17_joules_per_total_token\"l\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x31\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x19.wattline.v1.ConversationH\x00\x42\x07\n\x05input\"6\n\x0c\x43onversation\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.wattline.v1.Message\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.wattline.v1.Model\"\x84\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x19\n\x11max_output_tokens\x18\x04 \x01(\r\x12\x16\n\x0eready_replicas\x18\x05 \x01(\r\x12\x0c\n\x04\x63hat\x18\x06 \x01(\x08\"&\n\x10GetEnergyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"[\n\x11GetEnergyResponse\x12#\n\x06\x65nergy\x18\x01 \x01(\x0b\x32\x13.wattline.v1.Energy\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.wattline.v1.Usage*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*a\n\x0b\x45nergyState\x12\x1c\n\x18\x45NERGY_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45NERGY_STATE_PROVISIONAL\x10\x01\x12\x16\n\x12\x45NERGY_STATE_FINAL\x10\x02\x32\xcc\x03\n\tInference\x12I\n\x08Generate\x12\x1c.wattline.v1.GenerateRequest\x1a\x1d.wattline.v1.GenerateResponse0\x01\x12\x41\n\x04\x43hat\x12\x18.wattline.v1.ChatRequest\x1a\x1d.wattline.v1.GenerateResponse0\x01\x12G\n\x08Tokenize\x12\x1c.wattline.v1.TokenizeRequest\x1a\x1d.wattline.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.wattline.v1.DetokenizeRequest\x1a\x1f.wattline.v1.DetokenizeResponse\x12M\n\nListModels\x12\x1e.wattline.v1.ListModelsRequest\x1a\x1f.wattline.v1.ListModelsResponse\x12J\n\tGetEnergy\x12\x1d.wattline.v1.GetEnergyRequest\x1a\x1e.wattline.v1.GetEnergyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/wattline_inference.proto\x12\x0bwattline.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf2\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\t \x01(\rH\x08\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\t\x88\x01\x01\x12\x38\n\nlogit_bias\x18\x0b \x03(\x0b\x32$.wattline.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x04\n\x02_n\"j\n\x06Limits\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x42\r\n\x0b_max_tokens\"\xf3\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.wattline.v1.TokenIdsH\x00\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.wattline.v1.Sampling\x12#\n\x06limits\x18\x05 \x01(\x0b\x32\x13.wattline.v1.Limits\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x1b\n\x0e\x65nergy_wait_ms\x18\x07 \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06promptB\x11\n\x0f_energy_wait_ms\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd4\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.wattline.v1.Message\x12\'\n\x08sampling\x18\x03 \x01(\x0b\x32\x15.wattline.v1.Sampling\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.wattline.v1.Limits\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x1b\n\x0e\x65nergy_wait_ms\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_energy_wait_ms\"e\n\x10GenerateResponse\x12#\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x12.wattline.v1.DeltaH\x00\x12#\n\x05\x66inal\x18\x02 \x01(\x0b\x32\x12.wattline.v1.FinalH\x00\x42\x07\n\x05\x65vent\"\x88\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.wattline.v1.FinishReason\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.wattline.v1.TokenLogprobs\"H\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.wattline.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xc0\x01\n\x05\x46inal\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.wattline.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.wattline.v1.Timing\x12#\n\x06\x65nergy\x18\x04 \x01(\x0b\x32\x13.wattline.v1.Energy\x12\x10\n\x08trace_id\x18\x05 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x06 \x01(\r\x12\x12\n\nresumed_at\x18\x07 \x03(\r\"g\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x15\n\rwasted_tokens\x18\x04 \x01(\r\"d\n\x06Timing\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x11\n\tdecode_ms\x18\x03 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\"\xb5\x03\n\x06\x45nergy\x12\x14\n\x07total_j\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tprefill_j\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08\x64\x65\x63ode_j\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x15\n\x08static_j\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12$\n\x17joules_per_output_token\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12#\n\x16joules_per_total_token\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x0e\n\x06source\x18\x07 \x01(\t\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x11\n\twindow_ms\x18\t \x01(\x01\x12\x19\n\x11\x63onfidence_factor\x18\n \x01(\x01\x12\'\n\x05state\x18\x0b \x01(\x0e\x32\x18.wattline.v1.EnergyState\x12\x15\n\x08wasted_j\x18\x0c \x01(\x01H\x06\x88\x01\x01\x42\n\n\x08_total_jB\x0c\n\n_prefill_jB\x0b\n\t_decode_jB\x0b\n\t_static_jB\x1a\n\x18_joules_per_output_tokenB\x19\n\x17_joules_per_total_tokenB\x0b\n\t_wasted_j\"l\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x31\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x19.wattline.v1.ConversationH\x00\x42\x07\n\x05input\"6\n\x0c\x43onversation\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.wattline.v1.Message\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.wattline.v1.Model\"\x84\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x19\n\x11max_output_tokens\x18\x04 \x01(\r\x12\x16\n\x0eready_replicas\x18\x05 \x01(\r\x12\x0c\n\x04\x63hat\x18\x06 \x01(\x08\"&\n\x10GetEnergyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"[\n\x11GetEnergyResponse\x12#\n\x06\x65nergy\x18\x01 \x01(\x0b\x32\x13.wattline.v1.Energy\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.wattline.v1.Usage*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*a\n\x0b\x45nergyState\x12\x1c\n\x18\x45NERGY_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45NERGY_STATE_PROVISIONAL\x10\x01\x12\x16\n\x12\x45NERGY_STATE_FINAL\x10\x02\x32\xcc\x03\n\tInference\x12I\n\x08Generate\x12\x1c.wattline.v1.GenerateRequest\x1a\x1d.wattline.v1.GenerateResponse0\x01\x12\x41\n\x04\x43hat\x12\x18.wattline.v1.ChatRequest\x1a\x1d.wattline.v1.GenerateResponse0\x01\x12G\n\x08Tokenize\x12\x1c.wattline.v1.TokenizeRequest\x1a\x1d.wattline.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.wattline.v1.DetokenizeRequest\x1a\x1f.wattline.v1.DetokenizeResponse\x12M\n\nListModels\x12\x1e.wattline.v1.ListModelsRequest\x1a\x1f.wattline.v1.ListModelsResponse\x12J\n\tGetEnergy\x12\x1d.wattline.v1.GetEnergyRequest\x1a\x1e.wattline.v1.GetEnergyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2963
-  _globals['_FINISHREASON']._serialized_end=3058
-  _globals['_ENERGYSTATE']._serialized_start=3060
-  _globals['_ENERGYSTATE']._serialized_end=3157
+  _globals['_FINISHREASON']._serialized_start=3037
+  _globals['_FINISHREASON']._serialized_end=3132
+  _globals['_ENERGYSTATE']._serialized_start=3134
+  _globals['_ENERGYSTATE']._serialized_end=3231
   _globals['_TOKENIDS']._serialized_start=48
   _globals['_TOKENIDS']._serialized_end=71
   _globals['_SAMPLING']._serialized_start=74
@@ -60,33 +60,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENLOGPROB']._serialized_start=1501
   _globals['_TOKENLOGPROB']._serialized_end=1550
   _globals['_FINAL']._serialized_start=1553
-  _globals['_FINAL']._serialized_end=1707
-  _globals['_USAGE']._serialized_start=1709
-  _globals['_USAGE']._serialized_end=1812
-  _globals['_TIMING']._serialized_start=1814
-  _globals['_TIMING']._serialized_end=1914
-  _globals['_ENERGY']._serialized_start=1917
-  _globals['_ENERGY']._serialized_end=2318
-  _globals['_TOKENIZEREQUEST']._serialized_start=2320
-  _globals['_TOKENIZEREQUEST']._serialized_end=2428
-  _globals['_CONVERSATION']._serialized_start=2430
-  _globals['_CONVERSATION']._serialized_end=2484
-  _globals['_TOKENIZERESPONSE']._serialized_start=2486
-  _globals['_TOKENIZERESPONSE']._serialized_end=2523
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2525
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2578
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2580
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2614
-  _globals['_LISTMODELSREQUEST']._serialized_start=2616
-  _globals['_LISTMODELSREQUEST']._serialized_end=2635
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2637
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2693
-  _globals['_MODEL']._serialized_start=2696
-  _globals['_MODEL']._serialized_end=2828
-  _globals['_GETENERGYREQUEST']._serialized_start=2830
-  _globals['_GETENERGYREQUEST']._serialized_end=2868
-  _globals['_GETENERGYRESPONSE']._serialized_start=2870
-  _globals['_GETENERGYRESPONSE']._serialized_end=2961
-  _globals['_INFERENCE']._serialized_start=3160
-  _globals['_INFERENCE']._serialized_end=3620
+  _globals['_FINAL']._serialized_end=1745
+  _globals['_USAGE']._serialized_start=1747
+  _globals['_USAGE']._serialized_end=1850
+  _globals['_TIMING']._serialized_start=1852
+  _globals['_TIMING']._serialized_end=1952
+  _globals['_ENERGY']._serialized_start=1955
+  _globals['_ENERGY']._serialized_end=2392
+  _globals['_TOKENIZEREQUEST']._serialized_start=2394
+  _globals['_TOKENIZEREQUEST']._serialized_end=2502
+  _globals['_CONVERSATION']._serialized_start=2504
+  _globals['_CONVERSATION']._serialized_end=2558
+  _globals['_TOKENIZERESPONSE']._serialized_start=2560
+  _globals['_TOKENIZERESPONSE']._serialized_end=2597
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2599
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2652
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2654
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2688
+  _globals['_LISTMODELSREQUEST']._serialized_start=2690
+  _globals['_LISTMODELSREQUEST']._serialized_end=2709
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2711
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2767
+  _globals['_MODEL']._serialized_start=2770
+  _globals['_MODEL']._serialized_end=2902
+  _globals['_GETENERGYREQUEST']._serialized_start=2904
+  _globals['_GETENERGYREQUEST']._serialized_end=2942
+  _globals['_GETENERGYRESPONSE']._serialized_start=2944
+  _globals['_GETENERGYRESPONSE']._serialized_end=3035
+  _globals['_INFERENCE']._serialized_start=3234
+  _globals['_INFERENCE']._serialized_end=3694
 # @@protoc_insertion_point(module_scope)

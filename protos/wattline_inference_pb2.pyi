@@ -7,7 +7,8 @@ Status codes (one table, `cluster/router/errors.py`):
   INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names field, value, limit and fix
   NOT_FOUND           the model is not served here
   RESOURCE_EXHAUSTED  refused now rather than late; google.rpc.RetryInfo says when to come back
-  UNAVAILABLE         no replica can take it, or the replica died under the stream
+  UNAVAILABLE         no replica can take it, or the replica died under the stream and no other went on
+  ABORTED             two replicas died while they served this prompt; it is refused for ten minutes
   DEADLINE_EXCEEDED   the caller's gRPC deadline passed; KV blocks were freed within one step
   INTERNAL            our own bug; the text holds an id, never internals
 """
@@ -58,7 +59,9 @@ class _EnergyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EnergySta
     ENERGY_STATE_UNSPECIFIED: _EnergyState.ValueType  # 0
     """Unknown, and it stays so: nothing metered the devices."""
     ENERGY_STATE_PROVISIONAL: _EnergyState.ValueType  # 1
-    """Not all meter windows have closed; GetEnergy has the final figures soon."""
+    """Not all meter windows have closed; GetEnergy has the final figures soon. It stays so where a replica
+    was lost with an open bill: the joules are then a lower bound.
+    """
     ENERGY_STATE_FINAL: _EnergyState.ValueType  # 2
 
 class EnergyState(_EnergyState, metaclass=_EnergyStateEnumTypeWrapper): ...
@@ -66,7 +69,9 @@ class EnergyState(_EnergyState, metaclass=_EnergyStateEnumTypeWrapper): ...
 ENERGY_STATE_UNSPECIFIED: EnergyState.ValueType  # 0
 """Unknown, and it stays so: nothing metered the devices."""
 ENERGY_STATE_PROVISIONAL: EnergyState.ValueType  # 1
-"""Not all meter windows have closed; GetEnergy has the final figures soon."""
+"""Not all meter windows have closed; GetEnergy has the final figures soon. It stays so where a replica
+was lost with an open bill: the joules are then a lower bound.
+"""
 ENERGY_STATE_FINAL: EnergyState.ValueType  # 2
 Global___EnergyState: _TypeAlias = EnergyState  # noqa: Y015
 
@@ -484,15 +489,23 @@ class Final(_message.Message):
     TIMING_FIELD_NUMBER: _builtins.int
     ENERGY_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    RESUMED_AT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     trace_id: _builtins.str
     """The 32 hexadecimal digits of the W3C trace id."""
+    attempts: _builtins.int
+    """Replicas that worked on the answer, one after another; 1 unless one was lost."""
     @_builtins.property
     def usage(self) -> Global___Usage: ...
     @_builtins.property
     def timing(self) -> Global___Timing: ...
     @_builtins.property
     def energy(self) -> Global___Energy: ...
+    @_builtins.property
+    def resumed_at(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Offsets of the first token of each attempt but the first: up to there, the lost replica's tokens."""
+
     def __init__(
         self,
         *,
@@ -501,10 +514,12 @@ class Final(_message.Message):
         timing: Global___Timing | None = ...,
         energy: Global___Energy | None = ...,
         trace_id: _builtins.str = ...,
+        attempts: _builtins.int = ...,
+        resumed_at: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["energy", b"energy", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["energy", b"energy", "request_id", b"request_id", "timing", b"timing", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "energy", b"energy", "request_id", b"request_id", "resumed_at", b"resumed_at", "timing", b"timing", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -592,6 +607,7 @@ class Energy(_message.Message):
     WINDOW_MS_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FACTOR_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    WASTED_J_FIELD_NUMBER: _builtins.int
     total_j: _builtins.float
     prefill_j: _builtins.float
     decode_j: _builtins.float
@@ -608,6 +624,8 @@ class Energy(_message.Message):
     confidence_factor: _builtins.float
     """The true value lies within total_j / factor .. total_j * factor (1.05 for a counter, 2 for tdp)."""
     state: Global___EnergyState.ValueType
+    wasted_j: _builtins.float
+    """Part of the total that bought no token of the answer: over-run, recomputation, prefill after a failover."""
     def __init__(
         self,
         *,
@@ -622,10 +640,11 @@ class Energy(_message.Message):
         window_ms: _builtins.float = ...,
         confidence_factor: _builtins.float = ...,
         state: Global___EnergyState.ValueType = ...,
+        wasted_j: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_j", b"_decode_j", "_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "_prefill_j", b"_prefill_j", "_static_j", b"_static_j", "_total_j", b"_total_j", "decode_j", b"decode_j", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "prefill_j", b"prefill_j", "static_j", b"static_j", "total_j", b"total_j"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_j", b"_decode_j", "_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "_prefill_j", b"_prefill_j", "_static_j", b"_static_j", "_total_j", b"_total_j", "_wasted_j", b"_wasted_j", "decode_j", b"decode_j", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "prefill_j", b"prefill_j", "static_j", b"static_j", "total_j", b"total_j", "wasted_j", b"wasted_j"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_j", b"_decode_j", "_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "_prefill_j", b"_prefill_j", "_static_j", b"_static_j", "_total_j", b"_total_j", "confidence_factor", b"confidence_factor", "decode_j", b"decode_j", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "method", b"method", "prefill_j", b"prefill_j", "source", b"source", "state", b"state", "static_j", b"static_j", "total_j", b"total_j", "window_ms", b"window_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_j", b"_decode_j", "_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "_prefill_j", b"_prefill_j", "_static_j", b"_static_j", "_total_j", b"_total_j", "_wasted_j", b"_wasted_j", "confidence_factor", b"confidence_factor", "decode_j", b"decode_j", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "method", b"method", "prefill_j", b"prefill_j", "source", b"source", "state", b"state", "static_j", b"static_j", "total_j", b"total_j", "wasted_j", b"wasted_j", "window_ms", b"window_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decode_j: _TypeAlias = _typing.Literal["decode_j"]  # noqa: Y015
     _WhichOneofArgType__decode_j: _TypeAlias = _typing.Literal["_decode_j", b"_decode_j"]  # noqa: Y015
@@ -639,6 +658,8 @@ class Energy(_message.Message):
     _WhichOneofArgType__static_j: _TypeAlias = _typing.Literal["_static_j", b"_static_j"]  # noqa: Y015
     _WhichOneofReturnType__total_j: _TypeAlias = _typing.Literal["total_j"]  # noqa: Y015
     _WhichOneofArgType__total_j: _TypeAlias = _typing.Literal["_total_j", b"_total_j"]  # noqa: Y015
+    _WhichOneofReturnType__wasted_j: _TypeAlias = _typing.Literal["wasted_j"]  # noqa: Y015
+    _WhichOneofArgType__wasted_j: _TypeAlias = _typing.Literal["_wasted_j", b"_wasted_j"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__decode_j) -> _WhichOneofReturnType__decode_j | None: ...
     @_typing.overload
@@ -651,6 +672,8 @@ class Energy(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__static_j) -> _WhichOneofReturnType__static_j | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__total_j) -> _WhichOneofReturnType__total_j | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__wasted_j) -> _WhichOneofReturnType__wasted_j | None: ...
 
 Global___Energy: _TypeAlias = Energy  # noqa: Y015
 

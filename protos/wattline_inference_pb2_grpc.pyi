@@ -7,7 +7,8 @@ Status codes (one table, `cluster/router/errors.py`):
   INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names field, value, limit and fix
   NOT_FOUND           the model is not served here
   RESOURCE_EXHAUSTED  refused now rather than late; google.rpc.RetryInfo says when to come back
-  UNAVAILABLE         no replica can take it, or the replica died under the stream
+  UNAVAILABLE         no replica can take it, or the replica died under the stream and no other went on
+  ABORTED             two replicas died while they served this prompt; it is refused for ten minutes
   DEADLINE_EXCEEDED   the caller's gRPC deadline passed; KV blocks were freed within one step
   INTERNAL            our own bug; the text holds an id, never internals
 """

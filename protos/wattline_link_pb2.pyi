@@ -810,6 +810,10 @@ Global___Draining: _TypeAlias = Draining  # noqa: Y015
 
 @_typing.final
 class Goodbye(_message.Message):
+    """The last word. After Draining it means that the replica is drained; else, that its group is lost.
+    Requests still under way go on at another replica; the joules known of them came before.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int

@@ -1,13 +1,15 @@
 """A replica without an engine: speaks the link protocol over real gRPC and makes up tokens.
 
-Token i of an answer is a hash of prompt and position, so a lost, doubled or swapped token shows. Tests, chaos
-runs and benchmarks decide when it steps, what it says and how it leaves.
+Token i of an answer is a hash of prompt and position, so a lost, doubled or swapped token shows; an answer
+that another replica began goes on the same way. Tests, chaos runs and benchmarks decide when it steps, what
+it says and how it leaves.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from hashlib import blake2b
@@ -23,6 +25,8 @@ NUM_SPECIAL = 3
 EOS = 2
 HEARTBEAT_S = 0.25
 MJ_PER_TOKEN = 250
+HANG_UP_S = 5.0
+"""For the router to end a stream after Goodbye."""
 
 Tokens = Callable[[link.Submit, int], int]
 """Token at a position of an answer."""
@@ -40,6 +44,19 @@ class EnergyMode(Enum):
     """At once it is said that they will never be known."""
 
 
+class Fate(Enum):
+    """How a replica ends, or seems to."""
+
+    KILLED = auto()
+    """The link breaks without a word; what was on its way may be lost."""
+    FAILED = auto()
+    """Goodbye, because its group is lost."""
+    DRAINED = auto()
+    """Draining, then Goodbye with streams still under way."""
+    FROZEN = auto()
+    """It neither speaks nor listens until `thaw`."""
+
+
 @dataclass(slots=True)
 class Sequence:
     """One request under way."""
@@ -47,6 +64,11 @@ class Sequence:
     submit: link.Submit
     ends_at_s: float | None
     num_tokens: int = 0
+    """Of this attempt."""
+
+    @property
+    def next_offset(self) -> int:
+        return self.submit.first_offset + self.num_tokens
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,9 +86,17 @@ class FakeReplica:
     tokens_per_step: int = 1
     energy: EnergyMode = EnergyMode.AT_ONCE
     tokens: Tokens | None = None
+    weights_digest: str = "w"
+    tokenizer_digest: str = ""
+    fate: Fate | None = None
+    """What happens when it has made `fate_after` tokens, over all answers."""
+    fate_after: int = 0
+    num_tokens: int = 0
     commands: list[link.ToReplica] = field(default_factory=list)
     running: asyncio.Event = field(default_factory=asyncio.Event)
     """Steps happen only while it is set."""
+    _awake: asyncio.Event = field(default_factory=asyncio.Event)
+    _ending: asyncio.Task[None] | None = None
     _sequences: dict[int, Sequence] = field(default_factory=dict)
     _unbilled: list[link.RequestEnergy] = field(default_factory=list)
     _arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -95,23 +125,51 @@ class FakeReplica:
                 await self._call.code(), grpc.aio.Metadata(), grpc.aio.Metadata(), await self._call.details()
             )
         self.running.set()
+        self._awake.set()
         self._tasks = [
             asyncio.create_task(work) for work in (self._read_commands(), self._run_steps(), self._beat())
         ]
 
     async def leave(self, *, says_goodbye: bool = True) -> None:
-        """Go: politely, or as a process that was killed."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._call is not None and not self._call.done():
-            if says_goodbye:
+        """Go: politely, or as a process that was killed. Safe to call twice."""
+        reading, *speaking = self._tasks
+        async with self._writing:  # A write that is cancelled under way would break the stream.
+            for task in speaking:
+                task.cancel()
+        self._awake.set()
+        if self._call is not None and not self._call.done() and says_goodbye:
+            with suppress(grpc.RpcError, asyncio.InvalidStateError, TimeoutError):
                 await self.send(link.FromReplica(goodbye=link.Goodbye(reason="test")))
                 await self._call.done_writing()
-                await self._call.read()
+                async with asyncio.timeout(HANG_UP_S):
+                    await self._call.code()
+        reading.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._call is not None:
             self._call.cancel()
         if self._channel is not None:
             await self._channel.close()
+
+    def freeze(self) -> None:
+        """Neither speak nor listen, like a stopped process."""
+        self._awake.clear()
+
+    async def thaw(self) -> None:
+        """Go on as if nothing had been: the tokens of one step come out before any command is read."""
+        await self.step()
+        self._awake.set()
+
+    async def end(self, fate: Fate) -> None:
+        match fate:
+            case Fate.KILLED:
+                await self.leave(says_goodbye=False)
+            case Fate.FAILED:
+                await self.leave()
+            case Fate.DRAINED:
+                await self.say_draining()
+                await self.leave()
+            case Fate.FROZEN:
+                self.freeze()
 
     async def send(self, message: link.FromReplica) -> None:
         """Write one message of this replica's life (or of the `epoch` it carries)."""
@@ -152,6 +210,8 @@ class FakeReplica:
             context_tokens=self.context_tokens,
             max_sequences=self.max_sequences,
             vocab_size=self.vocab_size,
+            weights_digest=self.weights_digest,
+            tokenizer_digest=self.tokenizer_digest,
             engine_version="test",
             dtype="float32",
             device="cpu",
@@ -190,7 +250,7 @@ class FakeReplica:
 
     def _advance(self, sequence: Sequence) -> link.SequenceDelta:
         submit = sequence.submit
-        first_offset = sequence.num_tokens
+        first_offset = sequence.next_offset
         token_ids: list[int] = []
         finish = link.ENGINE_FINISH_NONE
         if sequence.ends_at_s is not None and monotonic() > sequence.ends_at_s:
@@ -199,9 +259,10 @@ class FakeReplica:
             token_ids.append((self.tokens or self._hash_token)(submit, first_offset + len(token_ids)))
             if token_ids[-1] in submit.stop_token_ids:
                 finish = link.ENGINE_FINISH_STOP
-            elif first_offset + len(token_ids) >= submit.max_tokens:
+            elif sequence.num_tokens + len(token_ids) >= submit.max_tokens:
                 finish = link.ENGINE_FINISH_LENGTH
         sequence.num_tokens += len(token_ids)
+        self.num_tokens += len(token_ids)
         return link.SequenceDelta(
             request_id=submit.request_id,
             attempt=submit.attempt,
@@ -213,9 +274,9 @@ class FakeReplica:
         )
 
     def _hash_token(self, submit: link.Submit, pos: int) -> int:
-        prompt = b"".join(token_id.to_bytes(4, "little") for token_id in submit.prompt_ids)
-        digest = blake2b(prompt + pos.to_bytes(4, "little"), digest_size=4).digest()
-        return NUM_SPECIAL + int.from_bytes(digest, "little") % (self.vocab_size - NUM_SPECIAL)
+        """The tokens that were delivered before are no part of the prompt."""
+        prompt_ids = submit.prompt_ids[: len(submit.prompt_ids) - submit.first_offset]
+        return hash_token(prompt_ids, pos, vocab_size=self.vocab_size)
 
     async def _bill(self, ended: list[Sequence]) -> None:
         if self.energy is EnergyMode.UNKNOWN:
@@ -229,6 +290,7 @@ class FakeReplica:
     async def _read_commands(self) -> None:
         assert self._call is not None
         async for command in _messages(self._call):
+            await self._awake.wait()
             match command.WhichOneof("command"):
                 case "submit":
                     deadline_ms = command.submit.deadline_ms
@@ -252,7 +314,7 @@ class FakeReplica:
         delta = link.SequenceDelta(
             request_id=request_id,
             attempt=sequence.submit.attempt,
-            first_offset=sequence.num_tokens,
+            first_offset=sequence.next_offset,
             finish=link.ENGINE_FINISH_STOP,
             timing=_timing(sequence),
         )
@@ -265,17 +327,29 @@ class FakeReplica:
     async def _run_steps(self) -> None:
         while True:
             await self.running.wait()
+            await self._awake.wait()
             if not self._sequences:
                 self._work.clear()
                 await self._work.wait()
                 continue
             await self.step()
+            if self.fate is not None and self.num_tokens >= self.fate_after:
+                self.freeze()
+                self._ending, self.fate = asyncio.create_task(self.end(self.fate)), None
             await asyncio.sleep(self.step_s)
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
+            await self._awake.wait()
             await self.send(link.FromReplica(heartbeat=link.Heartbeat(load=self.load())))
+
+
+def hash_token(prompt_ids: Iterable[int], pos: int, *, vocab_size: int) -> int:
+    """What a fake replica says at a position of its answer."""
+    prompt = b"".join(token_id.to_bytes(4, "little") for token_id in prompt_ids)
+    digest = blake2b(prompt + pos.to_bytes(4, "little"), digest_size=4).digest()
+    return NUM_SPECIAL + int.from_bytes(digest, "little") % (vocab_size - NUM_SPECIAL)
 
 
 async def _messages(

@@ -90,6 +90,8 @@ def render_answers(answers: list[tuple[str, Final]]) -> Table:
 def describe_cost(final: Final) -> str:
     """One line under an answer. Example: `12 tokens in 0.31 s, 2.1 J (0.175 J/token, model_table)`."""
     tokens = f"{final.usage.completion_tokens} tokens in {final.timing.total_ms / 1000:.2f} s"
+    if final.resumed_at:
+        tokens += f" (moved to another replica at {', '.join(map(str, final.resumed_at))})"
     energy = final.energy
     if energy.total_j is None:
         return f"{tokens}, energy unknown"

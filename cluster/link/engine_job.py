@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from cluster.text.answer_text import AnswerText
 from replicas.request import SamplingParams
@@ -11,7 +11,10 @@ from replicas.request import SamplingParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineJob:
-    """What an engine is asked for, and the text side that stays here. `deadline_s`: time left; None: none."""
+    """What an engine is asked for, and the text side that stays here. `deadline_s`: time left; None: none.
+
+    `first_offset` is the number of tokens at the end of `prompt_ids` that the caller has already.
+    """
 
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -25,3 +28,23 @@ class EngineJob:
     text: AnswerText
     buffer_bytes: int
     on_overflow: Callable[[], None]
+    attempt: int = 0
+    first_offset: int = 0
+
+    def resumed(
+        self, delivered_ids: Sequence[int], *, attempt: int, lane: int, deadline_s: float | None
+    ) -> EngineJob:
+        """The rest of this job, for another engine. `self` is the first attempt's.
+
+        The text side goes on as it is: detokeniser and stop texts have seen the delivered tokens.
+        """
+        assert self.attempt == 0 and len(delivered_ids) < self.max_tokens
+        return replace(
+            self,
+            prompt_ids=(*self.prompt_ids, *delivered_ids),
+            max_tokens=self.max_tokens - len(delivered_ids),
+            first_offset=len(delivered_ids),
+            attempt=attempt,
+            lane=lane,
+            deadline_s=deadline_s,
+        )

@@ -6,6 +6,7 @@ from cluster.link.engine_job import EngineJob
 from cluster.link.token_stream import End, Finished
 from cluster.router.energy_account import RequestEnergy
 from cluster.router.errors import DeadlinePassed, ReplicaStopped, engine_error
+from cluster.router.failover import LossReason
 from protos import wattline_link_pb2 as link
 from replicas.request import FinishReason, SequenceTiming
 from replicas.wire import sampling_to_wire
@@ -14,7 +15,7 @@ MAX_DEADLINE_MS = 2**32 - 1
 """The most the wire holds, 49 days; a caller may have more time, which no answer needs."""
 
 
-def submit_command(job: EngineJob, *, request_id: int, attempt: int) -> link.ToReplica:
+def submit_command(job: EngineJob, *, request_id: int) -> link.ToReplica:
     """The command that starts a request. A deadline under a millisecond is sent as one: 0 means none."""
     deadline_ms = (
         0 if job.deadline_s is None else int(min(max(1.0, job.deadline_s * 1e3), float(MAX_DEADLINE_MS)))
@@ -22,8 +23,8 @@ def submit_command(job: EngineJob, *, request_id: int, attempt: int) -> link.ToR
     return link.ToReplica(
         submit=link.Submit(
             request_id=request_id,
-            attempt=attempt,
-            first_offset=0,
+            attempt=job.attempt,
+            first_offset=job.first_offset,
             prompt_ids=job.prompt_ids,
             sampling=sampling_to_wire(job.sampling),
             max_tokens=job.max_tokens,
@@ -48,7 +49,7 @@ def parse_end(delta: link.SequenceDelta) -> End:
         case link.ENGINE_FINISH_DEADLINE:
             return DeadlinePassed()
         case link.ENGINE_FINISH_CANCELLED:
-            return ReplicaStopped()
+            return ReplicaStopped(LossReason.REFUSED)
         case _:
             return engine_error(delta.error.code, delta.error.message)
 

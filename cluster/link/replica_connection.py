@@ -17,8 +17,10 @@ from cluster.link.token_stream import End, TokenStream
 from cluster.router.balancer import LaneView
 from cluster.router.energy_account import EnergyAccount
 from cluster.router.errors import EngineFault, Overloaded, ReplicaStopped
+from cluster.router.failover import LossReason, ReplicaIdentity
 from cluster.text.detokenize_worker import DetokenizeWorker, StreamTokens
 from protos import wattline_link_pb2 as link
+from replicas.supervisor.step_watch import StepWatch
 from replicas.wire import logprobs_from_wire
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class ReplicaConnection:
         hello: link.Hello,
         epoch: int,
         max_waiting: int,
+        freeze_s: float,
         worker: DetokenizeWorker,
         clock_s: Callable[[], float],
     ) -> None:
@@ -72,6 +75,8 @@ class ReplicaConnection:
         self._heard_at_s = self.attached_at_s
         self._load_at_s = self.attached_at_s
         self._snapshot_count = 0
+        self._watch = StepWatch(floor_s=freeze_s)
+        self._is_fenced = False
         self._is_draining = False
         self._last_link_id = 0
         self._streams: dict[int, TokenStream] = {}
@@ -86,7 +91,17 @@ class ReplicaConnection:
     def state(self) -> ReplicaState:
         if self._is_draining:
             return ReplicaState.DRAINING
-        return ReplicaState.STALLED if self.is_silent else ReplicaState.READY
+        is_stalled = self.is_silent or self._is_fenced or self.closed.is_set()
+        return ReplicaState.STALLED if is_stalled else ReplicaState.READY
+
+    @property
+    def identity(self) -> ReplicaIdentity:
+        """What another replica must have in common with it to take over its streams."""
+        return ReplicaIdentity(
+            model=self.hello.model,
+            weights_digest=self.hello.weights_digest,
+            tokenizer_digest=self.hello.tokenizer_digest,
+        )
 
     @property
     def is_silent(self) -> bool:
@@ -109,17 +124,19 @@ class ReplicaConnection:
         Raises Overloaded if the replica does not take commands, ReplicaStopped if it is gone.
         """
         if self.closed.is_set():
-            raise ReplicaStopped
+            raise ReplicaStopped(LossReason.REFUSED)
         self._last_link_id += 1
         stream = TokenStream(
             link_id=self._last_link_id,
+            attempt=job.attempt,
+            first_offset=job.first_offset,
             text=job.text,
             buffer_bytes=job.buffer_bytes,
             on_overflow=job.on_overflow,
             clock_s=self._clock_s,
         )
         try:
-            self.commands.put_nowait(submit_command(job, request_id=stream.link_id, attempt=stream.attempt))
+            self.commands.put_nowait(submit_command(job, request_id=stream.link_id))
         except asyncio.QueueFull:
             raise Overloaded("the replica does not take commands", retry_after_ms=250) from None
         account = EnergyAccount()
@@ -148,6 +165,18 @@ class ReplicaConnection:
     def heard(self) -> None:
         """A message came: the replica lives."""
         self._heard_at_s = self._clock_s()
+        self._is_fenced = False
+        self._watch.note_step(self.load.step_ms / 1e3)
+
+    def check_progress(self) -> None:
+        """Call it several times a second: a replica with work that says nothing for too long is fenced.
+
+        A gap of this process's own does not count: the watch adds little per call, however late it comes.
+        """
+        self._watch.tick(self._clock_s(), has_work=bool(self._streams))
+        if self._watch.is_stalled:
+            logger.warning("replica_fenced id=%s streams=%d", self.replica_id, len(self._streams))
+            self._fence()
 
     def mark_draining(self) -> None:
         """The replica says that it takes no new work."""
@@ -208,15 +237,16 @@ class ReplicaConnection:
             if account.is_settled:
                 del self._accounts[entry.request_id]
 
-    def close(self) -> None:
+    def take_goodbye(self) -> None:
+        """The replica leaves. One that drained has done nothing wrong; any other has lost its group."""
+        self.close(LossReason.DRAINED if self._is_draining else LossReason.FAILED)
+
+    def close(self, reason: LossReason = LossReason.KILLED) -> None:
         """The link is gone: every stream fails, every account stays at what is known. Safe to call twice."""
         if self.closed.is_set():
             return
         self.closed.set()
-        streams, self._streams = self._streams, {}
-        if streams:
-            # Through the worker, so that tokens which came before are delivered before.
-            self._worker.submit([(stream, (), (), ReplicaStopped()) for stream in streams.values()])
+        self._lose_streams(reason)
         accounts, self._accounts = self._accounts, {}
         for account in accounts.values():
             account.settle()
@@ -231,6 +261,20 @@ class ReplicaConnection:
             # A cancel must not be lost: a replica that does not read is as good as gone.
             logger.error("link_overflow replica=%s commands=%d", self.replica_id, MAX_OUTGOING)
             self.close()
+
+    def _fence(self) -> None:
+        """Take every stream away. What the replica still says of them, should it wake up, finds none."""
+        self._is_fenced = True
+        link_ids = tuple(self._streams)
+        self._lose_streams(LossReason.FROZEN)
+        for link_id in link_ids:
+            self._send(link.ToReplica(cancel=link.Cancel(request_id=link_id)))
+
+    def _lose_streams(self, reason: LossReason) -> None:
+        streams, self._streams = self._streams, {}
+        if streams:
+            # Through the worker, so that tokens which came before are delivered before.
+            self._worker.submit([(stream, (), (), ReplicaStopped(reason)) for stream in streams.values()])
 
     def _note_progress(self, link_id: int, end: End | None) -> None:
         self._unseen.pop(link_id, None)

@@ -8,6 +8,7 @@ from random import Random
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.router.balancer import LaneView, choose_lane
 from cluster.router.errors import Overloaded, UnknownReplica
+from cluster.router.failover import ReplicaIdentity
 
 FULL_RETRY_MS = 250
 
@@ -74,3 +75,23 @@ class ReplicaPool:
         if lane is None:
             raise Overloaded("all replicas of this model are full", retry_after_ms=FULL_RETRY_MS)
         return self._connections[lane.replica_id], lane.lane
+
+    def choose_like(
+        self,
+        identity: ReplicaIdentity,
+        *,
+        prompt_tokens: int,
+        context_tokens: int,
+        excluded: ReplicaConnection | None,
+    ) -> tuple[ReplicaConnection, int] | None:
+        """A place at a replica of equal weights and tokens with that context; None: there is none."""
+        lanes = [
+            lane
+            for connection in self.ready(identity.model)
+            if connection is not excluded
+            and connection.identity == identity
+            and connection.hello.context_tokens >= context_tokens
+            for lane in connection.lane_views()
+        ]
+        lane = choose_lane(lanes, prompt_tokens=prompt_tokens, random=self._random)
+        return None if lane is None else (self._connections[lane.replica_id], lane.lane)

@@ -1,7 +1,7 @@
 """The router's side of the replica link: `wattline.v1.ReplicaLink/Attach`.
 
 Replicas dial in. A stream is: Hello up, Welcome down, then steps, heartbeats and joules up, and work down.
-When it ends, for whatever reason, the replica is forgotten and what it was serving fails.
+When it ends, for whatever reason, the replica is forgotten; what it served goes on elsewhere, or fails.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 PROTOCOL = 1
 MAX_REPLICAS = 1024
 HELLO_TIMEOUT_S = 10.0
+WATCH_PERIOD_S = 0.1
 
 LinkContext: TypeAlias = "grpc.aio.ServicerContext[link.FromReplica, link.ToReplica]"
 
@@ -42,12 +43,14 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
         pool: ReplicaPool,
         worker: DetokenizeWorker,
         metrics: RouterMetrics,
+        freeze_s: float,
     ) -> None:
         self._router_id = router_id
         self._models = models
         self._pool = pool
         self._worker = worker
         self._metrics = metrics
+        self._freeze_s = freeze_s
 
     # A coroutine that writes, where the generated signature wants an iterator: gRPC takes both, and only this
     # form reads and writes at the same time.
@@ -63,6 +66,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             asyncio.create_task(self._read(connection, request_iterator)),
             asyncio.create_task(self._write(connection, context)),
             asyncio.create_task(connection.closed.wait()),
+            asyncio.create_task(_watch(connection)),
         )
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -96,6 +100,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             hello=message.hello,
             epoch=message.epoch,
             max_waiting=model.section.limits.max_waiting,
+            freeze_s=self._freeze_s,
             worker=self._worker,
             clock_s=monotonic,
         )
@@ -141,6 +146,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                     self._pool.changed()
                 case "goodbye":
                     logger.info("replica_goodbye id=%s", connection.replica_id)
+                    connection.take_goodbye()
                     return
                 case _:
                     logger.warning("link_message_unexpected id=%s event=%s", connection.replica_id, event)
@@ -150,3 +156,9 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             command = await connection.commands.get()
             self._metrics.count_link_message("down", command.WhichOneof("command") or "none")
             await context.write(command)
+
+
+async def _watch(connection: ReplicaConnection) -> None:
+    while True:
+        await asyncio.sleep(WATCH_PERIOD_S)
+        connection.check_progress()

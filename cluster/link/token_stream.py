@@ -48,15 +48,17 @@ class TokenStream:
         self,
         *,
         link_id: int,
+        attempt: int,
+        first_offset: int,
         text: AnswerText,
         buffer_bytes: int,
         on_overflow: Callable[[], None],
         clock_s: Callable[[], float],
     ) -> None:
         self.link_id = link_id
-        self.attempt = 0
+        self.attempt = attempt
         self.text = text
-        self.next_offset = 0
+        self.next_offset = first_offset
         """Offset of the next token from the link; everything else is a duplicate or a gap."""
         self.wasted_tokens = 0
         self.first_token_s: float | None = None

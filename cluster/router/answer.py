@@ -44,7 +44,10 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completed:
-    """The end of a successful answer. `energy` None: unknown; `is_settled`: no better figures will come."""
+    """The end of a successful answer. `energy` None: unknown; `is_settled`: no better figures will come.
+
+    `resumed_at` has the token offsets where another replica went on.
+    """
 
     request_id: str
     trace_id: str
@@ -52,3 +55,4 @@ class Completed:
     timing: Timing
     energy: RequestEnergy | None
     is_settled: bool
+    resumed_at: tuple[int, ...] = ()

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 
-from cluster.link.token_stream import TokenStream
 from cluster.router.answer import Timing, Usage
-from cluster.router.energy_account import EnergyAccount
+from cluster.router.energy_account import EnergyAccount, joined
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
-from cluster.router.errors import RouterError
-from cluster.router.served_model import ServedModel
-from cluster.telemetry.inference_span import InferenceSpan
+from cluster.router.run import Run
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
-from replicas.request import FinishReason, SequenceTiming
 
 
-@dataclass(slots=True, kw_only=True)
-class Run:
-    """One request at one replica, and how far it got. Mutable; owned by its stream.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedBooks:
+    """What a request took. Its joules may still be open."""
 
-    `outcome` None when the books are closed: the caller went away. `timing` None: the engine gave none.
-    """
-
-    request_id: str
-    arrived_s: float
-    model: ServedModel
-    replica_id: str
-    stream: TokenStream
+    usage: Usage
+    timing: Timing
     account: EnergyAccount
-    span: InferenceSpan
-    prompt_tokens: int
-    completion_tokens: int = 0
-    outcome: FinishReason | RouterError | None = None
-    timing: SequenceTiming | None = None
 
 
 class Books:
@@ -45,46 +31,65 @@ class Books:
         self._metrics = metrics
         self._telemetry = telemetry
 
-    def close(self, run: Run) -> tuple[Usage, Timing]:
+    def close(self, run: Run) -> ClosedBooks:
         """Called once per request, however it ended. Its joules follow when its account is settled."""
         usage, timing = _usage(run), _timing(run)
+        account = joined(
+            [attempt.account for attempt in run.attempts],
+            repeated=[attempt.is_repeated for attempt in run.attempts],
+        )
         model = run.model
         model.prompt_tokens_total += usage.prompt_tokens
         model.output_tokens_total += usage.completion_tokens
         self._metrics.count_tokens(model.name, usage)
-        if run.stream.first_token_s is not None and run.stream.last_token_s is not None:
-            decode_s = run.stream.last_token_s - run.stream.first_token_s
+        if run.first_token_s is not None and run.last_token_s is not None:
+            decode_s = run.last_token_s - run.first_token_s
             self._metrics.observe_answer(model.name, usage=usage, timing=timing, decode_s=decode_s)
         self._record.add(
-            FinishedRequest(request_id=run.request_id, model=model.name, usage=usage, account=run.account)
+            FinishedRequest(request_id=run.request_id, model=model.name, usage=usage, account=account)
         )
-        run.span.finish(replica_id=run.replica_id, usage=usage, timing=run.timing, outcome=run.outcome)
-        self._telemetry.hold_for_energy(run.span, run.account)
-        self._book_energy(run.account, model, usage)
-        return usage, timing
+        run.span.finish(
+            replica_id=run.attempt.connection.replica_id,
+            usage=usage,
+            timing=run.attempt.timing,
+            resumed_at=run.resumed_at,
+            outcome=run.outcome,
+        )
+        self._telemetry.hold_for_energy(run.span, account)
+        self._book_energy(run, account, usage)
+        return ClosedBooks(usage=usage, timing=timing, account=account)
 
-    def _book_energy(self, account: EnergyAccount, model: ServedModel, usage: Usage) -> None:
-        def settled() -> None:
+    def _book_energy(self, run: Run, whole: EnergyAccount, usage: Usage) -> None:
+        """The metric takes each attempt by itself: measured and estimated joules share no series."""
+
+        def count(account: EnergyAccount) -> None:
             if account.energy is not None:
-                self._metrics.add_energy(model.name, account.energy)
-                model.add_energy(account.energy, output_tokens=usage.completion_tokens)
+                self._metrics.add_energy(run.model.name, account.energy)
 
-        account.when_settled(settled)
+        def settled() -> None:
+            if whole.energy is not None:
+                run.model.add_energy(whole.energy, output_tokens=usage.completion_tokens)
+
+        for attempt in run.attempts:
+            attempt.account.when_settled(partial(count, attempt.account))
+        whole.when_settled(settled)
 
 
 def _usage(run: Run) -> Usage:
-    engine_wasted = run.timing.wasted_tokens if run.timing else 0
+    """Cached is what the first attempt found: a later one finds what was paid for already."""
+    first = run.attempts[0].timing
     return Usage(
-        prompt_tokens=run.prompt_tokens,
-        cached_tokens=run.timing.cached_tokens if run.timing else 0,
-        completion_tokens=run.completion_tokens,
-        wasted_tokens=run.stream.wasted_tokens + engine_wasted,
+        prompt_tokens=len(run.job.prompt_ids),
+        cached_tokens=first.cached_tokens if first else 0,
+        completion_tokens=len(run.delivered_ids),
+        wasted_tokens=sum(attempt.wasted_tokens for attempt in run.attempts),
     )
 
 
 def _timing(run: Run) -> Timing:
-    engine = run.timing
-    first_s = run.stream.first_token_s
+    """The engine's part is that of the last attempt: a replica that is lost says nothing of its own."""
+    engine = run.attempt.timing
+    first_s = run.first_token_s
     return Timing(
         queue_ms=engine.queue_us / 1e3 if engine else 0.0,
         prefill_ms=engine.prefill_us / 1e3 if engine else 0.0,

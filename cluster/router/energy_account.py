@@ -6,7 +6,7 @@ Millijoules as the replica's ledger closed them; the division into joules happen
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -37,6 +37,7 @@ class EnergyAccount:
         """The newest figures; None: nothing is known."""
         self._settled = asyncio.Event()
         self._on_settled: list[Callable[[], None]] = []
+        self._on_change: list[Callable[[], None]] = []
 
     @property
     def is_settled(self) -> bool:
@@ -53,6 +54,8 @@ class EnergyAccount:
         self.energy = energy
         if energy.is_final:
             self.settle()
+        for callback in self._on_change:
+            callback()
 
     def settle(self) -> None:
         """No more figures will come: the final ones are here, or their replica is gone."""
@@ -62,6 +65,10 @@ class EnergyAccount:
         callbacks, self._on_settled = self._on_settled, []
         for callback in callbacks:
             callback()
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Call back at every newer figure, as long as there are any."""
+        self._on_change.append(callback)
 
     def when_settled(self, callback: Callable[[], None]) -> None:
         """Call back once, at once if it is settled already."""
@@ -79,3 +86,51 @@ class EnergyAccount:
                 await self._settled.wait()
         except TimeoutError:
             return
+
+
+def joined(attempts: Sequence[EnergyAccount], *, repeated: Sequence[bool]) -> EnergyAccount:
+    """The account of a request from those of its attempts; it follows them until all are settled."""
+    if len(attempts) == 1:
+        return attempts[0]
+    whole = EnergyAccount()
+
+    def follow() -> None:
+        energy = add_up([attempt.energy for attempt in attempts], repeated=repeated)
+        if energy is not None:
+            whole.update(energy)
+        if all(attempt.is_settled for attempt in attempts):
+            whole.settle()
+
+    for attempt in attempts:
+        attempt.on_change(follow)
+        attempt.when_settled(follow)
+    return whole
+
+
+def add_up(attempts: Sequence[RequestEnergy | None], *, repeated: Sequence[bool]) -> RequestEnergy | None:
+    """The joules of a request from those of its attempts. None: nothing is known of any.
+
+    Final only if all of them are known to the last: a lost replica's open bill makes the sum a lower bound.
+    The prefill of a `repeated` attempt was done before, so it bought nothing. The sum is called by its least
+    certain part.
+    """
+    known = [energy for energy in attempts if energy is not None]
+    if not known:
+        return None
+    weakest = max(known, key=lambda energy: energy.confidence_factor)
+    repeated_mj = sum(
+        max(0, energy.prefill_mj - energy.wasted_mj)
+        for energy, is_repeated in zip(attempts, repeated, strict=True)
+        if energy is not None and is_repeated
+    )
+    return RequestEnergy(
+        prefill_mj=sum(energy.prefill_mj for energy in known),
+        decode_mj=sum(energy.decode_mj for energy in known),
+        static_mj=sum(energy.static_mj for energy in known),
+        wasted_mj=sum(energy.wasted_mj for energy in known) + repeated_mj,
+        source=weakest.source,
+        method=weakest.method,
+        window_ms=max(energy.window_ms for energy in known),
+        confidence_factor=weakest.confidence_factor,
+        is_final=len(known) == len(attempts) and all(energy.is_final for energy in known),
+    )

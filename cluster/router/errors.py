@@ -9,6 +9,8 @@
     ├── SlowConsumer        the caller does not read, and its buffer is full
     ├── NoReplica           nothing attached can take it, or the router is stopping
     ├── ReplicaStopped      the replica went away under the stream
+    ├── FailoverSpent       it did so more often than a stream is moved
+    ├── Quarantined         replicas died under this prompt
     ├── DeadlinePassed      the caller's deadline passed
     └── EngineFault         the engine failed this request; details stay in the log
 
@@ -22,6 +24,8 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from cluster.router.failover import LossReason
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -84,8 +88,25 @@ class ReplicaStopped(RouterError):
 
     retry_after_ms = 100
 
-    def __init__(self) -> None:
+    def __init__(self, reason: LossReason = LossReason.KILLED) -> None:
         super().__init__("the replica serving this request stopped; retry")
+        self.reason = reason
+
+
+class FailoverSpent(RouterError):
+    """The stream lost its replica, and may not be moved (again)."""
+
+    retry_after_ms = 1000
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(f"the replica serving this request stopped, and {limit}; retry")
+
+
+class Quarantined(RouterError):
+    """The prompt is taken for the cause of the death of replicas."""
+
+    def __init__(self) -> None:
+        super().__init__("replicas stopped while serving this prompt; it is refused for ten minutes")
 
 
 class DeadlinePassed(RouterError):
@@ -108,6 +129,8 @@ STATUS_CODES: dict[type[RouterError], grpc.StatusCode] = {
     SlowConsumer: grpc.StatusCode.RESOURCE_EXHAUSTED,
     NoReplica: grpc.StatusCode.UNAVAILABLE,
     ReplicaStopped: grpc.StatusCode.UNAVAILABLE,
+    FailoverSpent: grpc.StatusCode.UNAVAILABLE,
+    Quarantined: grpc.StatusCode.ABORTED,
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     EngineFault: grpc.StatusCode.INTERNAL,
 }
@@ -155,7 +178,7 @@ def engine_error(code_name: str, message: str) -> RouterError:
     if code_name == "RESOURCE_EXHAUSTED":
         return Overloaded("the replica's queue is full", retry_after_ms=250)
     if code_name == "UNAVAILABLE":
-        return ReplicaStopped()
+        return ReplicaStopped(LossReason.REFUSED)
     if code_name == "DEADLINE_EXCEEDED":
         return DeadlinePassed()
     return EngineFault("the engine failed this request")

@@ -37,6 +37,7 @@ from cluster.router.grpc_servers import bind, client_server, link_server
 from cluster.router.health import HealthBoard
 from cluster.router.http_app import build_app
 from cluster.router.http_server import HttpServer
+from cluster.router.resumption import Resumption
 from cluster.router.rpc import RpcGuard
 from cluster.router.served_model import ServedModel
 from cluster.router.service import InferenceServicer
@@ -82,6 +83,7 @@ class Router:
             pool=self._pool,
             tokenizing=self._tokenizing,
             books=Books(record=record, metrics=self._metrics, telemetry=self._telemetry),
+            resumption=Resumption(section=section.failover, pool=self._pool, metrics=self._metrics),
         )
         guard = RpcGuard(telemetry=self._telemetry, metrics=self._metrics)
         self._inference = InferenceServicer(
@@ -101,6 +103,7 @@ class Router:
             pool=self._pool,
             worker=self._worker,
             metrics=self._metrics,
+            freeze_s=section.failover.freeze_s,
         )
         self._closing = AsyncExitStack()
         """What has to be closed, in the reverse order of its start."""

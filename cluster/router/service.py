@@ -14,12 +14,13 @@ import grpc
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router import wire
 from cluster.router.answer import Completed, TextDelta
+from cluster.router.caller import Caller
 from cluster.router.completion import Completion
 from cluster.router.energy_record import EnergyRecord
 from cluster.router.errors import InvalidRequest, UnknownModel
 from cluster.router.rpc import Rpc, RpcGuard
 from cluster.router.served_model import ServedModel
-from cluster.router.streams import Caller, Streams
+from cluster.router.streams import Streams
 from cluster.router.validation import parse_chat, parse_generate, parse_text, parse_token_ids, parse_turns
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc

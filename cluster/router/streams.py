@@ -4,7 +4,7 @@
     tokenise   off the event loop
     route      the replica that can start soonest
     submit     down the link; tokens come back step by step, text is made beside the event loop
-    deliver    to the caller, as fast as it reads
+    deliver    to the caller, as fast as it reads; where the replica is lost, the rest comes from another
     account    usage, timing, spans; joules when the replica's meter windows have closed
 
 Whoever serves a protocol (gRPC here, others beside it) iterates `run` and writes what it yields. Cancelling
@@ -14,10 +14,10 @@ that iteration, at any point, frees everything: the engine is told within one me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 
 from cluster.config import RouterSection
@@ -27,21 +27,22 @@ from cluster.link.replica_pool import ReplicaPool
 from cluster.link.token_stream import Finished
 from cluster.router.admission import Verdict, decide
 from cluster.router.answer import Completed, TextDelta
-from cluster.router.bookkeeping import Books, Run
+from cluster.router.bookkeeping import Books
 from cluster.router.cache_salt import DEFAULT_TENANT, cache_salt
+from cluster.router.caller import Caller
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
 from cluster.router.errors import (
-    DeadlinePassed,
     InvalidRequest,
     NoReplica,
     Overloaded,
     RouterError,
     SlowConsumer,
 )
+from cluster.router.resumption import Resumption
+from cluster.router.run import Attempt, Run
 from cluster.router.served_model import ServedModel
 from cluster.router.validation import output_tokens_allowed
 from cluster.telemetry import semconv
-from cluster.telemetry.rpc_span import RpcSpan
 from cluster.text.answer_text import AnswerText
 from replicas.request import FinishReason
 
@@ -53,22 +54,6 @@ DEADLINE_MARGIN_S = 0.010
 NOT_READY = "no replica of this model is attached and ready"
 STOP_WAIT_S = 2.0
 """How long an engine may take to end a sequence whose answer is complete."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
-    """Who asked. `time_remaining_s` gives None where there is no deadline.
-
-    `accept` is awaited once the request is on its way to a replica. `interrupt` must end the iteration of
-    `Streams.run` with this error, even while it waits for the caller to read.
-    """
-
-    request_id: str
-    span: RpcSpan
-    time_remaining_s: Callable[[], float | None]
-    accept: Callable[[], Awaitable[None]]
-    interrupt: Callable[[RouterError], None]
-    arrived_s: float = field(default_factory=monotonic)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +77,14 @@ class Streams:
         pool: ReplicaPool,
         tokenizing: Executor,
         books: Books,
+        resumption: Resumption,
     ) -> None:
         self._section = section
         self._models = models
         self._pool = pool
         self._tokenizing = tokenizing
         self._books = books
+        self._resumption = resumption
         self.is_stopping = False
         """Set once: nothing new is admitted, what is under way goes on."""
         self.idle = asyncio.Event()
@@ -119,27 +106,29 @@ class Streams:
         with self._under_way(model):
             with caller.span.stage(semconv.TOKENIZE):
                 prompt_ids = await self.tokenize(model, completion.prompt)
+            self._resumption.admit(model.name, prompt_ids)
             with caller.span.stage(semconv.ROUTE):
                 route = self._route(model, completion, prompt_ids)
             run = self._submit(model, completion, caller, route)
             try:
                 await caller.accept()
-                async for delta in self._deliver(run, route.connection):
+                async for delta in self._deliver(run, caller):
                     yield delta
             except RouterError as error:
                 run.outcome = error
                 raise
             finally:
-                route.connection.release(run.stream)
-                usage, timing = self._books.close(run)
-            await run.account.wait(_energy_wait_s(completion, caller))
+                run.release()
+                closed = self._books.close(run)
+            await closed.account.wait(_energy_wait_s(completion, caller))
             yield Completed(
                 request_id=caller.request_id,
                 trace_id=caller.span.trace_id,
-                usage=usage,
-                timing=timing,
-                energy=run.account.energy,
-                is_settled=run.account.is_settled,
+                usage=closed.usage,
+                timing=closed.timing,
+                energy=closed.account.energy,
+                is_settled=closed.account.is_settled,
+                resumed_at=run.resumed_at,
             )
 
     async def tokenize(self, model: ServedModel, prompt: Prompt) -> tuple[int, ...]:
@@ -202,9 +191,7 @@ class Streams:
         return Route(connection=connection, lane=lane, prompt_ids=prompt_ids, max_tokens=max_tokens)
 
     def _submit(self, model: ServedModel, completion: Completion, caller: Caller, route: Route) -> Run:
-        deadline_s = caller.time_remaining_s()
-        if deadline_s is not None and deadline_s <= 0.0:
-            raise DeadlinePassed
+        deadline_s = caller.deadline_s()
         span = caller.span.start_inference(
             completion, request_id=caller.request_id, max_tokens=route.max_tokens
         )
@@ -226,22 +213,27 @@ class Streams:
             on_overflow=lambda: caller.interrupt(SlowConsumer(limit_bytes=limit_bytes)),
         )
         stream, account = route.connection.submit(job)
+        attempt = Attempt(
+            connection=route.connection,
+            stream=stream,
+            account=account,
+            first_offset=0,
+            prompt_tokens=len(route.prompt_ids),
+        )
         return Run(
             request_id=caller.request_id,
             arrived_s=caller.arrived_s,
             model=model,
-            replica_id=route.connection.replica_id,
-            stream=stream,
-            account=account,
+            job=job,
             span=span,
-            prompt_tokens=len(route.prompt_ids),
+            attempts=[attempt],
         )
 
-    async def _deliver(self, run: Run, connection: ReplicaConnection) -> AsyncIterator[TextDelta]:
+    async def _deliver(self, run: Run, caller: Caller) -> AsyncIterator[TextDelta]:
         """Deltas up to the one with the finish reason; then the engine's own end, which has the timing."""
         while run.outcome is None:
-            batch = await run.stream.next()
-            run.completion_tokens += len(batch.token_ids)
+            batch = await run.attempt.stream.next()
+            run.take(batch.token_ids)
             finish: FinishReason | None = None
             if batch.is_stopped:
                 finish = FinishReason.STOP
@@ -250,16 +242,26 @@ class Streams:
             if finish or batch.text or batch.token_ids:
                 yield TextDelta(batch.text, batch.token_ids, finish, batch.logprobs)
             run.outcome = finish
-            if finish is None and isinstance(batch.end, RouterError):
-                raise batch.end
-        connection.stop(run.stream)
-        try:
-            async with asyncio.timeout(STOP_WAIT_S):
-                end = await run.stream.wait_end()
-        except TimeoutError:
-            return
-        if isinstance(end, Finished):
-            run.timing = end.timing
+            if finish is not None or not isinstance(batch.end, RouterError):
+                continue
+            if run.has_all_tokens:
+                run.outcome = FinishReason.LENGTH
+                yield TextDelta(run.job.text.feed((), is_last=True).text, (), run.outcome)
+            else:
+                await self._resumption.resume(run, caller, batch.end)
+        await _await_end(run.attempt)
+
+
+async def _await_end(attempt: Attempt) -> None:
+    """The answer is complete: the engine ends the sequence, if it has not, and says what it took."""
+    attempt.connection.stop(attempt.stream)
+    try:
+        async with asyncio.timeout(STOP_WAIT_S):
+            end = await attempt.stream.wait_end()
+    except TimeoutError:
+        return
+    if isinstance(end, Finished):
+        attempt.timing = end.timing
 
 
 def _energy_wait_s(completion: Completion, caller: Caller) -> float:

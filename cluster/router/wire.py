@@ -32,6 +32,8 @@ def final_message(completed: Completed) -> pb.GenerateResponse:
             timing=_timing_message(completed.timing),
             energy=energy_message(completed.energy, completed.usage, is_settled=completed.is_settled),
             trace_id=completed.trace_id,
+            attempts=1 + len(completed.resumed_at),
+            resumed_at=completed.resumed_at,
         )
     )
 
@@ -57,6 +59,7 @@ def energy_message(energy: RequestEnergy | None, usage: Usage, *, is_settled: bo
         prefill_j=energy.prefill_mj / 1e3,
         decode_j=energy.decode_mj / 1e3,
         static_j=energy.static_mj / 1e3,
+        wasted_j=energy.wasted_mj / 1e3,
         joules_per_output_token=total_j / output_tokens if output_tokens else None,
         joules_per_total_token=total_j / total_tokens if total_tokens else None,
         source=energy.source,

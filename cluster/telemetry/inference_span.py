@@ -30,7 +30,7 @@ class InferenceSpan:
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer = tracer
         self._span = span
-        self._start_ns = time_ns()
+        self._attempt_start_ns = time_ns()
         self._end_ns: int | None = None
 
     @property
@@ -44,12 +44,27 @@ class InferenceSpan:
         trace_id, span_id = format_trace_id(context.trace_id), format_span_id(context.span_id)
         return f"00-{trace_id}-{span_id}-{context.trace_flags:02x}"
 
+    def add_failover(self, *, reason: str, offset: int, from_replica: str, to_replica: str) -> None:
+        """Another replica goes on with the token at `offset`, now."""
+        self._attempt_start_ns = time_ns()
+        self._span.add_event(
+            semconv.FAILOVER_EVENT,
+            {
+                semconv.FAILOVER_REASON: reason,
+                semconv.FAILOVER_OFFSET: offset,
+                semconv.FAILOVER_FROM: from_replica,
+                semconv.FAILOVER_TO: to_replica,
+            },
+            timestamp=self._attempt_start_ns,
+        )
+
     def finish(
         self,
         *,
         replica_id: str,
         usage: Usage,
         timing: SequenceTiming | None,
+        resumed_at: tuple[int, ...],
         outcome: FinishReason | RouterError | None,
     ) -> None:
         """The model's work is over, now. `outcome` None: the caller went away."""
@@ -75,6 +90,10 @@ class InferenceSpan:
         if isinstance(outcome, RouterError):
             self._span.set_attribute(semconv.ERROR_TYPE, type(outcome).__name__)
             self._span.set_status(Status(StatusCode.ERROR))
+        if resumed_at:
+            self._span.set_attributes(
+                {semconv.ATTEMPTS: 1 + len(resumed_at), semconv.RESUMED_AT: list(resumed_at)}
+            )
         if timing is not None:
             self._span.set_attribute(semconv.PREEMPTIONS, timing.preemptions)
             self._add_phases(timing)
@@ -89,6 +108,7 @@ class InferenceSpan:
                     semconv.ENERGY_PREFILL_J: energy.prefill_mj / 1e3,
                     semconv.ENERGY_DECODE_J: energy.decode_mj / 1e3,
                     semconv.ENERGY_STATIC_J: energy.static_mj / 1e3,
+                    semconv.ENERGY_WASTED_J: energy.wasted_mj / 1e3,
                     semconv.ENERGY_SOURCE: energy.source,
                     semconv.ENERGY_METHOD: energy.method,
                     semconv.ENERGY_WINDOW_MS: energy.window_ms,
@@ -98,9 +118,9 @@ class InferenceSpan:
         self._span.end(end_time=self._end_ns)
 
     def _add_phases(self, timing: SequenceTiming) -> None:
-        """Child spans from the engine's durations, laid end to end from the submission on."""
+        """Child spans from the engine's durations, laid end to end from its submission on."""
         context = set_span_in_context(self._span)
-        start_ns = self._start_ns
+        start_ns = self._attempt_start_ns
         for name, duration_us in (
             (semconv.QUEUE, timing.queue_us),
             (semconv.PREFILL, timing.prefill_us),

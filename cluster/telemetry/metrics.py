@@ -36,6 +36,12 @@ class RouterMetrics:
         self._energy = counter(
             "wattline_request_energy_joules", "Energy attributed to requests.", "model", "phase", "source"
         )
+        self._failovers = counter(
+            "wattline_failovers",
+            "Streams that went on at another replica, by how they lost theirs.",
+            "model",
+            "reason",
+        )
         self._link_messages = counter(
             "wattline_link_messages", "Messages on replica links.", "direction", "event"
         )
@@ -56,6 +62,9 @@ class RouterMetrics:
 
     def count_request(self, model: str, code: str) -> None:
         self._requests.labels(model or UNKNOWN_MODEL, code).inc()
+
+    def count_failover(self, model: str, reason: str) -> None:
+        self._failovers.labels(model, reason).inc()
 
     def count_link_message(self, direction: str, event: str) -> None:
         self._link_messages.labels(direction, event).inc()

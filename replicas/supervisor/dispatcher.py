@@ -163,6 +163,11 @@ class Dispatcher:
         self._is_fenced = True
         self.idle.set()
 
+    def bill_unfinished(self) -> None:
+        """Before Goodbye: what is known of the joules of every request that another replica will finish."""
+        for flight in self._in_flight.live():
+            self._report_provisional(flight)
+
     def _submit(self, session: LinkSession, request: GenerationRequest) -> None:
         refusal = self._refusal()
         if refusal is not None:

@@ -59,6 +59,10 @@ class InFlight(Generic[LinkT]):
         self._live[link, request_id] = flight
         return flight
 
+    def live(self) -> tuple[Flight[LinkT], ...]:
+        """Those that somebody waits for."""
+        return tuple(self._live.values())
+
     def find(self, link: LinkT, request_id: int) -> Flight[LinkT] | None:
         """The live flight of a router's request."""
         return self._live.get((link, request_id))

@@ -101,6 +101,7 @@ class LiveGroup:
 
     async def close_links(self, goodbye: str) -> None:
         """Send what is due and Goodbye on every link. Works after `run` ended too."""
+        self.dispatcher.bill_unfinished()
         await self._links.close(goodbye)
         if self._links_task is not None:
             self._links_task.cancel()

@@ -36,6 +36,8 @@ CLEAN_EXIT_TIMEOUT_S = 3.0
 DRAIN_RESERVE_S = 5.0
 """Of the drain budget: left for `stop`."""
 LAST_BILLS_TIMEOUT_S = 0.5
+DRAINED = "drained"
+"""The last word of a replica whose streams outlast its drain."""
 LOOPBACK = "127.0.0.1"
 
 logger = logging.getLogger(__name__)
@@ -143,7 +145,9 @@ class Supervisor:
         if self._fatal_reason is not None:
             await asyncio.wait({self._runner})
             return
-        await self._group.close_links(reason)
+        # Routers let the streams that outlast a drain go on elsewhere.
+        is_cut = self.is_draining and self.num_in_flight > 0
+        await self._group.close_links(DRAINED if is_cut else reason)
         self._runner.cancel()
         await asyncio.wait({self._runner})
         await self._socket.shut_down()

@@ -224,6 +224,33 @@ async def test_the_trace_has_the_callers_id_the_phases_and_the_final_joules(
     assert not any(SECRET in str(span) for span in servicer.spans)
 
 
+async def test_the_trace_tells_of_a_failover(collector: tuple[Collector, str]) -> None:
+    servicer, endpoint = collector
+    async with run_test_router(make_config(telemetry={"otlp_endpoint": endpoint})) as router:
+        old = router.replica(replica_id="old")
+        await old.attach()
+        old.running.clear()
+        call = router.inference.Generate(make_request(SECRET))
+        await old.wait_command("submit")
+        await old.step()
+        async with router.replica(replica_id="new"):
+            await old.leave()
+            await collect(call)
+    inference = servicer.span(f"text_completion {MODEL}")
+    values = attributes(inference)
+    assert (values["wattline.attempts"], values["wattline.resumed_at"]) == (2, [1])
+    assert values["wattline.replica.id"] == "new"
+    (event,) = inference.events
+    assert event.name == "wattline.failover"
+    assert {pair.key: plain(pair.value) for pair in event.attributes} == {
+        "wattline.failover.reason": "failed",
+        "wattline.failover.offset": 1,
+        "wattline.failover.from_replica": "old",
+        "wattline.failover.to_replica": "new",
+    }
+    assert servicer.span("queue").start_time_unix_nano >= event.time_unix_nano
+
+
 async def test_a_trace_without_joules_says_so(collector: tuple[Collector, str]) -> None:
     servicer, endpoint = collector
     await trace_of_one_request(endpoint, energy=EnergyMode.NEVER)

@@ -36,7 +36,9 @@ class ScriptedInference(rpc.InferenceServicer):
             yield pb.GenerateResponse(delta=pb.Delta(text=piece, token_ids=[index], finish_reason=reason))
         energy = pb.Energy(total_j=3.0, source="counter", state=pb.ENERGY_STATE_FINAL)
         usage = pb.Usage(prompt_tokens=4, completion_tokens=len(pieces))
-        yield pb.GenerateResponse(final=pb.Final(request_id="r1", usage=usage, energy=energy, trace_id="t1"))
+        yield pb.GenerateResponse(
+            final=pb.Final(request_id="r1", usage=usage, energy=energy, trace_id="t1", resumed_at=[1])
+        )
 
     def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
@@ -91,6 +93,7 @@ def test_chat_gives_the_pieces_and_then_the_cost(client: Client) -> None:
     assert (final.request_id, final.trace_id, final.usage.completion_tokens) == ("r1", "t1", 2)
     assert final.energy.total_j == 3.0
     assert final.energy.is_final
+    assert final.resumed_at == (1,)
 
 
 def test_what_the_router_does_not_know_is_none_and_not_zero(client: Client) -> None:

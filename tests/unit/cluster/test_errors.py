@@ -20,6 +20,8 @@ def make_errors() -> list[RouterError]:
         errors.SlowConsumer(limit_bytes=10),
         errors.NoReplica("none"),
         errors.ReplicaStopped(),
+        errors.FailoverSpent("enough"),
+        errors.Quarantined(),
         errors.DeadlinePassed(),
         errors.EngineFault("fault"),
     ]

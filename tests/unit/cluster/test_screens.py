@@ -119,6 +119,12 @@ def test_cost_says_whether_it_is_final_and_what_measured_it() -> None:
     )
 
 
+def test_a_failover_is_said() -> None:
+    assert describe_cost(replace(make_final(total_j=None), resumed_at=(7, 21))) == (
+        "60 tokens in 0.42 s (moved to another replica at 7, 21), energy unknown"
+    )
+
+
 def test_unknown_energy_is_said_and_not_zero() -> None:
     assert describe_cost(make_final(total_j=None)) == "60 tokens in 0.42 s, energy unknown"
     console, out = make_console()

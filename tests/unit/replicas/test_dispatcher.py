@@ -273,6 +273,7 @@ async def test_the_bill_follows_the_answer_under_the_links_number() -> None:
     (statement,) = parcel.energy
     joules = statement.joules
     assert joules is not None
+    assert joules is not None
     assert (statement.request_id, statement.attempt, joules.total_mj, joules.final) == (7, 1, 4_000, True)
     assert desk.dispatcher.billed.is_set()
     assert desk.dispatcher.load().energy_source == "fake"
@@ -323,3 +324,26 @@ async def test_a_cancelled_request_still_gets_its_bill() -> None:
     assert parcel is not None
     assert parcel.deltas == ()
     assert [entry.joules.total_mj for entry in parcel.energy if entry.joules and entry.joules.final] == [100]
+
+
+async def test_who_leaves_bills_what_another_replica_will_finish() -> None:
+    desk = Desk(has_meter=True)
+    assert desk.energy is not None
+    link = desk.attach("a")
+    desk.energy.add_reading(Reading(t_ns=0, energy_mj=0, source=Source.FAKE))
+    for request_id in (7, 8):
+        desk.dispatcher.on_command(link, Submit(request=make_request(request_id)))
+    desk.dispatcher.on_command(link, Cancel(request_id=8))
+    desk.now_ns = 50 * MS
+    desk.step(make_delta(1, (11,)), record=make_record(1, start_ns=0, end_ns=50 * MS))
+    desk.energy.add_reading(Reading(t_ns=50 * MS, energy_mj=100, source=Source.FAKE))
+    desk.dispatcher.fence()
+    await take(link)
+    desk.dispatcher.bill_unfinished()
+    parcel = await take(link)
+    assert parcel is not None
+    (statement,) = parcel.energy
+    joules = statement.joules
+    assert joules is not None
+    assert (statement.request_id, statement.attempt) == (7, 1)
+    assert (joules.total_mj, joules.final) == (100, False)

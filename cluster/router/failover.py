@@ -1,0 +1,127 @@
+"""Whether an interrupted stream goes on at another replica: the decision, its budget, its quarantine. Pure.
+
+A stream is worth a second try, not an endless one: two resumptions a request, a tenth of the traffic, and
+none for a request that was there when two replicas died.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, StrEnum, auto
+from hashlib import blake2b
+
+KILLS_TO_QUARANTINE = 2
+"""A request that was under way at this many deaths is taken for their cause."""
+QUARANTINE_S = 600.0
+MAX_QUARANTINED = 1024
+
+
+class LossReason(StrEnum):
+    """How a stream lost its replica; the text is the label of the metric."""
+
+    KILLED = "killed"
+    """The link ended without a word: the process, its host or the way there is gone."""
+    FAILED = "failed"
+    """The replica said that its group is lost."""
+    FROZEN = "frozen"
+    """Nothing came while work was in flight."""
+    DRAINED = "drained"
+    """The replica is being replaced, and its time to drain was over."""
+    REFUSED = "refused"
+    """The replica did not take the request, or gave it up."""
+
+    @property
+    def is_kill(self) -> bool:
+        """Whether the request may have been the cause."""
+        return self in (LossReason.KILLED, LossReason.FAILED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaIdentity:
+    """What has to be equal for one replica to go on where another stopped."""
+
+    model: str
+    weights_digest: str
+    tokenizer_digest: str
+
+
+class Verdict(Enum):
+    RESUME = auto()
+    QUARANTINE = auto()
+    REQUEST_SPENT = auto()
+    BUDGET_SPENT = auto()
+
+
+def decide(losses: Sequence[LossReason], *, per_request: int, has_budget: bool) -> Verdict:
+    """What becomes of a stream that has lost these replicas, the newest loss last."""
+    if sum(loss.is_kill for loss in losses) >= KILLS_TO_QUARANTINE:
+        return Verdict.QUARANTINE
+    if len(losses) > per_request:
+        return Verdict.REQUEST_SPENT
+    return Verdict.RESUME if has_budget else Verdict.BUDGET_SPENT
+
+
+class FailoverBudget:
+    """A token bucket: an admitted request adds `ratio`, a resumption takes one, at most `burst` are kept.
+
+    It starts full: a replica that dies early takes a whole batch of streams with it. Owned by the event loop.
+    """
+
+    def __init__(self, *, ratio: float, burst: int) -> None:
+        self._ratio = ratio
+        self._burst = float(burst)
+        self._tokens = self._burst
+
+    @property
+    def has_token(self) -> bool:
+        return self._tokens >= 1.0
+
+    def earn(self) -> None:
+        """A request was admitted."""
+        self._tokens = min(self._burst, self._tokens + self._ratio)
+
+    def spend(self) -> None:
+        """A stream goes on elsewhere."""
+        assert self.has_token
+        self._tokens -= 1.0
+
+
+class Quarantine:
+    """Prompts that are refused for a while; of too many, the oldest is let go. Owned by the event loop."""
+
+    def __init__(self, *, capacity: int = MAX_QUARANTINED, hold_s: float = QUARANTINE_S) -> None:
+        self._capacity = capacity
+        self._hold_s = hold_s
+        self._until_s: OrderedDict[bytes, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._until_s)
+
+    def add(self, model: str, prompt_ids: Sequence[int], *, now_s: float) -> None:
+        key = _fingerprint(model, prompt_ids)
+        self._until_s[key] = now_s + self._hold_s
+        self._until_s.move_to_end(key)
+        if len(self._until_s) > self._capacity:
+            self._until_s.popitem(last=False)
+
+    def holds(self, model: str, prompt_ids: Sequence[int], *, now_s: float) -> bool:
+        if not self._until_s:  # Nearly always: then no prompt is hashed.
+            return False
+        key = _fingerprint(model, prompt_ids)
+        until_s = self._until_s.get(key)
+        if until_s is None:
+            return False
+        if now_s >= until_s:
+            del self._until_s[key]
+            return False
+        return True
+
+
+def _fingerprint(model: str, prompt_ids: Sequence[int]) -> bytes:
+    """A prompt without its seed: a server draws another one at each try."""
+    digest = blake2b(model.encode(), digest_size=16)
+    for token_id in prompt_ids:
+        digest.update(token_id.to_bytes(4, "little"))
+    return digest.digest()

@@ -1,0 +1,134 @@
+"""Moves an interrupted stream to another replica: the rest of its job, sent to where it may go on.
+
+The decision is `failover.py`'s; here are the places to go, the wait for one, and the record of the move.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from time import monotonic
+from typing import NoReturn
+
+from cluster.config import FailoverSection
+from cluster.link.replica_connection import ReplicaConnection
+from cluster.link.replica_pool import ReplicaPool
+from cluster.router.caller import Caller
+from cluster.router.errors import FailoverSpent, Overloaded, Quarantined, ReplicaStopped, RouterError
+from cluster.router.failover import FailoverBudget, LossReason, Quarantine, Verdict, decide
+from cluster.router.run import Attempt, Run
+from cluster.telemetry.metrics import RouterMetrics
+
+LOOK_AGAIN_S = 0.05
+"""How often a stream that waits looks for a replica: room comes without an event."""
+
+
+class Resumption:
+    """One per router, for all its streams: they share the budget. Owned by the event loop."""
+
+    def __init__(
+        self,
+        *,
+        section: FailoverSection,
+        pool: ReplicaPool,
+        metrics: RouterMetrics,
+        clock_s: Callable[[], float] = monotonic,
+    ) -> None:
+        self._section = section
+        self._pool = pool
+        self._metrics = metrics
+        self._clock_s = clock_s
+        self._budget = FailoverBudget(ratio=section.budget_ratio, burst=section.burst)
+        self._quarantine = Quarantine()
+
+    def admit(self, model: str, prompt_ids: tuple[int, ...]) -> None:
+        """A request came in. Raises Quarantined for one that replicas died of."""
+        if self._quarantine.holds(model, prompt_ids, now_s=self._clock_s()):
+            raise Quarantined
+        self._budget.earn()
+
+    async def resume(self, run: Run, caller: Caller, error: RouterError) -> None:
+        """Start the next attempt at what is left of `run`, whose attempt ended with `error`.
+
+        Raises an error, mostly this one, where the stream does not go on.
+        """
+        run.losses.append(_loss_of(run, error))
+        self._judge(run)
+        connection, lane = await self._find_place(run, caller, error)
+        self._judge(run)  # Others may have spent the budget while this one waited.
+        lost, offset = run.attempt, len(run.delivered_ids)
+        lost.connection.release(lost.stream)
+        job = run.job.resumed(
+            run.delivered_ids, attempt=len(run.attempts), lane=lane, deadline_s=caller.deadline_s()
+        )
+        try:
+            stream, account = connection.submit(job)
+        except Overloaded:
+            raise error from None
+        self._budget.spend()
+        run.attempts.append(
+            Attempt(
+                connection=connection,
+                stream=stream,
+                account=account,
+                first_offset=offset,
+                prompt_tokens=len(job.prompt_ids),
+            )
+        )
+        reason = run.losses[-1].value
+        self._metrics.count_failover(run.model.name, reason)
+        run.span.add_failover(
+            reason=reason,
+            offset=offset,
+            from_replica=lost.connection.replica_id,
+            to_replica=connection.replica_id,
+        )
+
+    def _judge(self, run: Run) -> None:
+        verdict = decide(run.losses, per_request=self._section.per_request, has_budget=self._budget.has_token)
+        if verdict is not Verdict.RESUME:
+            self._refuse(run, verdict)
+
+    def _refuse(self, run: Run, verdict: Verdict) -> NoReturn:
+        match verdict:
+            case Verdict.QUARANTINE:
+                self._quarantine.add(run.model.name, run.job.prompt_ids, now_s=self._clock_s())
+                raise Quarantined
+            case Verdict.REQUEST_SPENT:
+                raise FailoverSpent(f"a request is moved {self._section.per_request} times at most")
+            case _:
+                raise FailoverSpent("this router moves no more streams for now")
+
+    async def _find_place(
+        self, run: Run, caller: Caller, error: RouterError
+    ) -> tuple[ReplicaConnection, int]:
+        """Where it may go on. Raises `error` if there is no such place in time."""
+        job, lost = run.job, run.attempt.connection
+        prompt_tokens = len(job.prompt_ids) + len(run.delivered_ids)
+        give_up_s = self._clock_s() + self._section.wait_s
+        while True:
+            place = self._pool.choose_like(
+                lost.identity,
+                prompt_tokens=prompt_tokens,
+                context_tokens=len(job.prompt_ids) + job.max_tokens,
+                # Its word that it is draining may still be on the way.
+                excluded=lost if run.losses[-1] is LossReason.REFUSED else None,
+            )
+            if place is not None:
+                return place
+            caller.deadline_s()
+            if self._clock_s() >= give_up_s:
+                raise error
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+
+def _loss_of(run: Run, error: RouterError) -> LossReason:
+    """How the replica was lost. Raises the error again where it is not about the replica.
+
+    A full queue is an answer for a new request, which may come back later; a stream under way cannot.
+    """
+    if isinstance(error, ReplicaStopped):
+        return error.reason
+    if isinstance(error, Overloaded) and len(run.attempts) > 1:
+        return LossReason.REFUSED
+    raise error

@@ -1,0 +1,100 @@
+"""One request on its way: the replicas that worked on it, and the tokens its caller has."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.link.engine_job import EngineJob
+from cluster.link.replica_connection import ReplicaConnection
+from cluster.link.token_stream import TokenStream
+from cluster.router.energy_account import EnergyAccount
+from cluster.router.errors import RouterError
+from cluster.router.failover import LossReason
+from cluster.router.served_model import ServedModel
+from cluster.telemetry.inference_span import InferenceSpan
+from replicas.request import FinishReason, SequenceTiming
+
+
+@dataclass(slots=True, kw_only=True)
+class Attempt:
+    """What one replica does for a request. `timing` None: the engine gave none (yet)."""
+
+    connection: ReplicaConnection
+    stream: TokenStream
+    account: EnergyAccount
+    first_offset: int
+    prompt_tokens: int
+    timing: SequenceTiming | None = None
+
+    @property
+    def wasted_tokens(self) -> int:
+        """Computed, but not sent: over-run, recomputation, and the prompt of a resumed attempt."""
+        engine_wasted = self.timing.wasted_tokens if self.timing else 0
+        return self.stream.wasted_tokens + engine_wasted + self._repeated_tokens
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether another replica had computed the prompt before."""
+        return self.first_offset > 0
+
+    @property
+    def _repeated_tokens(self) -> int:
+        """The prompt, where a token came of it before; it is computed again once there is another."""
+        if not self.is_repeated or self.stream.first_token_s is None:
+            return 0
+        return self.prompt_tokens - (self.timing.cached_tokens if self.timing else 0)
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """One request, and how far it got. Mutable; owned by its stream.
+
+    `job` is what the first attempt was asked for. `outcome` None when the books are closed: the caller went
+    away.
+    """
+
+    request_id: str
+    arrived_s: float
+    model: ServedModel
+    job: EngineJob
+    span: InferenceSpan
+    attempts: list[Attempt]
+    losses: list[LossReason] = field(default_factory=list)
+    delivered_ids: array[int] = field(default_factory=lambda: array("I"))
+    outcome: FinishReason | RouterError | None = None
+
+    @property
+    def attempt(self) -> Attempt:
+        """The one under way, or the last."""
+        return self.attempts[-1]
+
+    @property
+    def resumed_at(self) -> tuple[int, ...]:
+        """Offsets of the first token of every attempt but the first."""
+        return tuple(attempt.first_offset for attempt in self.attempts[1:])
+
+    @property
+    def first_token_s(self) -> float | None:
+        times = (attempt.stream.first_token_s for attempt in self.attempts)
+        return next((time_s for time_s in times if time_s is not None), None)
+
+    @property
+    def last_token_s(self) -> float | None:
+        times = (attempt.stream.last_token_s for attempt in reversed(self.attempts))
+        return next((time_s for time_s in times if time_s is not None), None)
+
+    @property
+    def has_all_tokens(self) -> bool:
+        """The caller has as many as it asked for."""
+        return len(self.delivered_ids) >= self.job.max_tokens
+
+    def take(self, token_ids: Sequence[int]) -> None:
+        """The caller gets these."""
+        self.delivered_ids.extend(token_ids)
+
+    def release(self) -> None:
+        """Nobody reads any more."""
+        for attempt in self.attempts:
+            attempt.connection.release(attempt.stream)

@@ -1,0 +1,136 @@
+"""When a stream that lost its replica goes on: the rule, the budget, the quarantine, and the joules of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.router.energy_account import EnergyAccount, RequestEnergy, add_up, joined
+from cluster.router.failover import FailoverBudget, LossReason, Quarantine, Verdict, decide
+
+KILLED, FAILED, FROZEN = LossReason.KILLED, LossReason.FAILED, LossReason.FROZEN
+DRAINED, REFUSED = LossReason.DRAINED, LossReason.REFUSED
+
+LOST = RequestEnergy(
+    prefill_mj=1000,
+    decode_mj=2000,
+    static_mj=500,
+    wasted_mj=0,
+    source="counter",
+    method="step-ledger/1",
+    window_ms=30.0,
+    confidence_factor=1.05,
+    is_final=False,
+)
+RESUMED = replace(LOST, prefill_mj=1500, decode_mj=4000, wasted_mj=200, window_ms=40.0, is_final=True)
+
+AGAIN = [False, True]
+"""The second attempt repeats the prompt of the first."""
+
+
+@pytest.mark.parametrize(
+    ("losses", "has_budget", "verdict"),
+    [
+        ([KILLED], True, Verdict.RESUME),
+        ([FROZEN, DRAINED], True, Verdict.RESUME),
+        ([KILLED], False, Verdict.BUDGET_SPENT),
+        ([FROZEN, DRAINED, REFUSED], True, Verdict.REQUEST_SPENT),
+        ([KILLED, FROZEN, FAILED], True, Verdict.QUARANTINE),
+        ([KILLED, FAILED], False, Verdict.QUARANTINE),
+    ],
+)
+def test_a_stream_is_moved_twice_and_never_past_two_deaths(
+    losses: list[LossReason], has_budget: bool, verdict: Verdict
+) -> None:
+    assert decide(losses, per_request=2, has_budget=has_budget) is verdict
+
+
+def test_no_failover_is_a_limit_of_zero() -> None:
+    assert decide([DRAINED], per_request=0, has_budget=True) is Verdict.REQUEST_SPENT
+
+
+def test_the_budget_starts_with_a_burst_and_earns_a_share_of_the_traffic() -> None:
+    budget = FailoverBudget(ratio=0.25, burst=2)
+    for _ in range(2):
+        budget.spend()
+    assert not budget.has_token
+    for _ in range(4):
+        budget.earn()
+    assert budget.has_token
+    for _ in range(100):
+        budget.earn()
+    for _ in range(2):
+        budget.spend()
+    assert not budget.has_token
+
+
+def test_a_quarantined_prompt_is_refused_for_its_time_only() -> None:
+    quarantine = Quarantine(hold_s=600.0)
+    assert not quarantine.holds("m", (1, 2), now_s=0.0)
+    quarantine.add("m", (1, 2), now_s=0.0)
+    assert quarantine.holds("m", (1, 2), now_s=599.0)
+    assert not quarantine.holds("m", (1, 2, 3), now_s=1.0)
+    assert not quarantine.holds("other", (1, 2), now_s=1.0)
+    assert not quarantine.holds("m", (1, 2), now_s=600.0)
+    assert len(quarantine) == 0
+
+
+def test_the_quarantine_lets_the_oldest_go() -> None:
+    quarantine = Quarantine(capacity=2)
+    for token_id in (1, 2, 1, 3):
+        quarantine.add("m", (token_id,), now_s=0.0)
+    assert [quarantine.holds("m", (token_id,), now_s=1.0) for token_id in (1, 2, 3)] == [True, False, True]
+
+
+def test_the_joules_of_all_attempts_add_up() -> None:
+    final = replace(LOST, is_final=True)
+    assert add_up([final, RESUMED], repeated=AGAIN) == RequestEnergy(
+        prefill_mj=2500,
+        decode_mj=6000,
+        static_mj=1000,
+        wasted_mj=1500,
+        source="counter",
+        method="step-ledger/1",
+        window_ms=40.0,
+        confidence_factor=1.05,
+        is_final=True,
+    )
+
+
+def test_an_open_or_unknown_bill_keeps_the_sum_provisional() -> None:
+    open_bill, unknown = add_up([LOST, RESUMED], repeated=AGAIN), add_up([None, RESUMED], repeated=AGAIN)
+    assert open_bill is not None and unknown is not None
+    assert (open_bill.total_mj, open_bill.is_final) == (8500, False)
+    assert (unknown.total_mj, unknown.wasted_mj, unknown.is_final) == (5500, 1500, False)
+    assert add_up([None, None], repeated=AGAIN) is None
+
+
+def test_a_sum_is_called_by_its_least_certain_part() -> None:
+    estimated = replace(RESUMED, source="tdp", confidence_factor=2.0)
+    whole = add_up([LOST, estimated], repeated=[False, False])
+    assert whole is not None
+    assert (whole.source, whole.confidence_factor) == ("tdp", 2.0)
+    assert whole.wasted_mj == 200
+
+
+def test_a_joined_account_follows_its_attempts_until_all_are_settled() -> None:
+    first, second = EnergyAccount(), EnergyAccount()
+    first.update(LOST)
+    whole = joined([first, second], repeated=AGAIN)
+    settled: list[RequestEnergy | None] = []
+    whole.when_settled(lambda: settled.append(whole.energy))
+    second.update(RESUMED)
+    assert (whole.energy, whole.is_settled) == (add_up([LOST, RESUMED], repeated=AGAIN), False)
+    first.update(replace(LOST, decode_mj=2500, is_final=True))
+    assert whole.energy is not None and whole.is_final
+    assert (whole.energy.total_mj, settled) == (9000, [whole.energy])
+
+
+def test_an_attempt_that_stays_unknown_settles_without_joules() -> None:
+    first, second = EnergyAccount(), EnergyAccount()
+    whole = joined([first, second], repeated=AGAIN)
+    first.settle()
+    second.update(RESUMED)
+    assert whole.is_settled and not whole.is_final
+    assert joined([second], repeated=[False]) is second
