@@ -3,7 +3,7 @@
 isort:skip_file
 The client contract of Wattline: text or tokens in, tokens and joules out.
 
-Status codes (one table, `cluster/errors.py`):
+Status codes (one table, `cluster/router/errors.py`):
   INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names field, value, limit and fix
   NOT_FOUND           the model is not served here
   RESOURCE_EXHAUSTED  refused now rather than late; google.rpc.RetryInfo says when to come back

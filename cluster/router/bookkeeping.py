@@ -9,7 +9,8 @@ from cluster.link.token_stream import TokenStream
 from cluster.router.answer import Timing, Usage
 from cluster.router.energy_account import EnergyAccount
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
-from cluster.router.errors import RouterError
+from cluster.router.errors import RouterError, status_of
+from cluster.router.journal import ClosedRequest, Journal
 from cluster.router.served_model import ServedModel
 from cluster.telemetry.inference_span import InferenceSpan
 from cluster.telemetry.metrics import RouterMetrics
@@ -40,8 +41,11 @@ class Run:
 class Books:
     """Where all that is remembered of a request goes."""
 
-    def __init__(self, *, record: EnergyRecord, metrics: RouterMetrics, telemetry: Telemetry) -> None:
+    def __init__(
+        self, *, record: EnergyRecord, journal: Journal, metrics: RouterMetrics, telemetry: Telemetry
+    ) -> None:
         self._record = record
+        self._journal = journal
         self._metrics = metrics
         self._telemetry = telemetry
 
@@ -52,9 +56,9 @@ class Books:
         model.prompt_tokens_total += usage.prompt_tokens
         model.output_tokens_total += usage.completion_tokens
         self._metrics.count_tokens(model.name, usage)
-        if run.stream.first_token_s is not None and run.stream.last_token_s is not None:
-            decode_s = run.stream.last_token_s - run.stream.first_token_s
-            self._metrics.observe_answer(model.name, usage=usage, timing=timing, decode_s=decode_s)
+        closed = _closed(run, usage, timing)
+        is_met = self._journal.add(closed)
+        self._metrics.observe_request(closed, is_met=is_met)
         self._record.add(
             FinishedRequest(request_id=run.request_id, model=model.name, usage=usage, account=run.account)
         )
@@ -68,8 +72,40 @@ class Books:
             if account.energy is not None:
                 self._metrics.add_energy(model.name, account.energy)
                 model.add_energy(account.energy, output_tokens=usage.completion_tokens)
+                self._journal.of_model(model.name).add_bill(
+                    energy_mj=account.energy.total_mj,
+                    usage=usage,
+                    source=account.energy.source,
+                    now_s=monotonic(),
+                )
 
         account.when_settled(settled)
+
+
+def _closed(run: Run, usage: Usage, timing: Timing) -> ClosedRequest:
+    first_s, last_s = run.stream.first_token_s, run.stream.last_token_s
+    tpot_ms = None
+    if first_s is not None and last_s is not None and usage.completion_tokens > 1:
+        tpot_ms = (last_s - first_s) * 1e3 / (usage.completion_tokens - 1)
+    return ClosedRequest(
+        request_id=run.request_id,
+        trace_id=run.span.trace_id,
+        model=run.model.name,
+        ended_s=monotonic(),
+        usage=usage,
+        timing=timing,
+        ttft_ms=None if first_s is None else timing.ttft_ms,
+        tpot_ms=tpot_ms,
+        outcome=_outcome(run.outcome),
+        account=run.account,
+    )
+
+
+def _outcome(outcome: FinishReason | RouterError | None) -> str:
+    """One of a few words: it becomes a label."""
+    if outcome is None:
+        return "cancelled"
+    return outcome.name.lower() if isinstance(outcome, FinishReason) else status_of(outcome).code.name
 
 
 def _usage(run: Run) -> Usage:

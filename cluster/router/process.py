@@ -19,6 +19,7 @@ from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
+from time import monotonic
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -27,6 +28,9 @@ from grpc_reflection.v1alpha import reflection
 from cluster.addresses import RouterAddresses, join_host_port
 from cluster.command_error import CommandError
 from cluster.config import Config, ConfigError, default_runtime_dir, load_config
+from cluster.dashboard.feed import DashboardFeed
+from cluster.dashboard.routes import dashboard_routes
+from cluster.dashboard.snapshot import take_snapshot
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.server import LinkServicer
 from cluster.router import cluster_service, service
@@ -37,6 +41,7 @@ from cluster.router.grpc_servers import bind, client_server, link_server
 from cluster.router.health import HealthBoard
 from cluster.router.http_app import build_app
 from cluster.router.http_server import HttpServer
+from cluster.router.journal import Journal, Objective
 from cluster.router.rpc import RpcGuard
 from cluster.router.served_model import ServedModel
 from cluster.router.service import InferenceServicer
@@ -76,12 +81,23 @@ class Router:
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
         self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool))
         record = EnergyRecord(section.energy_record_count)
+        journal = Journal(
+            (model.name, Objective(ttft_ms=model.slo.ttft_ms, tpot_ms=model.slo.tpot_ms))
+            for model in config.models
+        )
+        self._dashboard = DashboardFeed(
+            read=lambda: take_snapshot(
+                models=self._models, pool=self._pool, journal=journal, now_s=monotonic()
+            ),
+            router_id=self.router_id,
+            version=release,
+        )
         self._streams = Streams(
             section=section,
             models=self._models,
             pool=self._pool,
             tokenizing=self._tokenizing,
-            books=Books(record=record, metrics=self._metrics, telemetry=self._telemetry),
+            books=Books(record=record, journal=journal, metrics=self._metrics, telemetry=self._telemetry),
         )
         guard = RpcGuard(telemetry=self._telemetry, metrics=self._metrics)
         self._inference = InferenceServicer(
@@ -118,12 +134,17 @@ class Router:
         clients = self._client_server()
         grpc_address = bind(clients, key="router.grpc_port", host=section.host, port=section.grpc_port)
         self._closing.push_async_callback(clients.stop, grace=CUT_S)
-        app = build_app(metrics=self._metrics, health=self._health)
+        app = build_app(
+            metrics=self._metrics, health=self._health, extra_routes=dashboard_routes(self._dashboard)
+        )
         http = HttpServer(app, host=section.host, port=section.http_port)
         self._closing.push_async_callback(http.stop)
+        # Pages hold their connection as long as there is news: without this, HTTP could not stop in time.
+        self._closing.callback(self._dashboard.close)
         await self._health.refresh()
         for server in (links, clients, http):
             await server.start()
+        self._dashboard.start()
         watching = asyncio.create_task(self._health.watch())
         self._closing.callback(watching.cancel)
         return RouterAddresses(

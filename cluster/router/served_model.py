@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from cluster.config import ModelSection
 from cluster.router.energy_account import RequestEnergy
+from cluster.router.ledger_book import LedgerBook
 from cluster.router.rates import EnergyRate, TokenRate
 from cluster.router.validation import RequestBounds
 from cluster.text.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ class ServedModel:
         self.energy_mj_total = 0
         self.token_rate = TokenRate()
         self.energy_rate = EnergyRate()
+        self.ledger = LedgerBook()
 
     @property
     def name(self) -> str:
