@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from time import monotonic
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -81,17 +82,8 @@ class Router:
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
         self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool))
         record = EnergyRecord(section.energy_record_count)
-        journal = Journal(
-            (model.name, Objective(ttft_ms=model.slo.ttft_ms, tpot_ms=model.slo.tpot_ms))
-            for model in config.models
-        )
-        self._dashboard = DashboardFeed(
-            read=lambda: take_snapshot(
-                models=self._models, pool=self._pool, journal=journal, now_s=monotonic()
-            ),
-            router_id=self.router_id,
-            version=release,
-        )
+        self._journal = journal = _new_journal(config)
+        self._dashboard = DashboardFeed(read=self._snapshot, router_id=self.router_id, version=release)
         self._streams = Streams(
             section=section,
             models=self._models,
@@ -109,7 +101,12 @@ class Router:
             tokenizing=self._tokenizing,
         )
         self._cluster = ClusterServicer(
-            guard=guard, models=self._models, pool=self._pool, router_id=self.router_id, version=release
+            guard=guard,
+            models=self._models,
+            pool=self._pool,
+            journal=journal,
+            router_id=self.router_id,
+            version=release,
         )
         self._links = LinkServicer(
             router_id=self.router_id,
@@ -168,6 +165,9 @@ class Router:
         logger.info("router_closing id=%s streams_cut=%d", self.router_id, self._streams.in_flight)
         await self._closing.aclose()
 
+    def _snapshot(self) -> dict[str, Any]:
+        return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
+
     def _client_server(self) -> grpc.aio.Server:
         server = client_server(self._config.router)
         wattline_inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
@@ -176,6 +176,13 @@ class Router:
         names = (service.SERVICE, cluster_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         return server
+
+
+def _new_journal(config: Config) -> Journal:
+    return Journal(
+        (model.name, Objective(ttft_ms=model.slo.ttft_ms, tpot_ms=model.slo.tpot_ms))
+        for model in config.models
+    )
 
 
 async def run_router(config: Config, *, addresses_path: Path | None = None) -> None:
