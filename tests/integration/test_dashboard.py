@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from protos import wattline_cluster_pb2 as cluster_pb
 from protos import wattline_link_pb2 as link
 from tests.router_fixture import MODEL, TestRouter, collect, make_config, make_request, run_test_router
 
@@ -142,6 +143,7 @@ async def test_the_ledger_adds_up_and_requests_are_listed_without_their_text(rou
         await replica.report_ledger(make_totals(until_s=1, prefill_mj=100, decode_mj=200, idle_mj=300))
         await replica.report_ledger(make_totals(until_s=3, prefill_mj=1100, decode_mj=2200, idle_mj=700))
         snapshot = await settled(router, meter_mj=4000)
+        status = await router.cluster.Status(cluster_pb.StatusRequest(last_requests=5))
     model = snapshot["models"][0]
     (ledger,) = model["energy"]["ledger"]
     assert ledger == {
@@ -162,6 +164,23 @@ async def test_the_ledger_adds_up_and_requests_are_listed_without_their_text(rou
     assert (request["prompt_tokens"], request["output_tokens"]) == (20, 8)
     assert (request["energy_mj"], request["outcome"], request["is_final"]) == (3000, "length", True)
     assert SECRET not in json.dumps(snapshot)
+    assert_same(status, snapshot)
+    assert SECRET not in str(status)
+
+
+def assert_same(status: cluster_pb.StatusResponse, snapshot: dict[str, Any]) -> None:
+    """What `wattline top` gets is what the page gets."""
+    told, shown = status.models[0], snapshot["models"][0]
+    assert (told.slo_met, told.slo_missed) == (shown["slo"]["met"], shown["slo"]["missed"])
+    assert (told.ttft.p50_ms, told.tpot.p95_ms) == (shown["ttft_ms"]["p50"], shown["tpot_ms"]["p95"])
+    assert told.joules_per_total_token == shown["j_per_total_token"]
+    assert told.power.meter_w == shown["power_w"]["meter_w"]
+    for name in ("meter_mj", "prefill_mj", "decode_mj", "idle_mj", "unattributed_mj", "static_mj"):
+        assert getattr(told.ledger[0], name) == shown["energy"]["ledger"][0][name]
+    assert [request.request_id for request in status.last_requests] == [
+        request["id"] for request in snapshot["requests"]
+    ]
+    assert status.last_requests[0].energy_mj == snapshot["requests"][0]["energy_mj"]
 
 
 async def settled(router: TestRouter, *, meter_mj: int) -> dict[str, Any]:

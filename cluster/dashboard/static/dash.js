@@ -76,6 +76,7 @@ function showLink(state, text) {
   const link = byId("link");
   if (link.dataset.state === state && link.textContent === text) return;
   link.dataset.state = state;
+  document.documentElement.dataset.link = state;
   link.textContent = text;
 }
 

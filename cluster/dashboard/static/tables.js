@@ -48,11 +48,11 @@ export function showTiles(model, attainment) {
   tile("tpot", "Later tokens", "Mean time per token after the first, half of the answers of the last 30 s (p50), and 95 of 100 (p95).",
     milliseconds(model.tpot_ms.p50), "p50", `p95 ${milliseconds(model.tpot_ms.p95)}`);
   tile("speed", "Output", "Tokens sent per second, all answers together, over the last ten seconds.",
-    number(model.output_tokens_per_s), "tok/s", `${count(model.active)} answers under way`);
+    number(model.output_tokens_per_s), "tok/s", `${count(model.active)} under way`);
   tile("cost", "Energy per token", "Joules of the requests billed in the last 30 s, divided by the tokens of their answers; and by all their tokens, prompts included.",
     number(model.j_per_output_token), "J/output", `${number(model.j_per_total_token)} J/total token`);
   tile("power", "Power", "What the devices of this model's replicas draw now, by the meter.",
-    number(power?.meter_w), "W", power ? `${number(power.idle_w)} W of it idle` : "no meter has spoken");
+    number(power?.meter_w), "W", power ? `${number(power.idle_w)} W of it idle` : "no meter yet");
   tile("batch", "Batch", "Requests the engines work on together, and those that wait for a place.",
     count(model.running), "running", `${count(model.waiting)} waiting`, model.waiting > model.running && model.waiting > 4 ? "warn" : "");
   tile("kv", "KV cache", "Part of the cache of keys and values that requests hold. At 100 % new requests wait.",
