@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.journal import Answers, ClosedRequest, Journal, percentile
+from cluster.router.journal import Answers, ClosedRequest, Journal, Spread
 from cluster.router.served_model import ServedModel
 
 Json: TypeAlias = dict[str, Any]
@@ -39,7 +39,6 @@ def take_snapshot(
 def view_model(
     model: ServedModel, *, replicas: list[ReplicaConnection], answers: Answers, now_s: float
 ) -> Json:
-    ttft_ms, tpot_ms = answers.ttft_ms(now_s=now_s), answers.tpot_ms(now_s=now_s)
     by_output, by_total = answers.joules_per_token(now_s=now_s)
     power = model.ledger.power(now_s=now_s)
     source = energy_source(model, replicas)
@@ -55,8 +54,8 @@ def view_model(
         "waiting": sum(sum(replica.load.waiting) for replica in replicas),
         "kv_used_ratio": kv_used_ratio(replicas),
         "output_tokens_per_s": model.token_rate.per_second(now_s=now_s),
-        "ttft_ms": {"p50": percentile(ttft_ms, 0.50), "p95": percentile(ttft_ms, 0.95)},
-        "tpot_ms": {"p50": percentile(tpot_ms, 0.50), "p95": percentile(tpot_ms, 0.95)},
+        "ttft_ms": view_spread(answers.ttft_ms(now_s=now_s)),
+        "tpot_ms": view_spread(answers.tpot_ms(now_s=now_s)),
         "slo": {
             "ttft_ms": answers.objective.ttft_ms,
             "tpot_ms": answers.objective.tpot_ms,
@@ -82,6 +81,10 @@ def view_model(
             "request_energy_mj": model.energy_mj_total,
         },
     }
+
+
+def view_spread(spread: Spread | None) -> Json:
+    return {"p50": spread.p50 if spread else None, "p95": spread.p95 if spread else None}
 
 
 def view_replica(connection: ReplicaConnection) -> Json:

@@ -12,7 +12,7 @@ import grpc
 
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.journal import ClosedRequest, Journal, percentile
+from cluster.router.journal import ClosedRequest, Journal, Spread
 from cluster.router.rpc import RpcGuard
 from cluster.router.served_model import ServedModel
 from protos import wattline_cluster_pb2 as pb
@@ -137,9 +137,8 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         )
 
 
-def _latency(values_ms: list[float]) -> pb.Latency | None:
-    p50_ms, p95_ms = percentile(values_ms, 0.50), percentile(values_ms, 0.95)
-    return None if p50_ms is None or p95_ms is None else pb.Latency(p50_ms=p50_ms, p95_ms=p95_ms)
+def _latency(spread_ms: Spread | None) -> pb.Latency | None:
+    return None if spread_ms is None else pb.Latency(p50_ms=spread_ms.p50, p95_ms=spread_ms.p95)
 
 
 def _summary(closed: ClosedRequest, *, now_s: float) -> pb.RequestSummary:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from cluster.router.answer import Timing, Usage
 from cluster.router.energy_account import EnergyAccount
@@ -15,7 +16,8 @@ from cluster.router.energy_account import EnergyAccount
 LAST_REQUESTS = 50
 WINDOW_S = 30.0
 """Percentiles and joules per token are over this much time."""
-MAX_WINDOW = 4096
+MAX_WINDOW = 1024
+"""Answers in it, at most: a model that gives more in that time is described by its last ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,14 @@ class Objective:
             return False
         is_first_in_time = self.ttft_ms is None or ttft_ms <= self.ttft_ms
         return is_first_in_time and (self.tpot_ms is None or tpot_ms is None or tpot_ms <= self.tpot_ms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Half of the values are not above `p50`, 95 of 100 not above `p95`."""
+
+    p50: float
+    p95: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +112,17 @@ class Answers:
             )
         )
 
-    def ttft_ms(self, *, now_s: float) -> list[float]:
-        """Of the answers that ended in the window."""
-        return [one.ttft_ms for one in self._recent(now_s) if one.ttft_ms is not None]
+    def ttft_ms(self, *, now_s: float) -> Spread | None:
+        """Of the answers that ended in the window. None: none did."""
+        return spread([one.ttft_ms for one in self._recent(now_s) if one.ttft_ms is not None])
 
-    def tpot_ms(self, *, now_s: float) -> list[float]:
-        return [one.tpot_ms for one in self._recent(now_s) if one.tpot_ms is not None]
+    def tpot_ms(self, *, now_s: float) -> Spread | None:
+        return spread([one.tpot_ms for one in self._recent(now_s) if one.tpot_ms is not None])
 
     def joules_per_token(self, *, now_s: float) -> tuple[float | None, float | None]:
         """By output token and by total token: ratios of sums over the window. None: no token in it."""
-        bills = [bill for bill in self._bills if now_s - bill.settled_s <= WINDOW_S]
+        since_s = now_s - WINDOW_S
+        bills = list(takewhile(lambda bill: bill.settled_s >= since_s, reversed(self._bills)))
         energy_j = sum(bill.energy_mj for bill in bills) / 1e3
         output_tokens = sum(bill.output_tokens for bill in bills)
         total_tokens = sum(bill.total_tokens for bill in bills)
@@ -121,7 +132,8 @@ class Answers:
         )
 
     def _recent(self, now_s: float) -> list[ClosedRequest]:
-        return [one for one in self._closed if now_s - one.ended_s <= WINDOW_S]
+        since_s = now_s - WINDOW_S
+        return list(takewhile(lambda one: one.ended_s >= since_s, reversed(self._closed)))
 
 
 class Journal:
@@ -145,13 +157,16 @@ class Journal:
         return self._answers[closed.model].add(closed)
 
 
-def percentile(values: Iterable[float], share: float) -> float | None:
-    """The value that `share` of the values do not exceed (nearest rank). None: there are none.
+def spread(values: Iterable[float]) -> Spread | None:
+    """By nearest rank, so both are values that occurred. None: there are no values.
 
-    Example: percentile([1, 2, 3, 4], 0.5) is 2.
+    Example: of 1, 2, 3 and 4, half are not above 2, and 95 of 100 not above 4.
     """
     ordered = sorted(values)
     if not ordered:
         return None
-    rank = max(1, -(-len(ordered) * round(share * 1000) // 1000))
-    return ordered[rank - 1]
+    return Spread(p50=ordered[_rank(len(ordered), 50)], p95=ordered[_rank(len(ordered), 95)])
+
+
+def _rank(num_values: int, percent: int) -> int:
+    return max(0, -(-num_values * percent // 100) - 1)

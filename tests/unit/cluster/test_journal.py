@@ -8,7 +8,7 @@ import pytest
 
 from cluster.router.answer import Timing, Usage
 from cluster.router.energy_account import EnergyAccount
-from cluster.router.journal import LAST_REQUESTS, WINDOW_S, ClosedRequest, Journal, Objective, percentile
+from cluster.router.journal import LAST_REQUESTS, WINDOW_S, ClosedRequest, Journal, Objective, Spread, spread
 
 USAGE = Usage(prompt_tokens=6, cached_tokens=0, completion_tokens=4, wasted_tokens=0)
 
@@ -82,12 +82,13 @@ def test_times_leave_with_the_window() -> None:
     journal = make_journal()
     journal.add(make_closed())
     answers = journal.of_model("m")
-    assert (answers.ttft_ms(now_s=101.0), answers.tpot_ms(now_s=101.0)) == ([50.0], [10.0])
-    assert answers.ttft_ms(now_s=101.0 + WINDOW_S) == []
+    assert answers.ttft_ms(now_s=101.0) == Spread(p50=50.0, p95=50.0)
+    assert answers.tpot_ms(now_s=101.0) == Spread(p50=10.0, p95=10.0)
+    assert answers.ttft_ms(now_s=101.0 + WINDOW_S) is None
 
 
 def test_percentiles_are_values_that_occurred() -> None:
-    assert percentile([], 0.5) is None
-    assert percentile([3.0, 1.0, 2.0, 4.0], 0.5) == 2.0
-    assert percentile([3.0, 1.0, 2.0, 4.0], 0.95) == 4.0
-    assert percentile(range(1, 101), 0.95) == 95
+    assert spread([]) is None
+    assert spread([3.0, 1.0, 2.0, 4.0]) == Spread(p50=2.0, p95=4.0)
+    assert spread(range(1, 101)) == Spread(p50=50, p95=95)
+    assert spread([7.0]) == Spread(p50=7.0, p95=7.0)
