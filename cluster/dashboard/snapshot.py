@@ -40,8 +40,8 @@ def view_model(
     model: ServedModel, *, replicas: list[ReplicaConnection], answers: Answers, now_s: float
 ) -> Json:
     by_output, by_total = answers.joules_per_token(now_s=now_s)
-    power = model.ledger.power(now_s=now_s)
     source = energy_source(model, replicas)
+    power = model.ledger.power(source, now_s=now_s)
     return {
         "name": model.name,
         "replicas": {
@@ -140,9 +140,7 @@ def kv_used_ratio(replicas: list[ReplicaConnection]) -> float | None:
 
 
 def energy_source(model: ServedModel, replicas: list[ReplicaConnection]) -> str:
-    """Of the last joules; before the first, what the replicas say they will use. Empty: unknown."""
-    if model.energy_rate.source:
-        return model.energy_rate.source
-    return next(iter(model.ledger.sums), "") or next(
+    """The one that is shown. Empty: unknown. Others are kept beside it, never added to it."""
+    return model.energy_source or next(
         (replica.hello.energy_source for replica in replicas if replica.hello.energy_source), ""
     )

@@ -92,7 +92,7 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         attached = self._pool.of_model(model.name)
         now_s = monotonic()
         answers = self._journal.of_model(model.name)
-        power = model.ledger.power(now_s=now_s)
+        power = model.ledger.power(model.energy_source, now_s=now_s)
         return pb.ModelStatus(
             name=model.name,
             min_replicas=model.section.replicas.min,
@@ -101,7 +101,7 @@ class ClusterServicer(pb_grpc.ClusterServicer):
             waiting_requests=sum(sum(connection.load.waiting) for connection in attached),
             output_tokens_per_s=model.token_rate.per_second(now_s=now_s),
             joules_per_output_token=model.energy_rate.joules_per_output_token,
-            energy_source=model.energy_rate.source or next((c.hello.energy_source for c in attached), ""),
+            energy_source=model.energy_source or next((c.hello.energy_source for c in attached), ""),
             replicas=[_replica_status(connection, now_s=now_s) for connection in attached],
             joules_per_total_token=answers.joules_per_token(now_s=now_s)[1],
             ttft=_latency(answers.ttft_ms(now_s=now_s)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 MAX_REPLICA_LIVES = 2048
 """Lives of replicas whose last sums are remembered; beyond it the one not heard of for longest is let go."""
@@ -74,11 +74,11 @@ class ReplicaLedger:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Life:
-    """The last report of one replica's life, and the power over the time before it."""
+    """The last report of one replica's life, and the power by source over the time before it."""
 
     ledger: ReplicaLedger
     heard_s: float
-    power: LedgerPower | None = field(default=None)
+    power: Mapping[str, LedgerPower]
 
 
 class LedgerBook:
@@ -113,12 +113,12 @@ class LedgerBook:
         if len(self._lives) > MAX_REPLICA_LIVES:
             self._lives.popitem(last=False)
 
-    def power(self, *, now_s: float) -> LedgerPower | None:
-        """What the replicas draw now, added up; None while none of them says."""
+    def power(self, source: str, *, now_s: float) -> LedgerPower | None:
+        """What the replicas draw now by meters of this source, added up; None while none of them says."""
         powers = [
-            life.power
+            life.power[source]
             for life in self._lives.values()
-            if life.power is not None and now_s - life.heard_s <= RATE_AGE_S
+            if source in life.power and now_s - life.heard_s <= RATE_AGE_S
         ]
         if not powers:
             return None
@@ -137,19 +137,26 @@ def total(sums: Iterable[LedgerSums]) -> LedgerSums:
     return sum(sums, LedgerSums())
 
 
-def _power(last: _Life | None, ledger: ReplicaLedger) -> LedgerPower | None:
-    """Over the time since the last report; as before where no more was divided."""
+def _power(last: _Life | None, ledger: ReplicaLedger) -> Mapping[str, LedgerPower]:
+    """Over the time since the last report; as before where no more was divided.
+
+    A source that divided nothing new has no power: its meter gave way to another.
+    """
     if last is None:
-        return None
+        return {}
     seconds = (ledger.until_ns - last.ledger.until_ns) / 1e9
     if seconds <= 0.0:
         return last.power
-    new = total(ledger.sums.values()).minus(total(last.ledger.sums.values()))
-    return LedgerPower(
-        meter_w=new.meter_mj / 1e3 / seconds,
-        prefill_w=new.prefill_mj / 1e3 / seconds,
-        decode_w=new.decode_mj / 1e3 / seconds,
-        idle_w=new.idle_mj / 1e3 / seconds,
-        unattributed_w=new.unattributed_mj / 1e3 / seconds,
-        static_w=new.static_mj / 1e3 / seconds,
-    )
+    powers = {}
+    for source, sums in ledger.sums.items():
+        new = sums.minus(last.ledger.sums.get(source, LedgerSums()))
+        if new.meter_mj or len(ledger.sums) == 1:
+            powers[source] = LedgerPower(
+                meter_w=new.meter_mj / 1e3 / seconds,
+                prefill_w=new.prefill_mj / 1e3 / seconds,
+                decode_w=new.decode_mj / 1e3 / seconds,
+                idle_w=new.idle_mj / 1e3 / seconds,
+                unattributed_w=new.unattributed_mj / 1e3 / seconds,
+                static_w=new.static_mj / 1e3 / seconds,
+            )
+    return powers

@@ -39,6 +39,11 @@ class ServedModel:
     def name(self) -> str:
         return self.section.name
 
+    @property
+    def energy_source(self) -> str:
+        """Of the newest joules: those of a request, else those of a ledger. Empty: there were none yet."""
+        return self.energy_rate.source or next(iter(self.ledger.sums), "")
+
     @contextmanager
     def one_more_active(self) -> Iterator[None]:
         """Count a request from its admission to its end."""

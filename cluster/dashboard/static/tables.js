@@ -94,7 +94,9 @@ export function showEnergy(model) {
     row("meter", "meter_mj", "sum"), row("of it static", "static_mj", "part"), row("of it wasted", "wasted_mj", "part"),
   );
   check.dataset.ok = String(sums.is_conserved);
-  check.textContent = sums.is_conserved ? "✓ the four parts equal the meter, to the millijoule" : "✗ the parts do not equal the meter";
+  const others = ledger.filter((one) => one !== sums).map((one) => `${joules(one.meter_mj)} J from ${one.source}`);
+  const apart = others.length ? `; beside it, never added: ${others.join(", ")}` : "";
+  check.textContent = (sums.is_conserved ? "✓ the four parts equal the meter, to the millijoule" : "✗ the parts do not equal the meter") + apart;
 }
 
 export function showReplicas(replicas) {

@@ -65,18 +65,40 @@ def test_sources_are_kept_apart() -> None:
     book.add(make_ledger(make_sums(1, 1), until_s=1), now_s=1.0)
     book.add(make_ledger(make_sums(2, 2), until_s=1, replica_id="b", source="tdp"), now_s=1.0)
     assert book.sums == {"counter": make_sums(1, 1), "tdp": make_sums(2, 2)}
+    book.add(make_ledger(make_sums(1001, 1), until_s=2), now_s=2.0)
+    book.add(make_ledger(make_sums(2, 3002), until_s=2, replica_id="b", source="tdp"), now_s=2.0)
+    powers = [book.power(source, now_s=2.0) for source in ("counter", "tdp", "shared")]
+    assert [power and power.meter_w for power in powers] == [1.0, 3.0, None]
+
+
+def test_a_meter_that_gave_way_draws_no_more() -> None:
+    book = LedgerBook()
+    before = make_ledger(make_sums(500, 0), until_s=1)
+    book.add(before, now_s=1.0)
+    after = ReplicaLedger(
+        replica_id="a",
+        epoch=1,
+        until_ns=2 * NS,
+        sums={"counter": make_sums(500, 0), "power_integrated": make_sums(700, 0)},
+        confidence_factors={"power_integrated": 1.1},
+    )
+    book.add(after, now_s=2.0)
+    assert book.power("counter", now_s=2.0) is None
+    power = book.power("power_integrated", now_s=2.0)
+    assert power is not None
+    assert power.meter_w == 0.7
 
 
 def test_power_is_what_was_divided_over_the_time_it_was_divided_for() -> None:
     book = LedgerBook()
     book.add(make_ledger(make_sums(0, 0), until_s=1), now_s=1.0)
-    assert book.power(now_s=1.0) is None
+    assert book.power("counter", now_s=1.0) is None
     book.add(make_ledger(make_sums(100_000, 300_000, 200_000), until_s=3), now_s=3.0)
-    power = book.power(now_s=3.0)
+    power = book.power("counter", now_s=3.0)
     assert power is not None
     assert (power.prefill_w, power.decode_w, power.idle_w, power.meter_w) == (50.0, 150.0, 100.0, 300.0)
     assert power.static_w == 50.0
-    assert book.power(now_s=3.0 + RATE_AGE_S + 0.1) is None
+    assert book.power("counter", now_s=3.0 + RATE_AGE_S + 0.1) is None
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
@@ -97,7 +119,7 @@ def test_the_parts_are_the_whole_whatever_the_replicas_do(
         book.add(ledger, now_s=float(second))
     assert all(sums.is_conserved for sums in book.sums.values())
     assert total(book.sums.values()) == total(lives.values())
-    power = book.power(now_s=float(len(reports)))
+    power = book.power("counter", now_s=float(len(reports)))
     if power is not None:
         parts_w = power.prefill_w + power.decode_w + power.idle_w + power.unattributed_w
         assert parts_w == pytest.approx(power.meter_w)
