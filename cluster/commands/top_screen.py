@@ -69,14 +69,14 @@ class TopScreen:
         if height:
             taken = LINES_OF_MODEL * len(state.models) + num_replicas + LINES_AROUND
             num_requests = max(LEAST_REQUESTS, height - taken)
-        parts: list[RenderableType] = [self._headline(state)]
+        parts: list[RenderableType] = [self._headline(state, is_live=height > 0)]
         for model in state.models:
             parts += [Rule(_title(model), align="left", style="bright_black")]
             parts += [_numbers(model), *_energy(model), self._line_row(model)]
         parts += [_replicas(state.models), _requests(state.last_requests[:num_requests])]
         return Group(*parts)
 
-    def _headline(self, state: RouterState) -> Text:
+    def _headline(self, state: RouterState, *, is_live: bool) -> Text:
         text = Text("wattline", style="bold")
         text.append(
             f"  {state.router_id} {state.version}  up {show_duration(state.uptime_s)}  ", "bright_black"
@@ -85,7 +85,7 @@ class TopScreen:
             text.append(f"● reconnecting: {self._lost}", "yellow")
         else:
             text.append("● live", "green")
-            text.append("   q quits", "bright_black")
+            text.append("   q quits" if is_live else "", "bright_black")
         return text
 
     def _line_row(self, model: ModelState) -> Text:

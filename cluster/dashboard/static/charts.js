@@ -51,7 +51,7 @@ export class Chart {
     const options = {
       ...this.size(),
       legend: { show: false },
-      padding: [8, 16, 0, 0],
+      padding: [8, 26, 0, 0],
       cursor: { y: false, drag: { x: false, y: false }, points: { size: 5 } },
       scales: {
         x: { time: true, range: () => this.timeRange() },

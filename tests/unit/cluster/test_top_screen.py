@@ -95,6 +95,15 @@ def test_every_number_is_on_the_screen() -> None:
         assert shown in text
 
 
+def test_keys_are_named_where_there_are_any() -> None:
+    out = io.StringIO()
+    screen = TopScreen()
+    screen.add(STATE)
+    Console(file=out, width=80).print(screen.render(height=24))
+    assert "q quits" in out.getvalue()
+    assert "q quits" not in draw(STATE)
+
+
 def test_unknown_energy_is_said_and_an_empty_router_says_what_to_do() -> None:
     text = draw(replace(STATE, models=(replace(MODEL, ledger=(), power=None),), last_requests=()))
     assert "energy unknown" in text
