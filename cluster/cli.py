@@ -17,6 +17,7 @@ from cluster.commands.down import down
 from cluster.commands.generate import generate
 from cluster.commands.router import router
 from cluster.commands.status import status
+from cluster.commands.top import top
 from cluster.commands.up import up
 
 EXAMPLES = """\
@@ -31,6 +32,7 @@ EXAMPLES = """\
 
    # what runs, how fast, at how many joules per token
    wattline status --watch
+   wattline top                                the dashboard, in this terminal
    wattline generate "Once upon a time" -m llama-demo --json | jq .energy
 
    wattline down
@@ -72,7 +74,7 @@ def wattline(
     """Options of `wattline` itself."""
 
 
-for command in (demo, up, down, status, chat, generate, router):
+for command in (demo, up, down, status, top, chat, generate, router):
     app.command()(command)
 app.command(context_settings=PASS_THROUGH)(agent)
 

@@ -18,6 +18,7 @@ import grpc
 
 from cluster import replies
 from cluster.command_error import CommandError
+from cluster.status_replies import to_model_state, to_request_state
 from protos import wattline_cluster_pb2 as cluster_pb
 from protos import wattline_cluster_pb2_grpc as cluster_rpc
 from protos import wattline_inference_pb2 as pb
@@ -27,11 +28,6 @@ ASK_TIMEOUT_S = 10.0
 MESSAGE_BYTES = 16 * 2**20
 
 FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
-REPLICA_STATES = {
-    cluster_pb.REPLICA_STATE_READY: "ready",
-    cluster_pb.REPLICA_STATE_DRAINING: "draining",
-    cluster_pb.REPLICA_STATE_STALLED: "stalled",
-}
 
 Answer = TypeVar("Answer")
 
@@ -159,13 +155,15 @@ class Client:
         answer = self._call(lambda: self._inference.GetEnergy(request, timeout=ASK_TIMEOUT_S))
         return to_energy(answer.energy)
 
-    def status(self, *, timeout_s: float = ASK_TIMEOUT_S) -> replies.RouterState:
-        answer = self._call(lambda: self._cluster.Status(cluster_pb.StatusRequest(), timeout=timeout_s))
+    def status(self, *, timeout_s: float = ASK_TIMEOUT_S, last_requests: int = 0) -> replies.RouterState:
+        request = cluster_pb.StatusRequest(last_requests=last_requests)
+        answer = self._call(lambda: self._cluster.Status(request, timeout=timeout_s))
         return replies.RouterState(
             router_id=answer.router_id,
             version=answer.version,
             uptime_s=answer.uptime_s,
             models=tuple(to_model_state(model) for model in answer.models),
+            last_requests=tuple(to_request_state(request) for request in answer.last_requests),
         )
 
     def _call(self, call: Callable[[], Answer]) -> Answer:
@@ -251,50 +249,4 @@ def to_energy(energy: pb.Energy) -> replies.Energy:
         window_ms=energy.window_ms,
         confidence_factor=energy.confidence_factor,
         is_final=energy.state == pb.ENERGY_STATE_FINAL,
-    )
-
-
-def to_model_state(model: cluster_pb.ModelStatus) -> replies.ModelState:
-    return replies.ModelState(
-        name=model.name,
-        min_replicas=model.min_replicas,
-        max_replicas=model.max_replicas,
-        active_requests=model.active_requests,
-        waiting_requests=model.waiting_requests,
-        output_tokens_per_s=model.output_tokens_per_s,
-        joules_per_output_token=(
-            model.joules_per_output_token if model.HasField("joules_per_output_token") else None
-        ),
-        energy_source=model.energy_source,
-        replicas=tuple(to_replica_state(replica) for replica in model.replicas),
-    )
-
-
-def to_replica_state(replica: cluster_pb.ReplicaStatus) -> replies.ReplicaState:
-    hello, load = replica.hello, replica.load
-    return replies.ReplicaState(
-        replica_id=replica.replica_id,
-        state=REPLICA_STATES.get(replica.state, "unknown"),
-        epoch=replica.epoch,
-        architecture=hello.architecture,
-        tensor_parallel=hello.tensor_parallel,
-        expert_parallel=hello.expert_parallel,
-        device=hello.device,
-        dtype=hello.dtype,
-        energy_source=hello.energy_source,
-        host=hello.host,
-        supervisor_pid=hello.supervisor_pid,
-        metrics_address=hello.metrics_address,
-        ranks=tuple(
-            replies.RankState(rank=rank.rank, pid=rank.pid, device=rank.device) for rank in hello.ranks
-        ),
-        requests_in_flight=replica.requests_in_flight,
-        attached_s=replica.attached_s,
-        running=sum(load.running),
-        waiting=sum(load.waiting),
-        free_blocks=sum(load.free_blocks),
-        total_blocks=sum(load.total_blocks),
-        step_ms=load.step_ms,
-        decode_tokens_per_s=load.decode_tokens_per_s,
-        power_w=load.power_w or None,  # 0 on the wire is what no warm device draws: unknown.
     )

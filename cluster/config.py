@@ -101,6 +101,13 @@ class LimitsSection(Section):
         )
 
 
+class SloSection(Section):
+    """What an answer should keep. Only reported: nothing is refused for it."""
+
+    ttft_ms: float | None = Field(None, gt=0.0, description="arrival to first token")
+    tpot_ms: float | None = Field(None, gt=0.0, description="mean time of each later token")
+
+
 class NullSection(Section):
     """The null engine (`source: "null"`), for trials without a model. See `NullEngineConfig`."""
 
@@ -128,6 +135,7 @@ class ModelSection(Section):
     parallel: ParallelSection = ParallelSection()
     replicas: ReplicasSection = ReplicasSection()
     limits: LimitsSection = LimitsSection()
+    slo: SloSection = SloSection()
     null_engine: NullSection = NullSection()
     threads_per_rank: int = Field(1, ge=1, le=256)
     cpus_per_rank: float = Field(1.0, gt=0.0, description="logical CPUs a rank reserves in Ray")

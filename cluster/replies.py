@@ -111,6 +111,56 @@ class ReplicaState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    p50: float
+    p95: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerState:
+    """Millijoules of one source: prefill + decode + idle + unattributed == meter."""
+
+    source: str
+    confidence_factor: float
+    meter_mj: int
+    prefill_mj: int
+    decode_mj: int
+    idle_mj: int
+    unattributed_mj: int
+    static_mj: int
+    wasted_mj: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerState:
+    """The same division now, in watts."""
+
+    meter_w: float
+    prefill_w: float
+    decode_w: float
+    idle_w: float
+    unattributed_w: float
+    static_w: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestState:
+    """One request that ended. `outcome`: a finish reason, `cancelled`, or the name of a gRPC status."""
+
+    request_id: str
+    trace_id: str
+    model: str
+    age_s: float
+    prompt_tokens: int
+    output_tokens: int
+    ttft_ms: float | None
+    total_ms: float
+    energy_mj: int | None
+    is_final: bool
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelState:
     """One model as operators see it; `joules_per_output_token` is None before the first answer."""
 
@@ -123,6 +173,13 @@ class ModelState:
     joules_per_output_token: float | None
     energy_source: str
     replicas: tuple[ReplicaState, ...]
+    joules_per_total_token: float | None = None
+    ttft_ms: Latency | None = None
+    tpot_ms: Latency | None = None
+    slo_met: int = 0
+    slo_missed: int = 0
+    ledger: tuple[LedgerState, ...] = ()
+    power: PowerState | None = None
 
     @property
     def num_ready(self) -> int:
@@ -135,3 +192,4 @@ class RouterState:
     version: str
     uptime_s: float
     models: tuple[ModelState, ...]
+    last_requests: tuple[RequestState, ...] = ()

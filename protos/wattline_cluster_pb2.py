@@ -25,33 +25,39 @@ _sym_db = _symbol_database.Default()
 from protos import wattline_link_pb2 as protos_dot_wattline__link__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/wattline_cluster.proto\x12\x0bwattline.v1\x1a\x1aprotos/wattline_link.proto\"\x0f\n\rStatusRequest\"p\n\x0eStatusResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12(\n\x06models\x18\x04 \x03(\x0b\x32\x18.wattline.v1.ModelStatus\"\x9e\x02\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cmin_replicas\x18\x02 \x01(\r\x12\x14\n\x0cmax_replicas\x18\x03 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x04 \x01(\r\x12\x18\n\x10waiting_requests\x18\x05 \x01(\r\x12\x1b\n\x13output_tokens_per_s\x18\x06 \x01(\x01\x12$\n\x17joules_per_output_token\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\renergy_source\x18\x08 \x01(\t\x12,\n\x08replicas\x18\t \x03(\x0b\x32\x1a.wattline.v1.ReplicaStatusB\x1a\n\x18_joules_per_output_token\"\xd8\x01\n\rReplicaStatus\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.wattline.v1.ReplicaState\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12!\n\x05hello\x18\x04 \x01(\x0b\x32\x12.wattline.v1.Hello\x12\'\n\x04load\x18\x05 \x01(\x0b\x32\x19.wattline.v1.LoadSnapshot\x12\x1a\n\x12requests_in_flight\x18\x06 \x01(\r\x12\x12\n\nattached_s\x18\x07 \x01(\x01\"\x15\n\x13WatchSignalsRequest\"4\n\x07Signals\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.wattline.v1.ModelSignals\"\x8d\x02\n\x0cModelSignals\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eready_replicas\x18\x02 \x01(\r\x12\x1a\n\x12requests_in_flight\x18\x03 \x01(\r\x12\x18\n\x10requests_waiting\x18\x04 \x01(\r\x12\x1e\n\x16waiting_prefill_tokens\x18\x05 \x01(\x04\x12\x1b\n\x13prompt_tokens_total\x18\x06 \x01(\x04\x12\x1b\n\x13output_tokens_total\x18\x07 \x01(\x04\x12\x16\n\x0erequests_total\x18\x08 \x01(\x04\x12\x15\n\rrefused_total\x18\t \x01(\x04\x12\x17\n\x0f\x65nergy_mj_total\x18\n \x01(\x04\")\n\x13\x44rainReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"\x16\n\x14\x44rainReplicaResponse*}\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13REPLICA_STATE_READY\x10\x01\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x02\x12\x19\n\x15REPLICA_STATE_STALLED\x10\x03\x32\xeb\x01\n\x07\x43luster\x12\x41\n\x06Status\x12\x1a.wattline.v1.StatusRequest\x1a\x1b.wattline.v1.StatusResponse\x12H\n\x0cWatchSignals\x12 .wattline.v1.WatchSignalsRequest\x1a\x14.wattline.v1.Signals0\x01\x12S\n\x0c\x44rainReplica\x12 .wattline.v1.DrainReplicaRequest\x1a!.wattline.v1.DrainReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/wattline_cluster.proto\x12\x0bwattline.v1\x1a\x1aprotos/wattline_link.proto\"&\n\rStatusRequest\x12\x15\n\rlast_requests\x18\x01 \x01(\r\"\xa4\x01\n\x0eStatusResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12(\n\x06models\x18\x04 \x03(\x0b\x32\x18.wattline.v1.ModelStatus\x12\x32\n\rlast_requests\x18\x05 \x03(\x0b\x32\x1b.wattline.v1.RequestSummary\"\x9e\x04\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cmin_replicas\x18\x02 \x01(\r\x12\x14\n\x0cmax_replicas\x18\x03 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x04 \x01(\r\x12\x18\n\x10waiting_requests\x18\x05 \x01(\r\x12\x1b\n\x13output_tokens_per_s\x18\x06 \x01(\x01\x12$\n\x17joules_per_output_token\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\renergy_source\x18\x08 \x01(\t\x12,\n\x08replicas\x18\t \x03(\x0b\x32\x1a.wattline.v1.ReplicaStatus\x12#\n\x16joules_per_total_token\x18\n \x01(\x01H\x01\x88\x01\x01\x12\"\n\x04ttft\x18\x0b \x01(\x0b\x32\x14.wattline.v1.Latency\x12\"\n\x04tpot\x18\x0c \x01(\x0b\x32\x14.wattline.v1.Latency\x12\x0f\n\x07slo_met\x18\r \x01(\x04\x12\x12\n\nslo_missed\x18\x0e \x01(\x04\x12)\n\x06ledger\x18\x0f \x03(\x0b\x32\x19.wattline.v1.LedgerTotals\x12&\n\x05power\x18\x10 \x01(\x0b\x32\x17.wattline.v1.PowerSplitB\x1a\n\x18_joules_per_output_tokenB\x19\n\x17_joules_per_total_token\")\n\x07Latency\x12\x0e\n\x06p50_ms\x18\x01 \x01(\x01\x12\x0e\n\x06p95_ms\x18\x02 \x01(\x01\"|\n\nPowerSplit\x12\x0f\n\x07meter_w\x18\x01 \x01(\x01\x12\x11\n\tprefill_w\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_w\x18\x03 \x01(\x01\x12\x0e\n\x06idle_w\x18\x04 \x01(\x01\x12\x16\n\x0eunattributed_w\x18\x05 \x01(\x01\x12\x10\n\x08static_w\x18\x06 \x01(\x01\"\xff\x01\n\x0eRequestSummary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\routput_tokens\x18\x06 \x01(\r\x12\x14\n\x07ttft_ms\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08total_ms\x18\x08 \x01(\x01\x12\x16\n\tenergy_mj\x18\t \x01(\x04H\x01\x88\x01\x01\x12\x10\n\x08is_final\x18\n \x01(\x08\x12\x0f\n\x07outcome\x18\x0b \x01(\tB\n\n\x08_ttft_msB\x0c\n\n_energy_mj\"\xd8\x01\n\rReplicaStatus\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.wattline.v1.ReplicaState\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12!\n\x05hello\x18\x04 \x01(\x0b\x32\x12.wattline.v1.Hello\x12\'\n\x04load\x18\x05 \x01(\x0b\x32\x19.wattline.v1.LoadSnapshot\x12\x1a\n\x12requests_in_flight\x18\x06 \x01(\r\x12\x12\n\nattached_s\x18\x07 \x01(\x01\"\x15\n\x13WatchSignalsRequest\"4\n\x07Signals\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.wattline.v1.ModelSignals\"\x8d\x02\n\x0cModelSignals\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eready_replicas\x18\x02 \x01(\r\x12\x1a\n\x12requests_in_flight\x18\x03 \x01(\r\x12\x18\n\x10requests_waiting\x18\x04 \x01(\r\x12\x1e\n\x16waiting_prefill_tokens\x18\x05 \x01(\x04\x12\x1b\n\x13prompt_tokens_total\x18\x06 \x01(\x04\x12\x1b\n\x13output_tokens_total\x18\x07 \x01(\x04\x12\x16\n\x0erequests_total\x18\x08 \x01(\x04\x12\x15\n\rrefused_total\x18\t \x01(\x04\x12\x17\n\x0f\x65nergy_mj_total\x18\n \x01(\x04\")\n\x13\x44rainReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"\x16\n\x14\x44rainReplicaResponse*}\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13REPLICA_STATE_READY\x10\x01\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x02\x12\x19\n\x15REPLICA_STATE_STALLED\x10\x03\x32\xeb\x01\n\x07\x43luster\x12\x41\n\x06Status\x12\x1a.wattline.v1.StatusRequest\x1a\x1b.wattline.v1.StatusResponse\x12H\n\x0cWatchSignals\x12 .wattline.v1.WatchSignalsRequest\x1a\x14.wattline.v1.Signals0\x01\x12S\n\x0c\x44rainReplica\x12 .wattline.v1.DrainReplicaRequest\x1a!.wattline.v1.DrainReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.wattline_cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATE']._serialized_start=1129
-  _globals['_REPLICASTATE']._serialized_end=1254
+  _globals['_REPLICASTATE']._serialized_start=1888
+  _globals['_REPLICASTATE']._serialized_end=2013
   _globals['_STATUSREQUEST']._serialized_start=74
-  _globals['_STATUSREQUEST']._serialized_end=89
-  _globals['_STATUSRESPONSE']._serialized_start=91
-  _globals['_STATUSRESPONSE']._serialized_end=203
-  _globals['_MODELSTATUS']._serialized_start=206
-  _globals['_MODELSTATUS']._serialized_end=492
-  _globals['_REPLICASTATUS']._serialized_start=495
-  _globals['_REPLICASTATUS']._serialized_end=711
-  _globals['_WATCHSIGNALSREQUEST']._serialized_start=713
-  _globals['_WATCHSIGNALSREQUEST']._serialized_end=734
-  _globals['_SIGNALS']._serialized_start=736
-  _globals['_SIGNALS']._serialized_end=788
-  _globals['_MODELSIGNALS']._serialized_start=791
-  _globals['_MODELSIGNALS']._serialized_end=1060
-  _globals['_DRAINREPLICAREQUEST']._serialized_start=1062
-  _globals['_DRAINREPLICAREQUEST']._serialized_end=1103
-  _globals['_DRAINREPLICARESPONSE']._serialized_start=1105
-  _globals['_DRAINREPLICARESPONSE']._serialized_end=1127
-  _globals['_CLUSTER']._serialized_start=1257
-  _globals['_CLUSTER']._serialized_end=1492
+  _globals['_STATUSREQUEST']._serialized_end=112
+  _globals['_STATUSRESPONSE']._serialized_start=115
+  _globals['_STATUSRESPONSE']._serialized_end=279
+  _globals['_MODELSTATUS']._serialized_start=282
+  _globals['_MODELSTATUS']._serialized_end=824
+  _globals['_LATENCY']._serialized_start=826
+  _globals['_LATENCY']._serialized_end=867
+  _globals['_POWERSPLIT']._serialized_start=869
+  _globals['_POWERSPLIT']._serialized_end=993
+  _globals['_REQUESTSUMMARY']._serialized_start=996
+  _globals['_REQUESTSUMMARY']._serialized_end=1251
+  _globals['_REPLICASTATUS']._serialized_start=1254
+  _globals['_REPLICASTATUS']._serialized_end=1470
+  _globals['_WATCHSIGNALSREQUEST']._serialized_start=1472
+  _globals['_WATCHSIGNALSREQUEST']._serialized_end=1493
+  _globals['_SIGNALS']._serialized_start=1495
+  _globals['_SIGNALS']._serialized_end=1547
+  _globals['_MODELSIGNALS']._serialized_start=1550
+  _globals['_MODELSIGNALS']._serialized_end=1819
+  _globals['_DRAINREPLICAREQUEST']._serialized_start=1821
+  _globals['_DRAINREPLICAREQUEST']._serialized_end=1862
+  _globals['_DRAINREPLICARESPONSE']._serialized_start=1864
+  _globals['_DRAINREPLICARESPONSE']._serialized_end=1886
+  _globals['_CLUSTER']._serialized_start=2016
+  _globals['_CLUSTER']._serialized_end=2251
 # @@protoc_insertion_point(module_scope)

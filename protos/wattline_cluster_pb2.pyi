@@ -43,12 +43,17 @@ Global___ReplicaState: _TypeAlias = ReplicaState  # noqa: Y015
 class StatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    LAST_REQUESTS_FIELD_NUMBER: _builtins.int
+    last_requests: _builtins.int
+    """How many of the requests that ended last to list, at most 50."""
     def __init__(
         self,
+        *,
+        last_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_requests", b"last_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -62,11 +67,16 @@ class StatusResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     UPTIME_S_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
+    LAST_REQUESTS_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
     version: _builtins.str
     uptime_s: _builtins.float
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStatus]: ...
+    @_builtins.property
+    def last_requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestSummary]:
+        """Newest first."""
+
     def __init__(
         self,
         *,
@@ -74,10 +84,11 @@ class StatusResponse(_message.Message):
         version: _builtins.str = ...,
         uptime_s: _builtins.float = ...,
         models: _abc.Iterable[Global___ModelStatus] | None = ...,
+        last_requests: _abc.Iterable[Global___RequestSummary] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "router_id", b"router_id", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_requests", b"last_requests", "models", b"models", "router_id", b"router_id", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -96,6 +107,13 @@ class ModelStatus(_message.Message):
     JOULES_PER_OUTPUT_TOKEN_FIELD_NUMBER: _builtins.int
     ENERGY_SOURCE_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    JOULES_PER_TOTAL_TOKEN_FIELD_NUMBER: _builtins.int
+    TTFT_FIELD_NUMBER: _builtins.int
+    TPOT_FIELD_NUMBER: _builtins.int
+    SLO_MET_FIELD_NUMBER: _builtins.int
+    SLO_MISSED_FIELD_NUMBER: _builtins.int
+    LEDGER_FIELD_NUMBER: _builtins.int
+    POWER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     min_replicas: _builtins.int
     max_replicas: _builtins.int
@@ -106,8 +124,25 @@ class ModelStatus(_message.Message):
     joules_per_output_token: _builtins.float
     """Over the last finished requests; unset before the first."""
     energy_source: _builtins.str
+    joules_per_total_token: _builtins.float
+    """Over the last 30 seconds, as the two latencies; unset where nothing ended in them."""
+    slo_met: _builtins.int
+    """Answers by whether they kept the model's objective; both 0 without one."""
+    slo_missed: _builtins.int
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]: ...
+    @_builtins.property
+    def ttft(self) -> Global___Latency: ...
+    @_builtins.property
+    def tpot(self) -> Global___Latency: ...
+    @_builtins.property
+    def ledger(self) -> _containers.RepeatedCompositeFieldContainer[_wattline_link_pb2.LedgerTotals]:
+        """What the replicas' ledgers divided, one entry per source; `until_ns` is not set."""
+
+    @_builtins.property
+    def power(self) -> Global___PowerSplit:
+        """Unset while no meter spoke."""
+
     def __init__(
         self,
         *,
@@ -120,16 +155,145 @@ class ModelStatus(_message.Message):
         joules_per_output_token: _builtins.float | None = ...,
         energy_source: _builtins.str = ...,
         replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
+        joules_per_total_token: _builtins.float | None = ...,
+        ttft: Global___Latency | None = ...,
+        tpot: Global___Latency | None = ...,
+        slo_met: _builtins.int = ...,
+        slo_missed: _builtins.int = ...,
+        ledger: _abc.Iterable[_wattline_link_pb2.LedgerTotals] | None = ...,
+        power: Global___PowerSplit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "joules_per_output_token", b"joules_per_output_token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "power", b"power", "tpot", b"tpot", "ttft", b"ttft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "active_requests", b"active_requests", "energy_source", b"energy_source", "joules_per_output_token", b"joules_per_output_token", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "name", b"name", "output_tokens_per_s", b"output_tokens_per_s", "replicas", b"replicas", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "active_requests", b"active_requests", "energy_source", b"energy_source", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "ledger", b"ledger", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "name", b"name", "output_tokens_per_s", b"output_tokens_per_s", "power", b"power", "replicas", b"replicas", "slo_met", b"slo_met", "slo_missed", b"slo_missed", "tpot", b"tpot", "ttft", b"ttft", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__joules_per_output_token: _TypeAlias = _typing.Literal["joules_per_output_token"]  # noqa: Y015
     _WhichOneofArgType__joules_per_output_token: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token"]  # noqa: Y015
+    _WhichOneofReturnType__joules_per_total_token: _TypeAlias = _typing.Literal["joules_per_total_token"]  # noqa: Y015
+    _WhichOneofArgType__joules_per_total_token: _TypeAlias = _typing.Literal["_joules_per_total_token", b"_joules_per_total_token"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__joules_per_output_token) -> _WhichOneofReturnType__joules_per_output_token | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__joules_per_total_token) -> _WhichOneofReturnType__joules_per_total_token | None: ...
 
 Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
+
+@_typing.final
+class Latency(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    P50_MS_FIELD_NUMBER: _builtins.int
+    P95_MS_FIELD_NUMBER: _builtins.int
+    p50_ms: _builtins.float
+    p95_ms: _builtins.float
+    def __init__(
+        self,
+        *,
+        p50_ms: _builtins.float = ...,
+        p95_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["p50_ms", b"p50_ms", "p95_ms", b"p95_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Latency: _TypeAlias = Latency  # noqa: Y015
+
+@_typing.final
+class PowerSplit(_message.Message):
+    """prefill + decode + idle + unattributed == meter; static is a part of the first two."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METER_W_FIELD_NUMBER: _builtins.int
+    PREFILL_W_FIELD_NUMBER: _builtins.int
+    DECODE_W_FIELD_NUMBER: _builtins.int
+    IDLE_W_FIELD_NUMBER: _builtins.int
+    UNATTRIBUTED_W_FIELD_NUMBER: _builtins.int
+    STATIC_W_FIELD_NUMBER: _builtins.int
+    meter_w: _builtins.float
+    prefill_w: _builtins.float
+    decode_w: _builtins.float
+    idle_w: _builtins.float
+    unattributed_w: _builtins.float
+    static_w: _builtins.float
+    def __init__(
+        self,
+        *,
+        meter_w: _builtins.float = ...,
+        prefill_w: _builtins.float = ...,
+        decode_w: _builtins.float = ...,
+        idle_w: _builtins.float = ...,
+        unattributed_w: _builtins.float = ...,
+        static_w: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_w", b"decode_w", "idle_w", b"idle_w", "meter_w", b"meter_w", "prefill_w", b"prefill_w", "static_w", b"static_w", "unattributed_w", b"unattributed_w"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PowerSplit: _TypeAlias = PowerSplit  # noqa: Y015
+
+@_typing.final
+class RequestSummary(_message.Message):
+    """Ids, counts, times and joules of a request that ended. Never text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    TTFT_MS_FIELD_NUMBER: _builtins.int
+    TOTAL_MS_FIELD_NUMBER: _builtins.int
+    ENERGY_MJ_FIELD_NUMBER: _builtins.int
+    IS_FINAL_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    trace_id: _builtins.str
+    model: _builtins.str
+    age_s: _builtins.float
+    prompt_tokens: _builtins.int
+    output_tokens: _builtins.int
+    ttft_ms: _builtins.float
+    total_ms: _builtins.float
+    energy_mj: _builtins.int
+    is_final: _builtins.bool
+    outcome: _builtins.str
+    """A finish reason, `cancelled`, or the name of a gRPC status."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        trace_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        prompt_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        ttft_ms: _builtins.float | None = ...,
+        total_ms: _builtins.float = ...,
+        energy_mj: _builtins.int | None = ...,
+        is_final: _builtins.bool = ...,
+        outcome: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_energy_mj", b"_energy_mj", "_ttft_ms", b"_ttft_ms", "energy_mj", b"energy_mj", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_energy_mj", b"_energy_mj", "_ttft_ms", b"_ttft_ms", "age_s", b"age_s", "energy_mj", b"energy_mj", "is_final", b"is_final", "model", b"model", "outcome", b"outcome", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "total_ms", b"total_ms", "trace_id", b"trace_id", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__energy_mj: _TypeAlias = _typing.Literal["energy_mj"]  # noqa: Y015
+    _WhichOneofArgType__energy_mj: _TypeAlias = _typing.Literal["_energy_mj", b"_energy_mj"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_ms: _TypeAlias = _typing.Literal["ttft_ms"]  # noqa: Y015
+    _WhichOneofArgType__ttft_ms: _TypeAlias = _typing.Literal["_ttft_ms", b"_ttft_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__energy_mj) -> _WhichOneofReturnType__energy_mj | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_ms) -> _WhichOneofReturnType__ttft_ms | None: ...
+
+Global___RequestSummary: _TypeAlias = RequestSummary  # noqa: Y015
 
 @_typing.final
 class ReplicaStatus(_message.Message):

@@ -60,6 +60,7 @@ class FromReplica(_message.Message):
     ENERGY_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    LEDGER_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts the lives of this replica's rank group; set on every message."""
     @_builtins.property
@@ -74,6 +75,12 @@ class FromReplica(_message.Message):
     def draining(self) -> Global___Draining: ...
     @_builtins.property
     def goodbye(self) -> Global___Goodbye: ...
+    @_builtins.property
+    def ledger(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerTotals]:
+        """What the replica's energy ledger has divided so far, one entry per source. On any message, but only when
+        a second has passed since the last one on this link; empty while no meter spoke.
+        """
+
     def __init__(
         self,
         *,
@@ -84,10 +91,11 @@ class FromReplica(_message.Message):
         energy: Global___EnergyReport | None = ...,
         draining: Global___Draining | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        ledger: _abc.Iterable[Global___LedgerTotals] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "energy", b"energy", "event", b"event", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "step", "heartbeat", "energy", "draining", "goodbye"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
@@ -717,6 +725,56 @@ class Heartbeat(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class LedgerTotals(_message.Message):
+    """Sums since the rank group started: prefill + decode + idle + unattributed == meter, as integers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNTIL_NS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FACTOR_FIELD_NUMBER: _builtins.int
+    METER_MJ_FIELD_NUMBER: _builtins.int
+    PREFILL_MJ_FIELD_NUMBER: _builtins.int
+    DECODE_MJ_FIELD_NUMBER: _builtins.int
+    IDLE_MJ_FIELD_NUMBER: _builtins.int
+    UNATTRIBUTED_MJ_FIELD_NUMBER: _builtins.int
+    STATIC_MJ_FIELD_NUMBER: _builtins.int
+    WASTED_MJ_FIELD_NUMBER: _builtins.int
+    until_ns: _builtins.int
+    """Monotonic time of the replica's host up to which the meter is divided."""
+    source: _builtins.str
+    confidence_factor: _builtins.float
+    meter_mj: _builtins.int
+    prefill_mj: _builtins.int
+    decode_mj: _builtins.int
+    idle_mj: _builtins.int
+    unattributed_mj: _builtins.int
+    static_mj: _builtins.int
+    """Parts of prefill + decode: drawn whatever the work, and spent on no delivered token."""
+    wasted_mj: _builtins.int
+    def __init__(
+        self,
+        *,
+        until_ns: _builtins.int = ...,
+        source: _builtins.str = ...,
+        confidence_factor: _builtins.float = ...,
+        meter_mj: _builtins.int = ...,
+        prefill_mj: _builtins.int = ...,
+        decode_mj: _builtins.int = ...,
+        idle_mj: _builtins.int = ...,
+        unattributed_mj: _builtins.int = ...,
+        static_mj: _builtins.int = ...,
+        wasted_mj: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_factor", b"confidence_factor", "decode_mj", b"decode_mj", "idle_mj", b"idle_mj", "meter_mj", b"meter_mj", "prefill_mj", b"prefill_mj", "source", b"source", "static_mj", b"static_mj", "unattributed_mj", b"unattributed_mj", "until_ns", b"until_ns", "wasted_mj", b"wasted_mj"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerTotals: _TypeAlias = LedgerTotals  # noqa: Y015
 
 @_typing.final
 class EnergyReport(_message.Message):

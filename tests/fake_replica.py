@@ -181,6 +181,11 @@ class FakeReplica:
     async def say_draining(self) -> None:
         await self.send(link.FromReplica(draining=link.Draining(reason="test")))
 
+    async def report_ledger(self, *totals: link.LedgerTotals) -> None:
+        """What its energy ledger has divided so far."""
+        heartbeat = link.Heartbeat(load=self.load())
+        await self.send(link.FromReplica(heartbeat=heartbeat, ledger=totals))
+
     async def close_energy(self) -> None:
         """Send the final joules of everything that ended in `LATE` mode."""
         report, self._unbilled = self._unbilled, []

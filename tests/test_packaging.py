@@ -40,6 +40,8 @@ def test_wheel_is_typed_and_carries_its_schemas(wheel: zipfile.ZipFile) -> None:
     assert {f"{package}/py.typed" for package in ("autoscale", "cluster", "protos", "replicas")} <= names
     assert "replicas/layers/kernels/cpu_kernels.c" in names, "compiled on first use"
     assert "protos/wattline_inference.proto" in names
+    static = "cluster/dashboard/static"
+    assert {f"{static}/index.html", f"{static}/dash.js", f"{static}/uplot-LICENSE.txt"} <= names
 
 
 def test_console_script_is_declared(wheel: zipfile.ZipFile) -> None:

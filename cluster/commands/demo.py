@@ -71,7 +71,9 @@ def demo(
             console.print(
                 f"[dim]{model}: request {final.request_id}, trace {final.trace_id}[/]", highlight=False
             )
-        console.print(f"gRPC [bold]{stack.addresses.grpc}[/]  metrics http://{stack.addresses.http}/metrics")
+        console.print(
+            f"gRPC [bold]{stack.addresses.grpc}[/]  dashboard [bold]http://{stack.addresses.http}/dash[/]"
+        )
         if not once:
             console.print("Serving. Try `wattline chat` in another terminal; Ctrl-C ends.", style="dim")
             serve_until_interrupted(stack, interrupts, console)

@@ -43,7 +43,9 @@ def up(
         state = stack.status()
         if state:
             console.print(render_models(state))
-        console.print(f"gRPC [bold]{stack.addresses.grpc}[/]  metrics http://{stack.addresses.http}/metrics")
+        console.print(
+            f"gRPC [bold]{stack.addresses.grpc}[/]  dashboard [bold]http://{stack.addresses.http}/dash[/]"
+        )
         console.print("Serving. Try `wattline chat`, in another terminal; Ctrl-C ends.", style="dim")
         serve_until_interrupted(stack, interrupts, console)
 
@@ -70,7 +72,7 @@ def _detach(file: Path, folder: Path) -> None:
         if child.poll() is not None:
             raise CommandError(f"{last_words(running.log_path)}\nlog: {running.log_path}")
         time.sleep(DETACH_POLL_S)
-    typer.echo(f"Serving in process {state.pid}: gRPC {state.grpc}, metrics http://{state.http}/metrics")
+    typer.echo(f"Serving in process {state.pid}: gRPC {state.grpc}, dashboard http://{state.http}/dash")
     typer.echo(f"Log: {running.log_path}. End it with `wattline down`.")
 
 

@@ -7,6 +7,7 @@ from cluster.link.token_stream import End, Finished
 from cluster.router.energy_account import RequestEnergy
 from cluster.router.errors import DeadlinePassed, ReplicaStopped, engine_error
 from cluster.router.failover import LossReason
+from cluster.router.ledger_book import LedgerSums, ReplicaLedger
 from protos import wattline_link_pb2 as link
 from replicas.request import FinishReason, SequenceTiming
 from replicas.wire import sampling_to_wire
@@ -68,6 +69,30 @@ def parse_energy(entry: link.RequestEnergy) -> RequestEnergy | None:
         window_ms=entry.window_ms,
         confidence_factor=entry.confidence_factor,
         is_final=entry.final,
+    )
+
+
+def parse_ledger(message: link.FromReplica, *, replica_id: str) -> ReplicaLedger | None:
+    """The sums of a replica's ledger, if this message brought them."""
+    if not message.ledger:
+        return None
+    return ReplicaLedger(
+        replica_id=replica_id,
+        epoch=message.epoch,
+        until_ns=max(entry.until_ns for entry in message.ledger),
+        sums={
+            entry.source: LedgerSums(
+                meter_mj=entry.meter_mj,
+                prefill_mj=entry.prefill_mj,
+                decode_mj=entry.decode_mj,
+                idle_mj=entry.idle_mj,
+                unattributed_mj=entry.unattributed_mj,
+                static_mj=entry.static_mj,
+                wasted_mj=entry.wasted_mj,
+            )
+            for entry in message.ledger
+        },
+        confidence_factors={entry.source: entry.confidence_factor for entry in message.ledger},
     )
 
 

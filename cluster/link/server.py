@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import grpc
 
+from cluster.link.messages import parse_ledger
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router.served_model import ServedModel
@@ -130,6 +131,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             if message.epoch != connection.epoch:
                 continue  # From a life that is over.
             connection.heard()
+            self._book_ledger(connection, message)
             event = message.WhichOneof("event")
             self._metrics.count_link_message("up", event or "none")
             match event:
@@ -150,6 +152,11 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                     return
                 case _:
                     logger.warning("link_message_unexpected id=%s event=%s", connection.replica_id, event)
+
+    def _book_ledger(self, connection: ReplicaConnection, message: link.FromReplica) -> None:
+        ledger = parse_ledger(message, replica_id=connection.replica_id)
+        if ledger is not None:
+            self._models[connection.hello.model].ledger.add(ledger, now_s=monotonic())
 
     async def _write(self, connection: ReplicaConnection, context: LinkContext) -> None:
         while True:

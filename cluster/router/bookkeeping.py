@@ -9,9 +9,12 @@ from time import monotonic
 from cluster.router.answer import Timing, Usage
 from cluster.router.energy_account import EnergyAccount, joined
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
+from cluster.router.errors import RouterError, status_of
+from cluster.router.journal import ClosedRequest, Journal
 from cluster.router.run import Run
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
+from replicas.request import FinishReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +29,11 @@ class ClosedBooks:
 class Books:
     """Where all that is remembered of a request goes."""
 
-    def __init__(self, *, record: EnergyRecord, metrics: RouterMetrics, telemetry: Telemetry) -> None:
+    def __init__(
+        self, *, record: EnergyRecord, journal: Journal, metrics: RouterMetrics, telemetry: Telemetry
+    ) -> None:
         self._record = record
+        self._journal = journal
         self._metrics = metrics
         self._telemetry = telemetry
 
@@ -42,9 +48,9 @@ class Books:
         model.prompt_tokens_total += usage.prompt_tokens
         model.output_tokens_total += usage.completion_tokens
         self._metrics.count_tokens(model.name, usage)
-        if run.first_token_s is not None and run.last_token_s is not None:
-            decode_s = run.last_token_s - run.first_token_s
-            self._metrics.observe_answer(model.name, usage=usage, timing=timing, decode_s=decode_s)
+        closed = _closed(run, usage, timing, account)
+        is_met = self._journal.add(closed)
+        self._metrics.observe_request(closed, is_met=is_met)
         self._record.add(
             FinishedRequest(request_id=run.request_id, model=model.name, usage=usage, account=account)
         )
@@ -69,10 +75,42 @@ class Books:
         def settled() -> None:
             if whole.energy is not None:
                 run.model.add_energy(whole.energy, output_tokens=usage.completion_tokens)
+                self._journal.of_model(run.model.name).add_bill(
+                    energy_mj=whole.energy.total_mj,
+                    usage=usage,
+                    source=whole.energy.source,
+                    now_s=monotonic(),
+                )
 
         for attempt in run.attempts:
             attempt.account.when_settled(partial(count, attempt.account))
         whole.when_settled(settled)
+
+
+def _closed(run: Run, usage: Usage, timing: Timing, account: EnergyAccount) -> ClosedRequest:
+    first_s, last_s = run.first_token_s, run.last_token_s
+    tpot_ms = None
+    if first_s is not None and last_s is not None and usage.completion_tokens > 1:
+        tpot_ms = (last_s - first_s) * 1e3 / (usage.completion_tokens - 1)
+    return ClosedRequest(
+        request_id=run.request_id,
+        trace_id=run.span.trace_id,
+        model=run.model.name,
+        ended_s=monotonic(),
+        usage=usage,
+        timing=timing,
+        ttft_ms=None if first_s is None else timing.ttft_ms,
+        tpot_ms=tpot_ms,
+        outcome=_outcome(run.outcome),
+        account=account,
+    )
+
+
+def _outcome(outcome: FinishReason | RouterError | None) -> str:
+    """One of a few words: it becomes a label."""
+    if outcome is None:
+        return "cancelled"
+    return outcome.name.lower() if isinstance(outcome, FinishReason) else status_of(outcome).code.name
 
 
 def _usage(run: Run) -> Usage:

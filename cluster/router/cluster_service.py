@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import asdict
 from time import monotonic
 from typing import TypeAlias
 
@@ -11,10 +12,12 @@ import grpc
 
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
+from cluster.router.journal import ClosedRequest, Journal, Spread
 from cluster.router.rpc import RpcGuard
 from cluster.router.served_model import ServedModel
 from protos import wattline_cluster_pb2 as pb
 from protos import wattline_cluster_pb2_grpc as pb_grpc
+from protos import wattline_link_pb2 as link
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Cluster"].full_name
 SIGNALS_PERIOD_S = 1.0
@@ -39,19 +42,21 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         guard: RpcGuard,
         models: Mapping[str, ServedModel],
         pool: ReplicaPool,
+        journal: Journal,
         router_id: str,
         version: str,
     ) -> None:
         self._guard = guard
         self._models = models
         self._pool = pool
+        self._journal = journal
         self._router_id = router_id
         self._version = version
         self._started_s = monotonic()
 
     async def Status(self, request: pb.StatusRequest, context: StatusContext) -> pb.StatusResponse:
         async with self._guard.call(context, f"{SERVICE}/Status"):
-            return self.status()
+            return self.status(last_requests=request.last_requests)
 
     async def WatchSignals(  # type: ignore[override]
         self, request: pb.WatchSignalsRequest, context: SignalsContext
@@ -70,18 +75,24 @@ class ClusterServicer(pb_grpc.ClusterServicer):
             self._pool.drain(request.replica_id, reason="asked for by DrainReplica")
             return pb.DrainReplicaResponse()
 
-    def status(self) -> pb.StatusResponse:
-        """All that Status answers, for the dashboard too."""
+    def status(self, *, last_requests: int) -> pb.StatusResponse:
+        """All that Status answers."""
+        now_s = monotonic()
         return pb.StatusResponse(
             router_id=self._router_id,
             version=self._version,
             uptime_s=monotonic() - self._started_s,
             models=[self._model_status(model) for model in self._models.values()],
+            last_requests=[
+                _summary(closed, now_s=now_s) for closed in self._journal.last[: min(last_requests, 50)]
+            ],
         )
 
     def _model_status(self, model: ServedModel) -> pb.ModelStatus:
         attached = self._pool.of_model(model.name)
         now_s = monotonic()
+        answers = self._journal.of_model(model.name)
+        power = model.ledger.power(model.energy_source, now_s=now_s)
         return pb.ModelStatus(
             name=model.name,
             min_replicas=model.section.replicas.min,
@@ -90,8 +101,22 @@ class ClusterServicer(pb_grpc.ClusterServicer):
             waiting_requests=sum(sum(connection.load.waiting) for connection in attached),
             output_tokens_per_s=model.token_rate.per_second(now_s=now_s),
             joules_per_output_token=model.energy_rate.joules_per_output_token,
-            energy_source=model.energy_rate.source or next((c.hello.energy_source for c in attached), ""),
+            energy_source=model.energy_source or next((c.hello.energy_source for c in attached), ""),
             replicas=[_replica_status(connection, now_s=now_s) for connection in attached],
+            joules_per_total_token=answers.joules_per_token(now_s=now_s)[1],
+            ttft=_latency(answers.ttft_ms(now_s=now_s)),
+            tpot=_latency(answers.tpot_ms(now_s=now_s)),
+            slo_met=answers.num_met,
+            slo_missed=answers.num_missed,
+            ledger=[
+                link.LedgerTotals(
+                    source=source,
+                    confidence_factor=model.ledger.confidence_factor(source) or 0.0,
+                    **asdict(sums),
+                )
+                for source, sums in model.ledger.sums.items()
+            ],
+            power=pb.PowerSplit(**asdict(power)) if power else None,
         )
 
     def _signals(self, model: ServedModel) -> pb.ModelSignals:
@@ -110,6 +135,27 @@ class ClusterServicer(pb_grpc.ClusterServicer):
             refused_total=model.refused_total,
             energy_mj_total=model.energy_mj_total,
         )
+
+
+def _latency(spread_ms: Spread | None) -> pb.Latency | None:
+    return None if spread_ms is None else pb.Latency(p50_ms=spread_ms.p50, p95_ms=spread_ms.p95)
+
+
+def _summary(closed: ClosedRequest, *, now_s: float) -> pb.RequestSummary:
+    energy = closed.account.energy
+    return pb.RequestSummary(
+        request_id=closed.request_id,
+        trace_id=closed.trace_id,
+        model=closed.model,
+        age_s=now_s - closed.ended_s,
+        prompt_tokens=closed.usage.prompt_tokens,
+        output_tokens=closed.usage.completion_tokens,
+        ttft_ms=closed.ttft_ms,
+        total_ms=closed.timing.total_ms,
+        energy_mj=energy.total_mj if energy else None,
+        is_final=closed.account.is_final,
+        outcome=closed.outcome,
+    )
 
 
 def _replica_status(connection: ReplicaConnection, *, now_s: float) -> pb.ReplicaStatus:

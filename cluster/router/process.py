@@ -19,6 +19,8 @@ from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
+from time import monotonic
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -27,6 +29,9 @@ from grpc_reflection.v1alpha import reflection
 from cluster.addresses import RouterAddresses, join_host_port
 from cluster.command_error import CommandError
 from cluster.config import Config, ConfigError, default_runtime_dir, load_config
+from cluster.dashboard.feed import DashboardFeed
+from cluster.dashboard.routes import dashboard_routes
+from cluster.dashboard.snapshot import take_snapshot
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.server import LinkServicer
 from cluster.router import cluster_service, service
@@ -37,6 +42,7 @@ from cluster.router.grpc_servers import bind, client_server, link_server
 from cluster.router.health import HealthBoard
 from cluster.router.http_app import build_app
 from cluster.router.http_server import HttpServer
+from cluster.router.journal import Journal, Objective
 from cluster.router.resumption import Resumption
 from cluster.router.rpc import RpcGuard
 from cluster.router.served_model import ServedModel
@@ -77,12 +83,14 @@ class Router:
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
         self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool))
         record = EnergyRecord(section.energy_record_count)
+        self._journal = journal = _new_journal(config)
+        self._dashboard = DashboardFeed(read=self._snapshot, router_id=self.router_id, version=release)
         self._streams = Streams(
             section=section,
             models=self._models,
             pool=self._pool,
             tokenizing=self._tokenizing,
-            books=Books(record=record, metrics=self._metrics, telemetry=self._telemetry),
+            books=Books(record=record, journal=journal, metrics=self._metrics, telemetry=self._telemetry),
             resumption=Resumption(section=section.failover, pool=self._pool, metrics=self._metrics),
         )
         guard = RpcGuard(telemetry=self._telemetry, metrics=self._metrics)
@@ -95,7 +103,12 @@ class Router:
             tokenizing=self._tokenizing,
         )
         self._cluster = ClusterServicer(
-            guard=guard, models=self._models, pool=self._pool, router_id=self.router_id, version=release
+            guard=guard,
+            models=self._models,
+            pool=self._pool,
+            journal=journal,
+            router_id=self.router_id,
+            version=release,
         )
         self._links = LinkServicer(
             router_id=self.router_id,
@@ -121,12 +134,17 @@ class Router:
         clients = self._client_server()
         grpc_address = bind(clients, key="router.grpc_port", host=section.host, port=section.grpc_port)
         self._closing.push_async_callback(clients.stop, grace=CUT_S)
-        app = build_app(metrics=self._metrics, health=self._health)
+        app = build_app(
+            metrics=self._metrics, health=self._health, extra_routes=dashboard_routes(self._dashboard)
+        )
         http = HttpServer(app, host=section.host, port=section.http_port)
         self._closing.push_async_callback(http.stop)
+        # Pages hold their connection as long as there is news: without this, HTTP could not stop in time.
+        self._closing.callback(self._dashboard.close)
         await self._health.refresh()
         for server in (links, clients, http):
             await server.start()
+        self._dashboard.start()
         watching = asyncio.create_task(self._health.watch())
         self._closing.callback(watching.cancel)
         return RouterAddresses(
@@ -150,6 +168,9 @@ class Router:
         logger.info("router_closing id=%s streams_cut=%d", self.router_id, self._streams.in_flight)
         await self._closing.aclose()
 
+    def _snapshot(self) -> dict[str, Any]:
+        return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
+
     def _client_server(self) -> grpc.aio.Server:
         server = client_server(self._config.router)
         wattline_inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
@@ -158,6 +179,13 @@ class Router:
         names = (service.SERVICE, cluster_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         return server
+
+
+def _new_journal(config: Config) -> Journal:
+    return Journal(
+        (model.name, Objective(ttft_ms=model.slo.ttft_ms, tpot_ms=model.slo.tpot_ms))
+        for model in config.models
+    )
 
 
 async def run_router(config: Config, *, addresses_path: Path | None = None) -> None:

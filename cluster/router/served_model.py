@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from cluster.config import ModelSection
 from cluster.router.energy_account import RequestEnergy
+from cluster.router.ledger_book import LedgerBook
 from cluster.router.rates import EnergyRate, TokenRate
 from cluster.router.validation import RequestBounds
 from cluster.text.tokenizer import Tokenizer
@@ -32,10 +33,16 @@ class ServedModel:
         self.energy_mj_total = 0
         self.token_rate = TokenRate()
         self.energy_rate = EnergyRate()
+        self.ledger = LedgerBook()
 
     @property
     def name(self) -> str:
         return self.section.name
+
+    @property
+    def energy_source(self) -> str:
+        """Of the newest joules: those of a request, else those of a ledger. Empty: there were none yet."""
+        return self.energy_rate.source or next(iter(self.ledger.sums), "")
 
     @contextmanager
     def one_more_active(self) -> Iterator[None]:

@@ -1,19 +1,36 @@
-"""Gauges of the router: what is attached and under way at the moment they are read."""
+"""What /metrics reads off at the moment it is asked: what is attached, under way, and divided by the ledgers.
+
+Labels are configured models, attached replicas and a fixed set of words: callers cannot make new ones. The
+`vllm:` names are what stock endpoint pickers and scalers look for; they say the same as ours beside them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from cluster.link.replica_connection import ReplicaState
+from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
+from cluster.router.ledger_book import LedgerSums
 from cluster.router.served_model import ServedModel
+
+ENERGY_HELP = (
+    "Metered energy of the attached replicas by what it was for, as their ledgers divided it; the rows "
+    "of a source add up to its meter. Each router a replica dials shows the same: do not sum routers."
+)
 
 
 def read_gauges(models: Mapping[str, ServedModel], pool: ReplicaPool) -> Iterable[Metric]:
-    """Streams per model, replicas by state, KV blocks per replica."""
+    """All of them, made afresh."""
+    yield from _model_gauges(models, pool)
+    yield from _replica_gauges(pool)
+    yield from _picker_gauges(models, pool)
+    yield from _energy_counters(models)
+
+
+def _model_gauges(models: Mapping[str, ServedModel], pool: ReplicaPool) -> Iterable[Metric]:
     active = GaugeMetricFamily("wattline_active_streams", "Requests under way.", labels=("model",))
     replicas = GaugeMetricFamily(
         "wattline_replicas", "Attached replicas, by state.", labels=("model", "state")
@@ -23,10 +40,88 @@ def read_gauges(models: Mapping[str, ServedModel], pool: ReplicaPool) -> Iterabl
         states = [connection.state for connection in pool.of_model(name)]
         for state in ReplicaState:
             replicas.add_metric((name, state.name.lower()), states.count(state))
-    free = GaugeMetricFamily("wattline_kv_blocks_free", "Free KV blocks.", labels=("model", "replica"))
-    capacity = GaugeMetricFamily("wattline_kv_blocks_capacity", "All KV blocks.", labels=("model", "replica"))
+    return active, replicas
+
+
+def _replica_gauges(pool: ReplicaPool) -> Iterable[Metric]:
+    def gauge(name: str, text: str) -> GaugeMetricFamily:
+        return GaugeMetricFamily(name, text, labels=("model", "replica"))
+
+    free = gauge("wattline_kv_blocks_free", "Free KV blocks.")
+    capacity = gauge("wattline_kv_blocks_capacity", "All KV blocks.")
+    usage = gauge("wattline_kv_usage_ratio", "Part of the KV blocks in use.")
+    batch = gauge("wattline_batch_sequences", "Sequences that the engine's steps work on.")
+    waiting = gauge("wattline_waiting_sequences", "Sequences that wait for a place in the batch.")
+    power = gauge("wattline_power_watts", "Power of the replica's devices; absent while unknown.")
     for connection in pool:
-        labels = (connection.hello.model, connection.replica_id)
-        free.add_metric(labels, sum(connection.load.free_blocks))
-        capacity.add_metric(labels, sum(connection.load.total_blocks))
-    return (active, replicas, free, capacity)
+        labels, load = (connection.hello.model, connection.replica_id), connection.load
+        free.add_metric(labels, sum(load.free_blocks))
+        capacity.add_metric(labels, sum(load.total_blocks))
+        usage.add_metric(labels, kv_usage([connection]))
+        batch.add_metric(labels, sum(load.running))
+        waiting.add_metric(labels, sum(load.waiting))
+        if load.power_w:
+            power.add_metric(labels, load.power_w)
+    return free, capacity, usage, batch, waiting, power
+
+
+def _picker_gauges(models: Mapping[str, ServedModel], pool: ReplicaPool) -> Iterable[Metric]:
+    def gauge(name: str, text: str) -> GaugeMetricFamily:
+        return GaugeMetricFamily(f"vllm:{name}", text, labels=("model_name",))
+
+    running = gauge("num_requests_running", "Requests in the engines' batches.")
+    waiting = gauge("num_requests_waiting", "Requests that wait for a place in a batch.")
+    usage = gauge("kv_cache_usage_perc", "Part of the KV blocks in use; 1 is all.")
+    for name in models:
+        attached = pool.of_model(name)
+        running.add_metric((name,), sum(sum(connection.load.running) for connection in attached))
+        waiting.add_metric((name,), sum(sum(connection.load.waiting) for connection in attached))
+        usage.add_metric((name,), kv_usage(attached))
+    return running, waiting, usage
+
+
+def _energy_counters(models: Mapping[str, ServedModel]) -> Iterable[Metric]:
+    """Nothing for a model while its energy is unknown: a series of zeros would be a claim."""
+    joules = CounterMetricFamily(
+        "wattline_energy_joules",
+        ENERGY_HELP,
+        labels=("ledger", "phase", "component", "source", "model"),
+    )
+    meter = CounterMetricFamily(
+        "wattline_energy_meter_joules", "Metered energy that the ledgers divided.", labels=("source", "model")
+    )
+    wasted = CounterMetricFamily(
+        "wattline_energy_wasted_joules",
+        "The part of the requests' energy that bought no delivered token.",
+        labels=("source", "model"),
+    )
+    static = CounterMetricFamily(
+        "wattline_energy_static_joules",
+        "The part of the requests' energy that is drawn whatever the work.",
+        labels=("source", "model"),
+    )
+    for name, model in models.items():
+        for source, sums in model.ledger.sums.items():
+            for labels, value_mj in _divided(sums):
+                joules.add_metric((*labels, source, name), value_mj / 1e3)
+            meter.add_metric((source, name), sums.meter_mj / 1e3)
+            wasted.add_metric((source, name), sums.wasted_mj / 1e3)
+            static.add_metric((source, name), sums.static_mj / 1e3)
+    return joules, meter, wasted, static
+
+
+def _divided(sums: LedgerSums) -> tuple[tuple[tuple[str, str, str], int], ...]:
+    """(ledger, phase, component) and millijoules; the rows add up to the meter."""
+    return (
+        (("request", "prefill", "device"), sums.prefill_mj),
+        (("request", "decode", "device"), sums.decode_mj),
+        (("idle", "none", "device"), sums.idle_mj),
+        (("unattributed", "none", "device"), sums.unattributed_mj),
+    )
+
+
+def kv_usage(replicas: list[ReplicaConnection]) -> float:
+    """The part of all KV blocks in use; 0 without blocks, as pickers expect."""
+    total_blocks = sum(sum(connection.load.total_blocks) for connection in replicas)
+    free_blocks = sum(sum(connection.load.free_blocks) for connection in replicas)
+    return 1.0 - free_blocks / total_blocks if total_blocks else 0.0

@@ -38,6 +38,10 @@ class InferenceSpan:
         return self._span.is_recording()
 
     @property
+    def trace_id(self) -> str:
+        return format_trace_id(self._span.get_span_context().trace_id)
+
+    @property
     def traceparent(self) -> str:
         """The W3C trace context that goes to the replica."""
         context = self._span.get_span_context()

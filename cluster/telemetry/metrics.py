@@ -8,8 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from cluster.router.answer import Timing, Usage
+from cluster.router.answer import Usage
 from cluster.router.energy_account import RequestEnergy
+from cluster.router.journal import ClosedRequest
 
 # Buckets of the GenAI conventions; the first-token ones go on past 10 s for cold prompts on CPU.
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -32,6 +33,9 @@ class RouterMetrics:
             return Histogram(name, text, ("model",), buckets=buckets, registry=self.registry)
 
         self._requests = counter("wattline_requests", "Requests ended, by gRPC status.", "model", "code")
+        self._slo = counter(
+            "wattline_slo_answers", "Answers by whether they kept the model's objective.", "model", "slo"
+        )
         self._tokens = counter("wattline_tokens", "Tokens, by kind.", "model", "kind")
         self._energy = counter(
             "wattline_request_energy_joules", "Energy attributed to requests.", "model", "phase", "source"
@@ -69,13 +73,21 @@ class RouterMetrics:
     def count_link_message(self, direction: str, event: str) -> None:
         self._link_messages.labels(direction, event).inc()
 
-    def observe_answer(self, model: str, *, usage: Usage, timing: Timing, decode_s: float) -> None:
-        """One answer that gave at least a token, whole or not."""
-        self._ttft.labels(model).observe(timing.ttft_ms / 1e3)
-        self._duration.labels(model).observe(timing.total_ms / 1e3)
-        self._queue.labels(model).observe(timing.queue_ms / 1e3)
-        if usage.completion_tokens > 1:
-            self._tpot.labels(model).observe(decode_s / (usage.completion_tokens - 1))
+    def observe_request(self, closed: ClosedRequest, *, is_met: bool | None) -> None:
+        """One request that reached a replica. Times of those that gave at least a token, whole or not.
+
+        The exemplar of a time is the trace it came from; only the OpenMetrics format shows it.
+        """
+        model, exemplar = closed.model, {"trace_id": closed.trace_id}
+        if is_met is not None:
+            self._slo.labels(model, "met" if is_met else "missed").inc()
+        if closed.ttft_ms is None:
+            return
+        self._ttft.labels(model).observe(closed.ttft_ms / 1e3, exemplar)
+        self._duration.labels(model).observe(closed.timing.total_ms / 1e3, exemplar)
+        self._queue.labels(model).observe(closed.timing.queue_ms / 1e3, exemplar)
+        if closed.tpot_ms is not None:
+            self._tpot.labels(model).observe(closed.tpot_ms / 1e3, exemplar)
 
     def count_tokens(self, model: str, usage: Usage) -> None:
         self._tokens.labels(model, "prompt").inc(usage.prompt_tokens)

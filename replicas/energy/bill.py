@@ -175,9 +175,14 @@ class Cashier:
         self.taken_mj = 0
         self.billed_mj = 0
         self.open_nj = 0
+        self.prefill_mj = 0
+        """The part of `taken_mj` that went to prefill; the rest is decode. Whole, and never falls."""
+        self.static_nj = 0
+        self.wasted_nj = 0
         self.nj_per_weight: float | None = None
         self._dust_nj = 0
         self._rounding_nj = 0
+        self._prefill_carry_nj = 0
 
     def take(
         self, busy_mj: int, static_nj: int, claims: Mapping[int, Claim], accounts: Mapping[int, Account]
@@ -190,20 +195,33 @@ class Cashier:
         assert weight > 0.0, "busy energy without anybody to bill"
         price = max(pool_nj, 0) / weight
         static_price = min(static_nj, max(pool_nj, 0)) / static_weight if static_weight else 0.0
-        given_nj = 0
+        given_nj = given_prefill_nj = 0
         for request_id, claim in claims.items():
             account = accounts[request_id]
             prefill_nj = int(price * claim.prefill)
             decode_nj = int(price * claim.decode)
             account.prefill_nj += prefill_nj
             account.decode_nj += decode_nj
-            account.static_nj += min(int(static_price * claim.static), prefill_nj + decode_nj)
-            account.wasted_nj += int(price * claim.wasted)
+            claim_static_nj = min(int(static_price * claim.static), prefill_nj + decode_nj)
+            account.static_nj += claim_static_nj
+            wasted_nj = int(price * claim.wasted)
+            account.wasted_nj += wasted_nj
             given_nj += prefill_nj + decode_nj
+            given_prefill_nj += prefill_nj
+            self.static_nj += claim_static_nj
+            self.wasted_nj += wasted_nj
+        self._note_prefill(given_prefill_nj, busy_mj)
         self._dust_nj = pool_nj - given_nj
         self.open_nj += given_nj
         last = self.nj_per_weight
         self.nj_per_weight = price if last is None else last + 0.2 * (price - last)
+
+    def _note_prefill(self, prefill_nj: int, busy_mj: int) -> None:
+        """Split a window in whole millijoules; fractions are carried on, so neither part ever falls."""
+        owed_nj = prefill_nj + self._prefill_carry_nj
+        prefill_mj = min(busy_mj, owed_nj // NJ_PER_MJ)
+        self.prefill_mj += prefill_mj
+        self._prefill_carry_nj = owed_nj - prefill_mj * NJ_PER_MJ
 
     def bill_mj(self, account: Account) -> int:
         """Close an account: its total, at most 1 mJ off, with the remainder carried to the next bill."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass
+from operator import attrgetter
 
 from replicas.energy.bill import METHOD, NJ_PER_MJ, Account, Cashier, RequestJoules, claims_of
 from replicas.energy.meter import Reading
@@ -50,6 +51,7 @@ class LedgerLimits:
 class LedgerTotals:
     """Sums over all closed windows: `requests_mj + idle_mj + unattributed_mj == meter_mj`.
 
+    `prefill_mj`, `static_mj` and `wasted_mj` are parts of `requests_mj`; what is not prefill is decode.
     `billed_mj` is the part of `requests_mj` on final bills; the rest belongs to requests still open.
     `pending_mj` was counted by the meter in windows not closed yet. `low_confidence` counts bills of requests
     whose steps were not all inside billed windows. `warm_power_w` is None while no idle window was seen.
@@ -61,6 +63,10 @@ class LedgerTotals:
     unattributed_mj: int
     billed_mj: int
     pending_mj: int
+    prefill_mj: int
+    static_mj: int
+    wasted_mj: int
+    closed_until_ns: int
     closed_windows: int
     low_confidence: int
     unmeasured: int
@@ -142,7 +148,7 @@ class Ledger:
         if not self._steps or start_ns >= self._steps[-1].start_ns:
             self._steps.append(step)
         else:
-            insort(self._steps, step, key=_by_start)
+            insort(self._steps, step, key=attrgetter("start_ns"))
         if len(self._steps) > self._limits.open_steps:
             self._drop_oldest_step()
 
@@ -238,6 +244,10 @@ class Ledger:
             unattributed_mj=self._unattributed_mj,
             billed_mj=self._cashier.billed_mj,
             pending_mj=self._pending_mj,
+            prefill_mj=self._cashier.prefill_mj,
+            static_mj=self._cashier.static_nj // NJ_PER_MJ,
+            wasted_mj=self._cashier.wasted_nj // NJ_PER_MJ,
+            closed_until_ns=self._closed_until_ns,
             closed_windows=self._num_windows,
             low_confidence=self._num_low_confidence,
             unmeasured=self._num_unmeasured,
@@ -387,7 +397,3 @@ class Ledger:
         divided_mj = self._cashier.taken_mj + self._idle_mj + self._unattributed_mj
         assert divided_mj == self._meter_mj, f"{divided_mj} mJ divided of {self._meter_mj} mJ metered"
         assert self._meter_mj + self._pending_mj == self._seen_mj
-
-
-def _by_start(step: Step) -> int:
-    return step.start_ns

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from protos import wattline_link_pb2 as link_pb2
+from replicas.energy.meter import CONFIDENCE_FACTORS
 from replicas.frames import Cancel, Stop, Submit
 from replicas.link.messages import (
     PROTOCOL_VERSION,
     Drain,
     EnergyStatement,
+    LedgerState,
     ReplicaCard,
     ReplicaLoad,
     RouterCommand,
@@ -68,6 +70,27 @@ def encode_parcel(epoch: int, parcel: Parcel, load: ReplicaLoad) -> list[link_pb
     if parcel.goodbye is not None:
         messages.append(link_pb2.FromReplica(epoch=epoch, goodbye=link_pb2.Goodbye(reason=parcel.goodbye)))
     return messages
+
+
+def encode_ledger(ledger: LedgerState | None) -> list[link_pb2.LedgerTotals]:
+    """One entry per source; none while no meter spoke."""
+    if ledger is None:
+        return []
+    return [
+        link_pb2.LedgerTotals(
+            until_ns=ledger.until_ns,
+            source=source.value,
+            confidence_factor=CONFIDENCE_FACTORS[source],
+            meter_mj=sums.meter_mj,
+            prefill_mj=sums.prefill_mj,
+            decode_mj=sums.decode_mj,
+            idle_mj=sums.idle_mj,
+            unattributed_mj=sums.unattributed_mj,
+            static_mj=sums.static_mj,
+            wasted_mj=sums.wasted_mj,
+        )
+        for source, sums in ledger.sums.items()
+    ]
 
 
 def encode_load(load: ReplicaLoad) -> link_pb2.LoadSnapshot:

@@ -19,11 +19,19 @@ from grpc import aio
 
 from protos.wattline_link_pb2 import FromReplica, ToReplica
 from protos.wattline_link_pb2_grpc import ReplicaLinkStub
-from replicas.link.codec import decode_command, encode_heartbeat, encode_hello, encode_parcel
+from replicas.link.codec import (
+    decode_command,
+    encode_heartbeat,
+    encode_hello,
+    encode_ledger,
+    encode_parcel,
+)
 from replicas.link.messages import ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
 
 HEARTBEAT_S = 0.25
+LEDGER_S = 1.0
+"""The ledger's sums go along with whatever is sent, this often."""
 WELCOME_TIMEOUT_S = 5.0
 SEND_STALL_S = 10.0
 """A message that the transport does not take for this long ends the link."""
@@ -205,15 +213,20 @@ class RouterLink:
     async def _send(self, call: AttachCall, session: LinkSession) -> None:
         handler = self._handler
         epoch = handler.card.epoch
+        ledger_due_s = 0.0
         while True:
             parcel = await session.outbox.take(HEARTBEAT_S)
             load = handler.load()
             messages = (
                 [encode_heartbeat(epoch, load)] if parcel is None else encode_parcel(epoch, parcel, load)
             )
+            is_last = parcel is not None and parcel.goodbye is not None
+            if is_last or time.monotonic() >= ledger_due_s:
+                messages[0].ledger.extend(encode_ledger(load.ledger))
+                ledger_due_s = time.monotonic() + LEDGER_S
             for message in messages:
                 await _write(call, message)
-            if parcel is not None and parcel.goodbye is not None:
+            if is_last:
                 await call.done_writing()
                 # Cancelling at once could overtake the Goodbye; a router ends the stream when it has read it.
                 await asyncio.sleep(GOODBYE_TIMEOUT_S)

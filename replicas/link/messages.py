@@ -5,12 +5,15 @@ Ids are those of the link. `codec.py` turns this into protobuf.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from replicas.config import ReplicaConfig
 from replicas.energy.bill import RequestJoules
+from replicas.energy.meter import Source
 from replicas.frames import Cancel, Stop, Submit
 from replicas.request import EngineReady, LoadSnapshot
+from replicas.supervisor.energy_account import EnergySums
 from replicas.supervisor.rank_group import RankProcess
 
 PROTOCOL_VERSION = 1
@@ -39,6 +42,15 @@ class ReplicaLoad:
     energy_source: str = ""
     joules_per_token: float | None = None
     power_w: float | None = None
+    ledger: LedgerState | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerState:
+    """What the ledger has divided of the meter, by source, up to `until_ns` of the host's monotonic clock."""
+
+    until_ns: int
+    sums: Mapping[Source, EnergySums] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,14 @@ from dataclasses import replace
 from replicas.energy.bill import RequestJoules
 from replicas.frames import Cancel, Command, Stop, Submit
 from replicas.link.link import LinkSession
-from replicas.link.messages import Drain, EnergyStatement, ReplicaCard, ReplicaLoad, RouterCommand
+from replicas.link.messages import (
+    Drain,
+    EnergyStatement,
+    LedgerState,
+    ReplicaCard,
+    ReplicaLoad,
+    RouterCommand,
+)
 from replicas.request import FinishReason, GenerationRequest, SequenceDelta, StepResult
 from replicas.supervisor.energy_account import EnergyAccount
 from replicas.supervisor.in_flight import Flight, InFlight
@@ -78,6 +85,7 @@ class Dispatcher:
             energy_source=energy.source.value,
             joules_per_token=energy.joules_per_token,
             power_w=energy.power_w,
+            ledger=LedgerState(until_ns=energy.divided_until_ns, sums=energy.sums),
         )
 
     # From the links.

@@ -25,27 +25,38 @@ Clock = Callable[[], int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnergySums:
-    """Closed windows of one source: `request_mj + idle_mj + unattributed_mj == meter_mj`."""
+    """Closed windows of one source: `request_mj + idle_mj + unattributed_mj == meter_mj`.
+
+    `prefill_mj`, `static_mj` and `wasted_mj` are parts of `request_mj`.
+    """
 
     request_mj: int = 0
     idle_mj: int = 0
     unattributed_mj: int = 0
     meter_mj: int = 0
+    prefill_mj: int = 0
+    static_mj: int = 0
+    wasted_mj: int = 0
+
+    @property
+    def decode_mj(self) -> int:
+        return self.request_mj - self.prefill_mj
 
     def __add__(self, other: EnergySums) -> EnergySums:
-        return EnergySums(
-            request_mj=self.request_mj + other.request_mj,
-            idle_mj=self.idle_mj + other.idle_mj,
-            unattributed_mj=self.unattributed_mj + other.unattributed_mj,
-            meter_mj=self.meter_mj + other.meter_mj,
-        )
+        return self._plus(other, sign=1)
 
     def __sub__(self, other: EnergySums) -> EnergySums:
+        return self._plus(other, sign=-1)
+
+    def _plus(self, other: EnergySums, *, sign: int) -> EnergySums:
         return EnergySums(
-            request_mj=self.request_mj - other.request_mj,
-            idle_mj=self.idle_mj - other.idle_mj,
-            unattributed_mj=self.unattributed_mj - other.unattributed_mj,
-            meter_mj=self.meter_mj - other.meter_mj,
+            request_mj=self.request_mj + sign * other.request_mj,
+            idle_mj=self.idle_mj + sign * other.idle_mj,
+            unattributed_mj=self.unattributed_mj + sign * other.unattributed_mj,
+            meter_mj=self.meter_mj + sign * other.meter_mj,
+            prefill_mj=self.prefill_mj + sign * other.prefill_mj,
+            static_mj=self.static_mj + sign * other.static_mj,
+            wasted_mj=self.wasted_mj + sign * other.wasted_mj,
         )
 
 
@@ -63,6 +74,8 @@ class EnergyAccount:
         self._sums: dict[Source, EnergySums] = {}
         self._generated_tokens = 0
         self._cost_since: tuple[int, int, int] | None = None
+        self.divided_until_ns = 0
+        """Up to here the meter's energy is in `sums`, on the host's monotonic clock."""
         self.power_w: float | None = None
         self.joules_per_token: float | None = None
 
@@ -125,7 +138,11 @@ class EnergyAccount:
             idle_mj=totals.idle_mj,
             unattributed_mj=totals.unattributed_mj,
             meter_mj=totals.meter_mj,
+            prefill_mj=totals.prefill_mj,
+            static_mj=totals.static_mj,
+            wasted_mj=totals.wasted_mj,
         )
+        self.divided_until_ns = totals.closed_until_ns
         new = closed - sum(self._sums.values(), EnergySums())
         source = self._last_reading.source
         self._sums[source] = self._sums.get(source, EnergySums()) + new

@@ -104,9 +104,11 @@ def _energy_families(energy: Mapping[Source, EnergySums]) -> Iterator[Metric]:
     if not energy:
         return
     joules = CounterMetricFamily(
-        "wattline_energy_joules", "Metered energy by who it was for.", labels=["ledger", "source"]
+        "wattline_replica_energy_joules", "Metered energy by who it was for.", labels=["ledger", "source"]
     )
-    meter = CounterMetricFamily("wattline_energy_meter_joules", "Energy that was divided.", labels=["source"])
+    meter = CounterMetricFamily(
+        "wattline_replica_meter_joules", "Energy that was divided.", labels=["source"]
+    )
     exact = GaugeMetricFamily(
         "wattline_ledger_millijoules",
         "The ledger's integers over all sources: request + idle + unattributed == meter.",

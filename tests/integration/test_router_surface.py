@@ -18,6 +18,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from protos import wattline_link_pb2 as link
 from tests.fake_replica import EnergyMode
 from tests.router_fixture import MODEL, TestRouter, collect, make_config, make_request, run_test_router
 
@@ -92,6 +93,50 @@ async def test_a_client_made_from_reflection_alone_can_chat(router: TestRouter) 
     ]
     assert events[-1] == "final"
     assert set(events[:-1]) == {"delta"}
+
+
+async def test_a_time_leads_to_its_trace_in_the_openmetrics_format(router: TestRouter) -> None:
+    async with router.replica():
+        answer = await collect(router.inference.Generate(make_request("hi", energy_wait_ms=1000)))
+        _, text = await get(router, "/metrics", accept="application/openmetrics-text; version=1.0.0")
+    for name in ("time_to_first_token", "time_per_output_token", "queue", "request_duration"):
+        lines = [line for line in text.splitlines() if line.startswith(f"wattline_{name}_seconds_bucket")]
+        assert any(f'# {{trace_id="{answer.final.trace_id}"}}' in line for line in lines)
+
+
+async def test_pickers_find_the_names_they_know_and_the_ledger_adds_up(router: TestRouter) -> None:
+    totals = link.LedgerTotals(
+        until_ns=1,
+        source="counter",
+        confidence_factor=1.05,
+        meter_mj=1_111,
+        prefill_mj=1_000,
+        decode_mj=100,
+        idle_mj=10,
+        unattributed_mj=1,
+        static_mj=250,
+    )
+    async with router.replica() as replica:
+        await replica.report_ledger(totals)
+        text = ""
+        async with asyncio.timeout(10):
+            while "wattline_energy_joules_total{" not in text:
+                _, text = await get(router, "/metrics")
+    for line in (
+        'vllm:num_requests_running{model_name="tiny"} 0.0',
+        'vllm:num_requests_waiting{model_name="tiny"} 0.0',
+        'vllm:kv_cache_usage_perc{model_name="tiny"} 0.0',
+        'vllm:kv_cache_usage_perc{model_name="absent"} 0.0',
+        'wattline_kv_usage_ratio{model="tiny",replica="replica-0"} 0.0',
+        'wattline_batch_sequences{model="tiny",replica="replica-0"} 0.0',
+        'wattline_energy_meter_joules_total{model="tiny",source="counter"} 1.111',
+        'wattline_energy_static_joules_total{model="tiny",source="counter"} 0.25',
+    ):
+        assert line in text.splitlines()
+    joules = [line for line in text.splitlines() if line.startswith("wattline_energy_joules_total{")]
+    assert [line.partition("} ")[2] for line in joules] == ["1.0", "0.1", "0.01", "0.001"]
+    assert 'ledger="idle",model="tiny",phase="none",source="counter"' in joules[2]
+    assert "wattline_power_watts{" not in text
 
 
 async def test_metrics_count_requests_tokens_and_joules(router: TestRouter) -> None:

@@ -62,7 +62,7 @@ def test_joules_by_source_and_exact_integers_over_all() -> None:
     }
     metrics.publish(MetricsSnapshot(load=LOAD, energy=energy))
     values = scrape(metrics)
-    assert values['wattline_energy_joules_total{ledger="idle",source="tdp"}'] == 0.001
-    assert values['wattline_energy_meter_joules_total{source="tdp"}'] == 0.003
+    assert values['wattline_replica_energy_joules_total{ledger="idle",source="tdp"}'] == 0.001
+    assert values['wattline_replica_meter_joules_total{source="tdp"}'] == 0.003
     assert values['wattline_ledger_millijoules{ledger="request"}'] == 9_007_199_254_741
     assert values['wattline_ledger_millijoules{ledger="meter"}'] == 9_007_199_254_744

@@ -1,0 +1,239 @@
+"""What `wattline top` shows: per model its numbers, where its power goes, and lines of the last seconds.
+
+Replicas and requests follow. Pure but for the seconds it remembers. Unknown is a dash.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from cluster.commands.status_screen import STATE_STYLES, new_table, show_number
+from cluster.replies import Latency, LedgerState, ModelState, RequestState, RouterState
+
+HISTORY_POINTS = 40
+BARS = "▁▂▃▄▅▆▇█"
+BAR_CELLS = 16
+PARTS = (
+    ("prefill", "blue"),
+    ("decode", "yellow"),
+    ("idle", "bright_black"),
+    ("unattributed", "magenta"),
+)
+MEASURED = ("counter", "power_integrated", "shared")
+LEAST_REQUESTS = 3
+LINES_OF_MODEL = 7
+LINES_AROUND = 10
+
+
+@dataclass(slots=True)
+class Lines:
+    """The last numbers of one model, a second apart."""
+
+    tokens_per_s: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_POINTS))
+    power_w: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_POINTS))
+
+
+class TopScreen:
+    """Mutable: remembers the last state and a minute of lines. `add` a state, then `render`."""
+
+    def __init__(self) -> None:
+        self._state: RouterState | None = None
+        self._lines: dict[str, Lines] = {}
+        self._lost = ""
+
+    def add(self, state: RouterState) -> None:
+        self._state = state
+        self._lost = ""
+        for model in state.models:
+            lines = self._lines.setdefault(model.name, Lines())
+            lines.tokens_per_s.append(model.output_tokens_per_s)
+            lines.power_w.append(model.power.meter_w if model.power else 0.0)
+
+    def note_lost(self, reason: str) -> None:
+        """The router did not answer; the numbers on the screen are old."""
+        self._lost = reason
+
+    def render(self, *, height: int = 0, num_requests: int = LEAST_REQUESTS) -> Group:
+        """`height` 0: as many lines as it takes, with `num_requests` requests."""
+        state = self._state
+        if state is None:
+            return Group(Text("no answer yet"))
+        num_replicas = sum(len(model.replicas) for model in state.models)
+        if height:
+            taken = LINES_OF_MODEL * len(state.models) + num_replicas + LINES_AROUND
+            num_requests = max(LEAST_REQUESTS, height - taken)
+        parts: list[RenderableType] = [self._headline(state, is_live=height > 0)]
+        for model in state.models:
+            parts += [Rule(_title(model), align="left", style="bright_black")]
+            parts += [_numbers(model), *_energy(model), self._line_row(model)]
+        parts += [_replicas(state.models), _requests(state.last_requests[:num_requests])]
+        return Group(*parts)
+
+    def _headline(self, state: RouterState, *, is_live: bool) -> Text:
+        text = Text("wattline", style="bold")
+        text.append(
+            f"  {state.router_id} {state.version}  up {show_duration(state.uptime_s)}  ", "bright_black"
+        )
+        if self._lost:
+            text.append(f"● reconnecting: {self._lost}", "yellow")
+        else:
+            text.append("● live", "green")
+            text.append("   q quits" if is_live else "", "bright_black")
+        return text
+
+    def _line_row(self, model: ModelState) -> Text:
+        lines = self._lines[model.name]
+        text = Text("tok/s ", style="bright_black")
+        text.append(draw_line(lines.tokens_per_s, width=HISTORY_POINTS // 2), "green")
+        text.append("  W ")
+        text.append(draw_line(lines.power_w, width=HISTORY_POINTS // 2), "yellow")
+        return text
+
+
+def _numbers(model: ModelState) -> Table:
+    columns = ("tok/s", "TTFT p50/p95", "TPOT p50/p95", "in time", "J/out", "J/tok", "run", "wait")
+    table = new_table(*(f">{column}" for column in columns))
+    answered = model.slo_met + model.slo_missed
+    table.add_row(
+        f"{model.output_tokens_per_s:,.1f}",
+        show_latency(model.ttft_ms),
+        show_latency(model.tpot_ms),
+        f"{100 * model.slo_met / answered:.3g}%" if answered else "-",
+        show_number(model.joules_per_output_token),
+        show_number(model.joules_per_total_token),
+        str(model.active_requests),
+        str(model.waiting_requests),
+    )
+    return table
+
+
+def _energy(model: ModelState) -> list[Text]:
+    """Power as a bar of its parts, and the ledger as a sum."""
+    if model.power is None or not model.ledger:
+        return [Text("energy unknown: no meter has spoken", style="bright_black")]
+    watts = {name: getattr(model.power, f"{name}_w") for name, _ in PARTS}
+    bar = Text(f"{show_number(model.power.meter_w)} W ", style="bold")
+    for (_, style), cells in zip(PARTS, share_cells(watts.values(), BAR_CELLS), strict=True):
+        bar.append("█" * cells, style)
+    for name, style in PARTS:
+        bar.append(f" {name} ", "bright_black")
+        bar.append(show_number(watts[name]), style)
+    return [bar, describe_ledger(_ledger_of(model))]
+
+
+def _ledger_of(model: ModelState) -> LedgerState:
+    """That of the source the last joules came from."""
+    return next((one for one in model.ledger if one.source == model.energy_source), model.ledger[0])
+
+
+def _title(model: ModelState) -> Text:
+    text = Text(model.name, style="bold")
+    if model.ledger:
+        ledger = _ledger_of(model)
+        source = describe_source(ledger.source, ledger.confidence_factor)
+        text.append(f"  {source}", "not bold green" if source.startswith("measured") else "not bold yellow")
+    return text
+
+
+def describe_ledger(ledger: LedgerState) -> Text:
+    """The sum as one line. Example: `1.2 + 3.4 + 0.5 + 0 = 5.1 J`."""
+    parts = (ledger.prefill_mj, ledger.decode_mj, ledger.idle_mj, ledger.unattributed_mj)
+    is_conserved = sum(parts) == ledger.meter_mj
+    text = Text("ledger ", style="bright_black")
+    text.append(" + ".join(f"{part / 1e3:,.3f}" for part in parts))
+    sign, style = ("=", "bold") if is_conserved else ("≠", "red")
+    text.append(f" {sign} {ledger.meter_mj / 1e3:,.3f} J", style)
+    return text
+
+
+def describe_source(source: str, confidence_factor: float) -> str:
+    """Example: `estimated (tdp, ×2)`."""
+    kind = "simulated" if source == "fake" else "measured" if source in MEASURED else "estimated"
+    within = f", ×{confidence_factor:.3g}" if confidence_factor > 1.0 else ""
+    return f"{kind} ({source}{within})"
+
+
+def _replicas(models: Iterable[ModelState]) -> Table:
+    table = new_table("replica", "state", ">ranks", ">run", ">wait", ">KV", ">step ms", ">W")
+    for model in models:
+        for replica in model.replicas:
+            style = STATE_STYLES.get(replica.state, "red")
+            table.add_row(
+                replica.replica_id,
+                f"[{style}]{replica.state}",
+                str(len(replica.ranks)),
+                str(replica.running),
+                str(replica.waiting),
+                f"{100 - 100 * replica.free_blocks / max(1, replica.total_blocks):.0f}%",
+                f"{replica.step_ms:.1f}",
+                show_number(replica.power_w),
+            )
+    return table
+
+
+def _requests(requests: Sequence[RequestState]) -> RenderableType:
+    if not requests:
+        return Text('Nothing has been asked yet: wattline chat "Who are you?"', style="bright_black")
+    table = new_table("request", "model", ">ago", ">in", ">out", ">TTFT", ">J", ">J/out", "outcome")
+    for request in requests:
+        joules = None if request.energy_mj is None else request.energy_mj / 1e3
+        table.add_row(
+            request.request_id[:8],
+            request.model,
+            show_duration(request.age_s),
+            str(request.prompt_tokens),
+            str(request.output_tokens),
+            show_ms(request.ttft_ms),
+            f"{show_number(joules)}{'' if request.is_final else '~'}",
+            show_number(joules / request.output_tokens if joules and request.output_tokens else None),
+            request.outcome,
+        )
+    return table
+
+
+def show_latency(latency: Latency | None) -> str:
+    return "-" if latency is None else f"{show_ms(latency.p50)}/{show_ms(latency.p95)}"
+
+
+def show_ms(value: float | None) -> str:
+    """Example: `31.2ms`, `1.4s`."""
+    if value is None:
+        return "-"
+    return f"{value / 1e3:.3g}s" if value >= 1000 else f"{value:.3g}ms"
+
+
+def show_duration(seconds: float) -> str:
+    """Example: `42s`, `7m`, `3h`."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    return f"{seconds / 60:.0f}m" if seconds < 3600 else f"{seconds / 3600:.0f}h"
+
+
+def draw_line(values: Iterable[float], *, width: int) -> str:
+    """The last values as bars, the highest as a full one."""
+    last = list(values)[-width:]
+    highest = max(last, default=0.0)
+    if highest <= 0.0:
+        return BARS[0] * len(last)
+    return "".join(BARS[min(len(BARS) - 1, int(value / highest * (len(BARS) - 1) + 0.5))] for value in last)
+
+
+def share_cells(values: Iterable[float], num_cells: int) -> list[int]:
+    """Divide cells in proportion: the largest remainders get what rounding down left. They add up."""
+    exact = list(values)
+    whole = sum(exact)
+    if whole <= 0.0:
+        return [0] * len(exact)
+    shares = [value * num_cells / whole for value in exact]
+    cells = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda index: cells[index] - shares[index])
+    for index in by_remainder[: num_cells - sum(cells)]:
+        cells[index] += 1
+    return cells

@@ -1,0 +1,1 @@
+"""The built-in dashboard: one page, its numbers once a second, nothing from outside this package."""

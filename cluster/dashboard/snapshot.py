@@ -1,0 +1,146 @@
+"""What the dashboard shows of one instant, as plain JSON values. Reads the router's state, changes nothing.
+
+Unknown is None, never 0. Millijoules stay whole numbers, so that a reader can check the sum itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+from cluster.link.replica_connection import ReplicaConnection
+from cluster.link.replica_pool import ReplicaPool
+from cluster.router.journal import Answers, ClosedRequest, Journal, Spread
+from cluster.router.served_model import ServedModel
+
+Json: TypeAlias = dict[str, Any]
+
+
+def take_snapshot(
+    *, models: Mapping[str, ServedModel], pool: ReplicaPool, journal: Journal, now_s: float
+) -> Json:
+    """Models, replicas and the last requests. `now_s` is on the router's monotonic clock."""
+    return {
+        "models": [
+            view_model(
+                model,
+                replicas=pool.of_model(model.name),
+                answers=journal.of_model(model.name),
+                now_s=now_s,
+            )
+            for model in models.values()
+        ],
+        "replicas": [view_replica(connection) for connection in pool],
+        "requests": [view_request(closed, now_s=now_s) for closed in journal.last],
+    }
+
+
+def view_model(
+    model: ServedModel, *, replicas: list[ReplicaConnection], answers: Answers, now_s: float
+) -> Json:
+    by_output, by_total = answers.joules_per_token(now_s=now_s)
+    source = energy_source(model, replicas)
+    power = model.ledger.power(source, now_s=now_s)
+    return {
+        "name": model.name,
+        "replicas": {
+            "ready": sum(replica.state.name == "READY" for replica in replicas),
+            "min": model.section.replicas.min,
+            "max": model.section.replicas.max,
+        },
+        "active": model.active_requests,
+        "running": sum(sum(replica.load.running) for replica in replicas),
+        "waiting": sum(sum(replica.load.waiting) for replica in replicas),
+        "kv_used_ratio": kv_used_ratio(replicas),
+        "output_tokens_per_s": model.token_rate.per_second(now_s=now_s),
+        "ttft_ms": view_spread(answers.ttft_ms(now_s=now_s)),
+        "tpot_ms": view_spread(answers.tpot_ms(now_s=now_s)),
+        "slo": {
+            "ttft_ms": answers.objective.ttft_ms,
+            "tpot_ms": answers.objective.tpot_ms,
+            "met": answers.num_met,
+            "missed": answers.num_missed,
+        },
+        "j_per_output_token": by_output,
+        "j_per_total_token": by_total,
+        "power_w": asdict(power) if power else None,
+        "energy": {
+            "source": source or None,
+            "confidence_factor": model.ledger.confidence_factor(source),
+            "ledger": [
+                {"source": name, **asdict(sums), "is_conserved": sums.is_conserved}
+                for name, sums in model.ledger.sums.items()
+            ],
+        },
+        "totals": {
+            "requests": model.requests_total,
+            "refused": model.refused_total,
+            "prompt_tokens": model.prompt_tokens_total,
+            "output_tokens": model.output_tokens_total,
+            "request_energy_mj": model.energy_mj_total,
+        },
+    }
+
+
+def view_spread(spread: Spread | None) -> Json:
+    return {"p50": spread.p50 if spread else None, "p95": spread.p95 if spread else None}
+
+
+def view_replica(connection: ReplicaConnection) -> Json:
+    hello, load = connection.hello, connection.load
+    return {
+        "id": connection.replica_id,
+        "model": hello.model,
+        "state": connection.state.name.lower(),
+        "host": hello.host,
+        "device": hello.device,
+        "dtype": hello.dtype,
+        "tensor_parallel": hello.tensor_parallel,
+        "expert_parallel": hello.expert_parallel,
+        "ranks": [{"rank": rank.rank, "pid": rank.pid, "device": rank.device} for rank in hello.ranks],
+        "in_flight": connection.in_flight,
+        "running": sum(load.running),
+        "waiting": sum(load.waiting),
+        "kv_used_ratio": kv_used_ratio([connection]),
+        "step_ms": load.step_ms or None,
+        "power_w": load.power_w or None,
+        "source": hello.energy_source or None,
+    }
+
+
+def view_request(closed: ClosedRequest, *, now_s: float) -> Json:
+    """Ids, counts, times, joules. Never text."""
+    energy = closed.account.energy
+    output_tokens = closed.usage.completion_tokens
+    return {
+        "id": closed.request_id,
+        "trace_id": closed.trace_id,
+        "model": closed.model,
+        "age_s": now_s - closed.ended_s,
+        "prompt_tokens": closed.usage.prompt_tokens,
+        "output_tokens": output_tokens,
+        "ttft_ms": closed.ttft_ms,
+        "tpot_ms": closed.tpot_ms,
+        "total_ms": closed.timing.total_ms,
+        "energy_mj": energy.total_mj if energy else None,
+        "j_per_output_token": energy.total_mj / 1e3 / output_tokens if energy and output_tokens else None,
+        "is_final": closed.account.is_final,
+        "source": energy.source if energy else None,
+        "outcome": closed.outcome,
+    }
+
+
+def kv_used_ratio(replicas: list[ReplicaConnection]) -> float | None:
+    """The part of all KV blocks that is in use; None while nobody has any."""
+    total_blocks = sum(sum(replica.load.total_blocks) for replica in replicas)
+    if not total_blocks:
+        return None
+    return 1.0 - sum(sum(replica.load.free_blocks) for replica in replicas) / total_blocks
+
+
+def energy_source(model: ServedModel, replicas: list[ReplicaConnection]) -> str:
+    """The one that is shown. Empty: unknown. Others are kept beside it, never added to it."""
+    return model.energy_source or next(
+        (replica.hello.energy_source for replica in replicas if replica.hello.energy_source), ""
+    )

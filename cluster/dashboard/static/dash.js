@@ -1,0 +1,88 @@
+// The page: joins the stream to tiles, charts and tables. Start reading here.
+
+import { installTheme, installTips } from "./chrome.js";
+import { duration } from "./format.js";
+import { Panels } from "./panels.js";
+import { Stream } from "./stream.js";
+import { element, showEnergy, showReplicas, showRequests, showTiles, showTotals } from "./tables.js";
+
+const byId = (id) => document.getElementById(id);
+const ATTAINMENT_SPAN_S = 900;
+
+let chosenModel = null;
+let spanSeconds = 300;
+
+const panels = new Panels({ grid: byId("charts"), powerBox: byId("chart-power"), span: () => spanSeconds });
+const stream = new Stream({ onChange: show, onState: showLink });
+
+function show() {
+  const { snapshot } = stream;
+  if (!snapshot) return;
+  const { models, replicas, requests, router } = snapshot;
+  showModels(models);
+  const model = models.find((one) => one.name === chosenModel) ?? models[0];
+  byId("router-id").textContent = `${router.id} · ${router.version}`;
+  byId("router-uptime").textContent = `up ${duration(router.uptime_s)}`;
+  showNotice(models, replicas, model);
+  showTiles(model, attainment(model));
+  showEnergy(model);
+  showReplicas(replicas);
+  showRequests(requests);
+  showTotals(models);
+  panels.show(stream, model);
+  document.documentElement.dataset.ready = "true";
+}
+
+function showModels(models) {
+  const names = models.map((model) => model.name);
+  const box = byId("model-choice");
+  if (box.dataset.names === names.join()) return;
+  box.dataset.names = names.join();
+  if (!names.includes(chosenModel)) chosenModel = names[0];
+  box.hidden = names.length < 2;
+  box.querySelectorAll("label").forEach((label) => label.remove());
+  for (const name of names) {
+    const input = element("input", { type: "radio", name: "model", value: name });
+    input.checked = name === chosenModel;
+    input.addEventListener("change", () => { chosenModel = name; show(); });
+    box.append(element("label", {}, input, element("span", {}, name)));
+  }
+}
+
+// Kept by all answers of the last quarter of an hour.
+function attainment(model) {
+  const [, met, missed] = stream.columns(model.name, ["slo_met", "slo_missed"], ATTAINMENT_SPAN_S);
+  const isWhole = stream.points.length < ATTAINMENT_SPAN_S;
+  const good = model.slo.met - (isWhole ? 0 : met[0]);
+  const all = good + model.slo.missed - (isWhole ? 0 : missed[0]);
+  return all > 0 ? good / all : null;
+}
+
+function showNotice(models, replicas, model) {
+  const hasAsked = models.some((one) => one.totals.requests > 0);
+  const notice = byId("notice");
+  notice.hidden = replicas.length > 0 && hasAsked;
+  if (notice.hidden) return;
+  if (!replicas.length) {
+    byId("notice-text").textContent = "No replica is attached yet. Models take from seconds to minutes to load; see how far they are, or start them:";
+    byId("notice-command").textContent = "wattline status --watch\nwattline up -f wattline.yaml";
+    return;
+  }
+  byId("notice-text").textContent = "Everything is ready and nothing has been asked yet. Send a request:";
+  byId("notice-command").textContent = `wattline chat --model ${model.name} "Who are you?"`;
+}
+
+function showLink(state, text) {
+  const link = byId("link");
+  if (link.dataset.state === state && link.textContent === text) return;
+  link.dataset.state = state;
+  document.documentElement.dataset.link = state;
+  link.textContent = text;
+}
+
+byId("span-choice").addEventListener("change", (event) => {
+  spanSeconds = Number(event.target.value);
+  show();
+});
+installTips();
+installTheme(() => { panels.recolor(); show(); });

@@ -1,0 +1,152 @@
+// The charts of the page: what each shows, in which unit, from which series of the stream.
+
+import { Chart, stack } from "./charts.js";
+
+const PARTS = ["prefill_w", "decode_w", "idle_w", "unattributed_w"];
+const SLO_WINDOW = 60;
+const REPLICA_ROLES = ["l0", "l1", "l2", "l3", "l4", "l5"];
+
+const SIMPLE = [
+  {
+    id: "ttft", title: "Time to first token", unit: "ms",
+    tip: "From a request's arrival at the router to the first token of its answer, over the last 30 s. Half of the answers were faster than p50, 95 of 100 faster than p95.",
+    lines: [{ name: "p50", role: "a", series: "ttft_p50_ms" }, { name: "p95", role: "b", series: "ttft_p95_ms" }],
+    objective: "ttft_ms",
+  },
+  {
+    id: "tpot", title: "Time per later token", unit: "ms",
+    tip: "Mean time between the tokens of an answer after the first (TPOT), over the answers of the last 30 s.",
+    lines: [{ name: "p50", role: "a", series: "tpot_p50_ms" }, { name: "p95", role: "b", series: "tpot_p95_ms" }],
+    objective: "tpot_ms",
+  },
+  {
+    id: "speed", title: "Output speed", unit: "tok/s",
+    tip: "Tokens sent per second, all answers together, over the last ten seconds.",
+    lines: [{ name: "output", role: "c", series: "output_tokens_per_s" }],
+  },
+  {
+    id: "cost", title: "Energy per token", unit: "J",
+    tip: "Joules of the requests billed in the last 30 s, divided by their tokens: of the answers alone, and of prompts and answers.",
+    lines: [
+      { name: "per output token", role: "decode", series: "j_per_output_token" },
+      { name: "per total token", role: "l5", series: "j_per_total_token" },
+    ],
+  },
+  {
+    id: "batch", title: "Batch and queue", unit: "",
+    tip: "Requests the engines work on together in a step, and requests that wait for a place.",
+    lines: [{ name: "in the batch", role: "a", series: "running" }, { name: "waiting", role: "warn", series: "waiting" }],
+  },
+  {
+    id: "kv", title: "KV cache use", unit: "%", max: 100,
+    tip: "Part of the cache of keys and values that requests hold. At 100 % new requests wait.",
+    lines: [{ name: "used", role: "l4", series: "kv_used_ratio", scale: 100 }],
+  },
+];
+
+export class Panels {
+  constructor({ grid, powerBox, span }) {
+    this.span = span;
+    this.charts = new Map();
+    this.power = new Chart(powerBox, { label: "Power by purpose", unit: "W", lines: powerLines(), span });
+    for (const spec of SIMPLE) this.charts.set(spec.id, this.add(grid, spec));
+    this.slo = this.add(grid, {
+      title: "Answers in time", unit: "%", max: 104, lines: [{ name: "kept the objective", role: "good" }],
+      tip: "Of the answers of the last minute, the part that kept the model's time objectives (slo in wattline.yaml).",
+    });
+    this.replicas = this.add(grid, {
+      title: "Power per replica", unit: "W", lines: [], tip: "What the devices of each replica draw, averaged over a second. All models.",
+    });
+  }
+
+  add(grid, { title, unit, tip, lines, max }) {
+    const figure = document.createElement("figure");
+    figure.className = "panel";
+    figure.style.margin = "0";
+    const head = document.createElement("figcaption");
+    head.className = "panel-head";
+    const name = document.createElement("h2");
+    const term = document.createElement("span");
+    term.className = "term";
+    term.tabIndex = 0;
+    term.dataset.tip = tip;
+    term.textContent = title;
+    name.append(term);
+    const unitText = document.createElement("span");
+    unitText.className = "quiet";
+    unitText.textContent = unit;
+    head.append(name, unitText);
+    const box = document.createElement("div");
+    box.className = "chart";
+    figure.append(head, box);
+    grid.append(figure);
+    return new Chart(box, { label: title, unit, lines, max, span: this.span });
+  }
+
+  recolor() {
+    for (const chart of [this.power, this.slo, this.replicas, ...this.charts.values()]) chart.reset();
+  }
+
+  show(stream, model) {
+    this.showPower(stream, model);
+    for (const spec of SIMPLE) this.showSimple(stream, model, spec);
+    this.showSlo(stream, model);
+    this.showReplicas(stream);
+  }
+
+  showPower(stream, model) {
+    const [times, ...columns] = stream.columns(model.name, [...PARTS, "static_w", "meter_w"], this.span());
+    const parts = columns.slice(0, 4);
+    const rest = columns.slice(4);
+    this.power.show([times, ...stack(parts), ...rest], [times, ...parts.toReversed(), ...rest]);
+  }
+
+  showSimple(stream, model, spec) {
+    const chart = this.charts.get(spec.id);
+    const names = spec.lines.map((line) => line.series);
+    const [times, ...columns] = stream.columns(model.name, names, this.span());
+    const scaled = columns.map((column, i) => {
+      const scale = spec.lines[i].scale ?? 1;
+      return column.map((value) => (value === null ? null : value * scale));
+    });
+    const objective = spec.objective ? model.slo[spec.objective] : null;
+    if (Boolean(objective) !== chart.lines.some((line) => line.isObjective)) {
+      chart.reset(objective ? [...spec.lines, { name: "objective", role: "warn", dash: true, width: 1, isObjective: true }] : spec.lines);
+    }
+    if (objective) scaled.push(times.map(() => objective));
+    chart.show([times, ...scaled]);
+  }
+
+  showSlo(stream, model) {
+    const [times, met, missed] = stream.columns(model.name, ["slo_met", "slo_missed"], this.span() + SLO_WINDOW);
+    const first = times.findIndex((time) => times.at(-1) - time <= this.span());
+    const ratios = [];
+    for (let i = first, from = 0; i >= 0 && i < times.length; i += 1) {
+      while (times[i] - times[from] > SLO_WINDOW) from += 1;
+      const good = met[i] - met[from];
+      const all = good + missed[i] - missed[from];
+      ratios.push(all > 0 ? (100 * good) / all : null);
+    }
+    this.slo.show([times.slice(Math.max(0, first)), ratios]);
+  }
+
+  showReplicas(stream) {
+    const { ids, data } = stream.replicaPower(this.span());
+    if (ids.join() !== this.replicas.lines.map((line) => line.id).join()) {
+      this.replicas.reset(ids.map((id, i) => ({ id, name: id, role: REPLICA_ROLES[i % REPLICA_ROLES.length] })));
+    }
+    this.replicas.show(data);
+  }
+}
+
+// In the order they are painted: the top of the stack first.
+function powerLines() {
+  return [
+    { name: "unattributed", role: "unattributed", fill: true, width: 0 },
+    { name: "idle", role: "idle", fill: true, width: 0 },
+    { name: "decode", role: "decode", fill: true, width: 0 },
+    { name: "prefill", role: "prefill", fill: true, width: 0 },
+    { name: "of it static", role: "static", dash: true, width: 1.2 },
+    { name: "meter", role: "meter", width: 2 },
+  ];
+}

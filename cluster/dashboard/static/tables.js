@@ -1,0 +1,143 @@
+// Tiles and tables: text nodes only, so nothing a server says can become markup.
+
+import { count, duration, isKnown, joules, milliseconds, number, percent, provenance, UNKNOWN } from "./format.js";
+
+const byId = (id) => document.getElementById(id);
+
+export function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "class") made.className = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+const cell = (text, kind = "") => element("td", kind ? { class: kind } : {}, text);
+
+function term(text, tip) {
+  return element("span", { class: "term", tabindex: "0", "data-tip": tip }, text);
+}
+
+// Tiles are made once and then only change their text: focus and tooltips stay where they are.
+const tiles = new Map();
+
+function tile(key, label, tip, value, unit, sub, tone = "") {
+  if (!tiles.has(key)) {
+    const parts = { big: element("dd", { class: "big" }), sub: element("dd", { class: "sub" }) };
+    parts.box = element("div", { "data-tile": key }, element("dt", {}, term(label, tip)), parts.big, parts.sub);
+    byId("tiles").append(parts.box);
+    tiles.set(key, parts);
+  }
+  const { box, big, sub: below } = tiles.get(key);
+  big.replaceChildren(value, ...(unit && value !== UNKNOWN ? [element("small", {}, unit)] : []));
+  below.textContent = sub;
+  below.title = sub;
+  box.dataset.tone = tone;
+}
+
+export function showTiles(model, attainment) {
+  const { slo, power_w: power } = model;
+  const objective = [slo.ttft_ms && `≤ ${milliseconds(slo.ttft_ms)}`, slo.tpot_ms && `≤ ${milliseconds(slo.tpot_ms)}`].filter(Boolean);
+  const tone = !isKnown(attainment) || attainment >= 0.99 ? "" : attainment >= 0.95 ? "warn" : "bad";
+  tile("slo", "In time", "Part of the answers of the last 15 minutes that kept the model's time objectives, slo in wattline.yaml. Failed answers count as late; cancelled ones do not count.",
+    isKnown(attainment) ? number(attainment * 100) : UNKNOWN, "%", objective.join(" · ") || "no objective set", tone);
+  tile("ttft", "First token", "Time to first token, half of the answers of the last 30 s (p50), and 95 of 100 (p95).",
+    milliseconds(model.ttft_ms.p50), "p50", `p95 ${milliseconds(model.ttft_ms.p95)}`);
+  tile("tpot", "Later tokens", "Mean time per token after the first, half of the answers of the last 30 s (p50), and 95 of 100 (p95).",
+    milliseconds(model.tpot_ms.p50), "p50", `p95 ${milliseconds(model.tpot_ms.p95)}`);
+  tile("speed", "Output", "Tokens sent per second, all answers together, over the last ten seconds.",
+    number(model.output_tokens_per_s), "tok/s", `${count(model.active)} under way`);
+  tile("cost", "Energy per token", "Joules of the requests billed in the last 30 s, divided by the tokens of their answers; and by all their tokens, prompts included.",
+    number(model.j_per_output_token), "J/output", `${number(model.j_per_total_token)} J/total token`);
+  tile("power", "Power", "What the devices of this model's replicas draw now, by the meter.",
+    number(power?.meter_w), "W", power ? `${number(power.idle_w)} W of it idle` : "no meter yet");
+  tile("batch", "Batch", "Requests the engines work on together, and those that wait for a place.",
+    count(model.running), "running", `${count(model.waiting)} waiting`, model.waiting > model.running && model.waiting > 4 ? "warn" : "");
+  tile("kv", "KV cache", "Part of the cache of keys and values that requests hold. At 100 % new requests wait.",
+    isKnown(model.kv_used_ratio) ? number(model.kv_used_ratio * 100) : UNKNOWN, "% used", replicasReady(model.replicas));
+}
+
+function replicasReady({ ready, min }) {
+  if (ready < min) return `${ready} of ${min} replicas ready`;
+  return ready === 1 ? "1 replica ready" : `${ready} replicas ready`;
+}
+
+export function showEnergy(model) {
+  const { source, confidence_factor: factor, ledger } = model.energy;
+  const { kind, text, tip } = provenance(source, factor);
+  const badge = byId("badge");
+  badge.textContent = text;
+  badge.dataset.kind = kind;
+  badge.classList.add("term");
+  badge.tabIndex = 0;
+  badge.dataset.tip = tip;
+  const sums = ledger.find((one) => one.source === source) ?? ledger[0];
+  const body = byId("ledger");
+  const check = byId("ledger-check");
+  if (!sums) {
+    body.replaceChildren(element("tr", {}, element("td", { colspan: "3", class: "none" }, "The ledger opens with the meter's first reading.")));
+    check.textContent = "";
+    delete check.dataset.ok;
+    return;
+  }
+  const row = (name, key, rowClass = "") => {
+    const swatch = element("span", { class: "swatch" });
+    swatch.style.background = rowClass ? "transparent" : `var(--${name})`;
+    const share = sums.meter_mj ? percent(sums[key] / sums.meter_mj) : UNKNOWN;
+    const value = element("td", { "data-ledger": key, "data-mj": String(sums[key]) }, joules(sums[key]));
+    return element("tr", { class: rowClass }, element("th", { scope: "row" }, swatch, name), value, cell(share));
+  };
+  body.replaceChildren(
+    row("prefill", "prefill_mj"), row("decode", "decode_mj"), row("idle", "idle_mj"), row("unattributed", "unattributed_mj"),
+    row("meter", "meter_mj", "sum"), row("of it static", "static_mj", "part"), row("of it wasted", "wasted_mj", "part"),
+  );
+  check.dataset.ok = String(sums.is_conserved);
+  const others = ledger.filter((one) => one !== sums).map((one) => `${joules(one.meter_mj)} J from ${one.source}`);
+  const apart = others.length ? `; beside it, never added: ${others.join(", ")}` : "";
+  check.textContent = (sums.is_conserved ? "✓ the four parts equal the meter, to the millijoule" : "✗ the parts do not equal the meter") + apart;
+}
+
+export function showReplicas(replicas) {
+  const rows = replicas.map((replica) => {
+    const bar = element("i");
+    bar.style.width = `${Math.round(100 * (replica.kv_used_ratio ?? 0))}%`;
+    const kv = element("td", { class: "num" }, element("span", { class: "meter", "aria-hidden": "true" }, bar), percent(replica.kv_used_ratio));
+    return element("tr", {},
+      element("th", { scope: "row", class: "mono" }, replica.id), cell(replica.model),
+      element("td", {}, element("span", { class: "state", "data-state": replica.state }, replica.state)),
+      cell(`tp ${replica.tensor_parallel}, ep ${replica.expert_parallel}`),
+      cell(replica.ranks.map((rank) => `${rank.rank}: ${rank.device || replica.device}`).join(", ") || replica.device),
+      cell(number(replica.power_w), "num"), kv, cell(count(replica.running), "num"), cell(count(replica.waiting), "num"),
+      cell(milliseconds(replica.step_ms), "num"));
+  });
+  byId("replicas").replaceChildren(...(rows.length ? rows : [empty(10, "No replica is attached.")]));
+  byId("replicas-note").textContent = rows.length ? `${rows.length} attached` : "";
+}
+
+export function showRequests(requests) {
+  const rows = requests.map((request) => {
+    const isError = request.outcome === request.outcome.toUpperCase();
+    const energy = element("td", { class: "num" }, joules(request.energy_mj));
+    if (isKnown(request.energy_mj) && !request.is_final) energy.append(element("span", { class: "est", title: "not final yet" }, " ~"));
+    return element("tr", {},
+      element("th", { scope: "row", class: "mono" }, request.id.slice(0, 8)), cell(request.model), cell(duration(request.age_s), "num"),
+      cell(count(request.prompt_tokens), "num"), cell(count(request.output_tokens), "num"),
+      cell(milliseconds(request.ttft_ms), "num"), cell(milliseconds(request.total_ms), "num"),
+      energy, cell(number(request.j_per_output_token), "num"),
+      element("td", {}, element("span", { class: "state", "data-state": isError ? "error" : request.outcome }, request.outcome)),
+      element("td", { class: "mono quiet" }, request.trace_id));
+  });
+  byId("requests").replaceChildren(...(rows.length ? rows : [empty(11, "No request has ended yet.")]));
+}
+
+export function showTotals(models) {
+  const sum = (key) => models.reduce((total, model) => total + model.totals[key], 0);
+  const total = (key, text, words) => [element("b", { "data-total": key, "data-value": String(sum(key)) }, text(sum(key))), ` ${words} `];
+  byId("totals").replaceChildren("Since the router started, all models: ",
+    ...total("requests", count, "requests,"), ...total("refused", count, "refused,"), ...total("prompt_tokens", count, "tokens in,"),
+    ...total("output_tokens", count, "tokens out,"), ...total("request_energy_mj", joules, "J billed to requests."));
+}
+
+const empty = (columns, text) => element("tr", {}, element("td", { colspan: String(columns), class: "none" }, text));

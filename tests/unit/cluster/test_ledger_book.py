@@ -1,0 +1,125 @@
+"""The router's sums of what replicas' ledgers divided: whole, never falling, one life after the other."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.router.ledger_book import RATE_AGE_S, LedgerBook, LedgerSums, ReplicaLedger, total
+
+NS = 1_000_000_000
+
+
+def make_sums(prefill_mj: int, decode_mj: int, idle_mj: int = 0, unattributed_mj: int = 0) -> LedgerSums:
+    return LedgerSums(
+        meter_mj=prefill_mj + decode_mj + idle_mj + unattributed_mj,
+        prefill_mj=prefill_mj,
+        decode_mj=decode_mj,
+        idle_mj=idle_mj,
+        unattributed_mj=unattributed_mj,
+        static_mj=(prefill_mj + decode_mj) // 4,
+    )
+
+
+def make_ledger(
+    sums: LedgerSums, *, until_s: int, replica_id: str = "a", epoch: int = 1, source: str = "counter"
+) -> ReplicaLedger:
+    return ReplicaLedger(
+        replica_id=replica_id,
+        epoch=epoch,
+        until_ns=until_s * NS,
+        sums={source: sums},
+        confidence_factors={source: 1.05},
+    )
+
+
+def test_a_report_replaces_the_one_before_it() -> None:
+    book = LedgerBook()
+    book.add(make_ledger(make_sums(10, 20, 30), until_s=1), now_s=1.0)
+    book.add(make_ledger(make_sums(15, 40, 30, 5), until_s=2), now_s=2.0)
+    assert book.sums == {"counter": make_sums(15, 40, 30, 5)}
+    assert book.confidence_factor("counter") == 1.05
+    assert book.confidence_factor("tdp") is None
+
+
+def test_a_new_life_adds_to_the_old_one_and_a_second_replica_to_the_first() -> None:
+    book = LedgerBook()
+    book.add(make_ledger(make_sums(100, 0), until_s=1), now_s=1.0)
+    book.add(make_ledger(make_sums(8, 0), until_s=2, epoch=2), now_s=2.0)
+    book.add(make_ledger(make_sums(0, 4), until_s=2, replica_id="b"), now_s=2.0)
+    assert book.sums["counter"] == make_sums(108, 4) + LedgerSums(
+        static_mj=25 + 2 + 1 - make_sums(108, 4).static_mj
+    )
+
+
+def test_an_older_report_is_dropped() -> None:
+    book = LedgerBook()
+    book.add(make_ledger(make_sums(10, 10), until_s=5), now_s=1.0)
+    book.add(make_ledger(make_sums(5, 5), until_s=4), now_s=2.0)
+    assert book.sums["counter"] == make_sums(10, 10)
+
+
+def test_sources_are_kept_apart() -> None:
+    book = LedgerBook()
+    book.add(make_ledger(make_sums(1, 1), until_s=1), now_s=1.0)
+    book.add(make_ledger(make_sums(2, 2), until_s=1, replica_id="b", source="tdp"), now_s=1.0)
+    assert book.sums == {"counter": make_sums(1, 1), "tdp": make_sums(2, 2)}
+    book.add(make_ledger(make_sums(1001, 1), until_s=2), now_s=2.0)
+    book.add(make_ledger(make_sums(2, 3002), until_s=2, replica_id="b", source="tdp"), now_s=2.0)
+    powers = [book.power(source, now_s=2.0) for source in ("counter", "tdp", "shared")]
+    assert [power and power.meter_w for power in powers] == [1.0, 3.0, None]
+
+
+def test_a_meter_that_gave_way_draws_no_more() -> None:
+    book = LedgerBook()
+    before = make_ledger(make_sums(500, 0), until_s=1)
+    book.add(before, now_s=1.0)
+    after = ReplicaLedger(
+        replica_id="a",
+        epoch=1,
+        until_ns=2 * NS,
+        sums={"counter": make_sums(500, 0), "power_integrated": make_sums(700, 0)},
+        confidence_factors={"power_integrated": 1.1},
+    )
+    book.add(after, now_s=2.0)
+    assert book.power("counter", now_s=2.0) is None
+    power = book.power("power_integrated", now_s=2.0)
+    assert power is not None
+    assert power.meter_w == 0.7
+
+
+def test_power_is_what_was_divided_over_the_time_it_was_divided_for() -> None:
+    book = LedgerBook()
+    book.add(make_ledger(make_sums(0, 0), until_s=1), now_s=1.0)
+    assert book.power("counter", now_s=1.0) is None
+    book.add(make_ledger(make_sums(100_000, 300_000, 200_000), until_s=3), now_s=3.0)
+    power = book.power("counter", now_s=3.0)
+    assert power is not None
+    assert (power.prefill_w, power.decode_w, power.idle_w, power.meter_w) == (50.0, 150.0, 100.0, 300.0)
+    assert power.static_w == 50.0
+    assert book.power("counter", now_s=3.0 + RATE_AGE_S + 0.1) is None
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(1, 2), *(st.integers(0, 10**9) for _ in range(4))),
+        max_size=40,
+    )
+)
+def test_the_parts_are_the_whole_whatever_the_replicas_do(
+    reports: list[tuple[str, int, int, int, int, int]],
+) -> None:
+    book = LedgerBook()
+    lives: dict[tuple[str, int], LedgerSums] = {}
+    for second, (replica_id, epoch, *parts) in enumerate(reports):
+        now = lives[replica_id, epoch] = lives.get((replica_id, epoch), LedgerSums()) + make_sums(*parts)
+        ledger = make_ledger(now, until_s=second, replica_id=replica_id, epoch=epoch)
+        book.add(ledger, now_s=float(second))
+    assert all(sums.is_conserved for sums in book.sums.values())
+    assert total(book.sums.values()) == total(lives.values())
+    power = book.power("counter", now_s=float(len(reports)))
+    if power is not None:
+        parts_w = power.prefill_w + power.decode_w + power.idle_w + power.unattributed_w
+        assert parts_w == pytest.approx(power.meter_w)

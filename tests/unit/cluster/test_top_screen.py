@@ -1,0 +1,144 @@
+"""`wattline top` on eighty columns: every number, honest words for unknown energy, and a sum that adds up."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+from rich.console import Console
+
+from cluster.commands.top_screen import (
+    HISTORY_POINTS,
+    TopScreen,
+    describe_ledger,
+    describe_source,
+    draw_line,
+    share_cells,
+    show_duration,
+)
+from cluster.replies import Latency, LedgerState, ModelState, PowerState, RequestState, RouterState
+
+LEDGER = LedgerState(
+    source="tdp",
+    confidence_factor=2.0,
+    meter_mj=5100,
+    prefill_mj=1200,
+    decode_mj=3400,
+    idle_mj=500,
+    unattributed_mj=0,
+    static_mj=900,
+    wasted_mj=0,
+)
+MODEL = ModelState(
+    name="llama-demo",
+    min_replicas=1,
+    max_replicas=1,
+    active_requests=3,
+    waiting_requests=2,
+    output_tokens_per_s=1234.5,
+    joules_per_output_token=0.266,
+    energy_source="tdp",
+    replicas=(),
+    joules_per_total_token=0.0772,
+    ttft_ms=Latency(p50=31.2, p95=1400.0),
+    tpot_ms=Latency(p50=12.0, p95=15.0),
+    slo_met=3,
+    slo_missed=1,
+    ledger=(LEDGER,),
+    power=PowerState(meter_w=100, prefill_w=20, decode_w=50, idle_w=30, unattributed_w=0, static_w=40),
+)
+REQUEST = RequestState(
+    request_id="a4aee49fa81d09a050986b5c",
+    trace_id="0" * 32,
+    model="llama-demo",
+    age_s=75.0,
+    prompt_tokens=48,
+    output_tokens=60,
+    ttft_ms=22.0,
+    total_ms=421.0,
+    energy_mj=6920,
+    is_final=False,
+    outcome="stop",
+)
+STATE = RouterState(
+    router_id="router-1", version="0.1.0", uptime_s=10, models=(MODEL,), last_requests=(REQUEST,)
+)
+
+
+def draw(state: RouterState, *, lost: str = "") -> str:
+    out = io.StringIO()
+    screen = TopScreen()
+    screen.add(state)
+    if lost:
+        screen.note_lost(lost)
+    Console(file=out, width=80).print(screen.render())
+    return out.getvalue()
+
+
+def test_every_number_is_on_the_screen() -> None:
+    text = draw(STATE)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
+    for shown in (
+        "1,234.5",
+        "31.2ms/1.4s",
+        "12ms/15ms",
+        "75%",
+        "0.266",
+        "0.0772",
+        "estimated (tdp, ×2)",
+        "1.200 + 3.400 + 0.500 + 0.000 = 5.100 J",
+        "a4aee49f",
+        "6.92~",
+        "0.115",
+    ):
+        assert shown in text
+
+
+def test_keys_are_named_where_there_are_any() -> None:
+    out = io.StringIO()
+    screen = TopScreen()
+    screen.add(STATE)
+    Console(file=out, width=80).print(screen.render(height=24))
+    assert "q quits" in out.getvalue()
+    assert "q quits" not in draw(STATE)
+
+
+def test_unknown_energy_is_said_and_an_empty_router_says_what_to_do() -> None:
+    text = draw(replace(STATE, models=(replace(MODEL, ledger=(), power=None),), last_requests=()))
+    assert "energy unknown" in text
+    assert "wattline chat" in text
+
+
+def test_a_lost_router_is_said_and_its_numbers_stay() -> None:
+    text = draw(STATE, lost="no router")
+    assert "reconnecting: no router" in text
+    assert "1,234.5" in text
+
+
+def test_a_sum_that_does_not_add_up_is_not_written_as_one() -> None:
+    assert "≠" in describe_ledger(replace(LEDGER, meter_mj=5101)).plain
+
+
+def test_a_source_is_measured_estimated_or_simulated() -> None:
+    assert describe_source("counter", 1.05) == "measured (counter, ×1.05)"
+    assert describe_source("fake", 1.0) == "simulated (fake)"
+
+
+def test_cells_are_shared_in_proportion_and_add_up() -> None:
+    assert share_cells([20, 50, 30, 0], 10) == [2, 5, 3, 0]
+    assert sum(share_cells([1, 1, 1], 10)) == 10
+    assert share_cells([0, 0], 10) == [0, 0]
+
+
+def test_lines_are_bounded_and_relative_to_their_highest() -> None:
+    assert draw_line([0, 5, 10], width=3) == "▁▅█"
+    assert draw_line([0, 0], width=3) == "▁▁"
+    screen = TopScreen()
+    for _ in range(HISTORY_POINTS * 2):
+        screen.add(STATE)
+    assert len(draw_line(screen._lines["llama-demo"].power_w, width=HISTORY_POINTS)) == HISTORY_POINTS
+
+
+def test_durations_are_short() -> None:
+    assert [show_duration(seconds) for seconds in (42, 420, 10_800)] == ["42s", "7m", "3h"]
