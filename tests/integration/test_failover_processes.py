@@ -38,6 +38,8 @@ NUM_STREAMS = 16
 NUM_TOKENS = 400
 TOKENS_BEFORE = 10
 """Of each stream, about, when the test does what it is about."""
+NUM_LAYERS = 32
+"""Of the real model: a step takes milliseconds, so that the kill comes in the middle of every stream."""
 SEEDED = pb.Sampling(temperature=1.0, top_p=0.9, top_k=50, seed=7)
 GREEDY = pb.Sampling(temperature=0.0)
 
@@ -174,7 +176,7 @@ async def test_streams_that_outlast_a_drain_go_on_elsewhere() -> None:
 
 
 async def test_a_real_model_goes_on_with_the_same_draws(tmp_path: Path) -> None:
-    source = make_llama(tmp_path / "checkpoint", seed=10)
+    source = make_llama(tmp_path / "checkpoint", num_layers=NUM_LAYERS, seed=10)
     limits = EngineLimits(max_sequences=8, step_tokens=64, block_tokens=8, num_blocks=512, context_tokens=300)
     requests = [
         make_ask(tuple(range(20 + index, 40 + 3 * index)), SEEDED if index % 2 else GREEDY, max_tokens=200)
