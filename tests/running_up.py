@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from cluster.replies import ModelState, ReplicaState
 from cluster.serving.run_folder import RunFolder, UpState, read_state
 
 READY_TIMEOUT_S = 90.0
+END_TIMEOUT_S = 40.0
 POLL_S = 0.1
 
 logger = logging.getLogger(__name__)
@@ -61,11 +62,17 @@ def start_up(config_path: Path, log_path: Path) -> psutil.Popen:
 
 
 def end_everything(process: psutil.Popen) -> None:
-    """Whatever a failed test left: by the processes' own numbers."""
-    if process.poll() is None:
-        family = [*process.children(recursive=True), process]
+    """End an `up` that a test left running: asked first, so that it leaves nothing; then by number."""
+    if process.poll() is not None:
+        return
+    family = [*process.children(recursive=True), process]
+    process.terminate()
+    try:
+        process.wait(timeout=END_TIMEOUT_S)
+    except psutil.TimeoutExpired:
         for member in family:
-            member.kill()
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         psutil.wait_procs(family, timeout=10)
 
 
