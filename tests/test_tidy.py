@@ -102,7 +102,7 @@ def test_only_the_config_reads_the_environment() -> None:
 
 # `config` reads settings; others may only hand an environment on to their children.
 ENVIRONMENT_READERS = {
-    "cluster/config.py",
+    "cluster/config/load.py",
     "cluster/serving/ray_environment.py",
     "cluster/serving/ray_ranks.py",
     "replicas/supervisor/rank_group.py",

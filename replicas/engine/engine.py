@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from replicas.engine.load import LoadAverages
-from replicas.engine.scheduler import ScheduledStep, Scheduler
+from replicas.engine.scheduled_step import ScheduledStep
+from replicas.engine.scheduler import Scheduler
 from replicas.plan import PendingStep, Runner, StepOutcome
 from replicas.request import GenerationRequest, LoadSnapshot, StepRecord, StepResult
 

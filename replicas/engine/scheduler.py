@@ -15,15 +15,15 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import repeat
 
 from replicas.config import EngineLimits
 from replicas.engine.lane import Lane
 from replicas.engine.request_check import check_request
+from replicas.engine.scheduled_step import ScheduledRow, ScheduledStep, plan_row
 from replicas.engine.sequence import Sequence, SequenceState
 from replicas.errors import BadRequest
-from replicas.plan import EngineShape, NewRow, PlannedRow, StepOutcome, StepPlan
+from replicas.plan import EngineShape, NewRow, StepOutcome, StepPlan
 from replicas.request import (
     FinishReason,
     GenerationRequest,
@@ -35,24 +35,6 @@ from replicas.request import (
 
 NO_TOKEN = -1
 """A runner's answer for a row whose logits were not finite."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledRow:
-    """One row of a plan and the sequence behind it; `repeated` tokens were computed before."""
-
-    sequence: Sequence
-    planned: PlannedRow
-    is_prefill: bool
-    repeated: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledStep:
-    """A plan, and whom its outcome belongs to. `rows` is parallel to `plan.rows`."""
-
-    plan: StepPlan
-    rows: tuple[ScheduledRow, ...]
 
 
 class Scheduler:
@@ -248,7 +230,7 @@ class Scheduler:
                 continue
             if lane.needs_block(sequence) and not self._grow(lane, sequence):
                 continue
-            decodes.append(_plan_row(sequence, 1, is_prefill=False))
+            decodes.append(plan_row(sequence, 1, is_prefill=False))
             budget -= 1
         return budget
 
@@ -261,11 +243,11 @@ class Scheduler:
                 return
             if not sequence.is_decoding:
                 count = min(sequence.num_uncomputed, budget)
-                prefills.append(_plan_row(sequence, count, is_prefill=True))
+                prefills.append(plan_row(sequence, count, is_prefill=True))
                 budget -= count
         for sequence in self._admit(lane, new_rows, now_ns):
             count = min(sequence.num_uncomputed, budget)
-            prefills.append(_plan_row(sequence, count, is_prefill=True))
+            prefills.append(plan_row(sequence, count, is_prefill=True))
             budget -= count
             if budget == 0:
                 return
@@ -382,16 +364,3 @@ class Scheduler:
                 self._finish(sequence, FinishReason.DEADLINE, now_ns)
         deadlines = (sequence.request.deadline_ns for sequence in self._sequences.values())
         self._next_deadline_ns = min((at for at in deadlines if at is not None), default=math.inf)
-
-
-def _plan_row(sequence: Sequence, count: int, *, is_prefill: bool) -> ScheduledRow:
-    """The next `count` tokens of a running sequence, and the blocks the runners have not heard of."""
-    assert sequence.row is not None, "a running sequence has a row"
-    start_pos, samples = sequence.num_computed, count == sequence.num_uncomputed
-    token_ids, repeated = sequence.take(count)
-    new_blocks = tuple(sequence.blocks[sequence.num_planned_blocks :])
-    sequence.num_planned_blocks = len(sequence.blocks)
-    planned = PlannedRow(
-        row=sequence.row, start_pos=start_pos, token_ids=token_ids, new_blocks=new_blocks, samples=samples
-    )
-    return ScheduledRow(sequence=sequence, planned=planned, is_prefill=is_prefill, repeated=repeated)

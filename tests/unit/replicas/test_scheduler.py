@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from replicas.config import EngineLimits
-from replicas.engine.scheduler import ScheduledStep, Scheduler
+from replicas.engine.scheduled_step import ScheduledStep
+from replicas.engine.scheduler import Scheduler
 from replicas.plan import LAST_SAMPLED, EngineShape, NewRow, PlannedRow, StepOutcome, StepPlan
 from replicas.rank.null_runner import NULL_COSTS
 from replicas.request import FinishReason, GenerationRequest, SamplingParams, StepMember

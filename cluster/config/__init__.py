@@ -1,0 +1,39 @@
+"""`wattline.yaml`: the one configuration file, and the only reader of files and environment for settings.
+
+Unknown keys are refused. An error names the key, the value, the limit and the fix. Paths are relative to
+the file that names them. `load_config` is called by the command line and by `cluster.app:build`.
+"""
+
+from cluster.config.host import EnergySection, RaySection, TelemetrySection
+from cluster.config.load import Config, default_runtime_dir, load_config, parse_config, resolve_paths
+from cluster.config.model import (
+    LimitsSection,
+    ModelSection,
+    NullSection,
+    ParallelSection,
+    ReplicasSection,
+    SloSection,
+)
+from cluster.config.router import FailoverSection, RouterSection
+from cluster.config.section import ConfigError, Section
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "EnergySection",
+    "FailoverSection",
+    "LimitsSection",
+    "ModelSection",
+    "NullSection",
+    "ParallelSection",
+    "RaySection",
+    "ReplicasSection",
+    "RouterSection",
+    "Section",
+    "SloSection",
+    "TelemetrySection",
+    "default_runtime_dir",
+    "load_config",
+    "parse_config",
+    "resolve_paths",
+]

@@ -1,0 +1,32 @@
+"""`telemetry`, `energy` and `ray`: what surrounds the models and the router on their hosts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from cluster.config.section import Section
+
+
+class TelemetrySection(Section):
+    otlp_endpoint: str = Field("", description="gRPC OTLP endpoint; empty: no trace leaves the machine")
+    otlp_insecure: bool = True
+    service_name: str = "wattline"
+    sample_ratio: float = Field(1.0, ge=0.0, le=1.0)
+
+
+class EnergySection(Section):
+    meter: Literal["auto", "nvml", "cpu-model", "fake"] = "auto"
+    poll_ms: float = Field(30.0, ge=5.0, le=1000.0)
+    cpu_static_w: float = Field(10.0, ge=0.0, description="cpu-model: drawn whatever the work")
+    cpu_core_w: float = Field(8.0, ge=0.0, description="cpu-model: drawn by a busy core on top")
+
+
+class RaySection(Section):
+    address: str = Field("", description="empty: `up` owns a local Ray; `auto` or host:port joins one")
+    auth_mode: Literal["auto", "disabled", "token"] = Field(
+        "auto",
+        description="auto: a token of its own for the Ray `up` owns; RAY_AUTH_MODE for a joined one",
+    )
+    object_store_mib: int = Field(128, ge=80)

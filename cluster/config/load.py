@@ -1,0 +1,99 @@
+"""The whole of `wattline.yaml`: read, validated, its paths resolved."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from cluster.config.explain import explain_all
+from cluster.config.host import EnergySection, RaySection, TelemetrySection
+from cluster.config.model import ModelSection
+from cluster.config.router import RouterSection
+from cluster.config.section import ConfigError, Section
+
+
+class Config(Section):
+    models: tuple[ModelSection, ...] = Field(min_length=1, max_length=64)
+    router: RouterSection = RouterSection()
+    telemetry: TelemetrySection = TelemetrySection()
+    energy: EnergySection = EnergySection()
+    ray: RaySection = RaySection()
+    runtime_dir: str = Field(
+        "", description="sockets, pid and log files; empty: a folder per user under /tmp"
+    )
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Config:
+        names = [model.name for model in self.models]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"models: name {doubled[0]!r} is used twice; give each model its own")
+        return self
+
+    def model(self, name: str) -> ModelSection:
+        """The section of model `name`; KeyError if there is none."""
+        return {section.name: section for section in self.models}[name]
+
+
+def default_runtime_dir() -> Path:
+    """Where sockets, pid and log files go when nothing is said: short, since Unix socket paths are."""
+    return Path(os.environ.get("WATTLINE_RUNTIME_DIR") or f"/tmp/wattline-{os.getuid()}")
+
+
+def load_config(path: Path) -> Config:
+    """Read and validate a YAML file.
+
+    Raises ConfigError naming every wrong key with its value and fix.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a file with -f") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds no mapping; start with `models:`")
+    return resolve_paths(parse_config(raw, origin=str(path)), base=path.resolve().parent)
+
+
+def parse_config(raw: dict[str, Any], *, origin: str = "config") -> Config:
+    """Validate plain data. Raises ConfigError."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in explain_all(error))) from error
+
+
+def resolve_paths(config: Config, *, base: Path) -> Config:
+    """Make relative checkpoint folders absolute; hub ids and `null` stay as they are."""
+    models = tuple(
+        section.model_copy(
+            update={
+                "source": _resolve_source(section.source, base),
+                "tokenizer": _resolve_source(section.tokenizer, base),
+            }
+        )
+        for section in config.models
+    )
+    runtime_dir = config.runtime_dir or str(default_runtime_dir())
+    return config.model_copy(update={"models": models, "runtime_dir": str(base / runtime_dir)})
+
+
+def _resolve_source(source: str, base: Path) -> str:
+    if not source or source == "null":
+        return source
+    folder = base / Path(source).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_like_path:
+        raise ConfigError(
+            f"models.source: {source!r} is no folder (looked at {folder}); fix the path or give a hub id"
+        )
+    return source

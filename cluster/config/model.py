@@ -1,0 +1,138 @@
+"""`models[]`: what is served, on how many ranks, within which bounds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from cluster.config.section import Section
+from replicas.config import DTYPES, EngineLimits, NullEngineConfig, ParallelConfig
+
+
+class ParallelSection(Section):
+    """How many ranks share one replica of a model. One rank is one device."""
+
+    tensor: int = Field(1, ge=1, le=64, description="ranks that split every attention and dense layer")
+    expert: int = Field(1, ge=1, le=64, description="ranks that split the experts of a MoE model")
+    layout: Literal["shared"] = Field("shared", description="every rank runs the whole step")
+
+    @model_validator(mode="after")
+    def _degrees_make_a_group(self) -> ParallelSection:
+        self.to_parallel()
+        return self
+
+    def to_parallel(self) -> ParallelConfig:
+        return ParallelConfig(tensor=self.tensor, expert=self.expert, layout=self.layout)
+
+
+class ReplicasSection(Section):
+    min: int = Field(1, ge=1, le=1000)
+    max: int = Field(1, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _max_is_not_below_min(self) -> ReplicasSection:
+        if self.max < self.min:
+            raise ValueError(f"max={self.max} is below min={self.min}; raise max")
+        return self
+
+
+LEAST_OF_LIMIT = {"num_blocks": 2, "context_tokens": 16}
+"""Below it no engine starts: a block is scratch, and a replica is ready when it has generated some tokens."""
+
+
+class LimitsSection(Section):
+    """Bounds of one replica of a model. `EngineLimits` says what each means."""
+
+    max_sequences: int = Field(64, ge=1, le=4096)
+    max_waiting: int = Field(1024, ge=1, le=65536)
+    step_tokens: int = Field(512, ge=16, le=65536)
+    block_tokens: int = Field(16, ge=1, le=1024)
+    num_blocks: int = Field(0, ge=0)
+    kv_cache_mib: int = Field(256, ge=1)
+    context_tokens: int = Field(0, ge=0)
+    prefix_caching: bool = Field(True, description="share the KV of prompts that begin the same")
+    max_output_tokens: int = Field(4096, ge=1)
+    drain_s: float = Field(30.0, ge=1.0, le=3600.0)
+    ready_timeout_s: float = Field(600.0, ge=5.0)
+
+    @field_validator("num_blocks", "context_tokens")
+    @classmethod
+    def _zero_or_enough(cls, value: int, info: ValidationInfo) -> int:
+        least = LEAST_OF_LIMIT[str(info.field_name)]
+        if 0 < value < least:
+            raise ValueError(f"got {value}; allowed: {least} or more, or 0 for what fits; raise it")
+        return value
+
+    def to_engine(self, *, lookahead: int) -> EngineLimits:
+        return EngineLimits(
+            max_sequences=self.max_sequences,
+            max_waiting=self.max_waiting,
+            step_tokens=self.step_tokens,
+            block_tokens=self.block_tokens,
+            num_blocks=self.num_blocks,
+            kv_cache_bytes=self.kv_cache_mib * 2**20,
+            context_tokens=self.context_tokens,
+            lookahead=lookahead,
+            prefix_caching=self.prefix_caching,
+        )
+
+
+class SloSection(Section):
+    """What an answer should keep. Only reported: nothing is refused for it."""
+
+    ttft_ms: float | None = Field(None, gt=0.0, description="arrival to first token")
+    tpot_ms: float | None = Field(None, gt=0.0, description="mean time of each later token")
+
+
+class NullSection(Section):
+    """The null engine (`source: "null"`), for trials without a model. See `NullEngineConfig`."""
+
+    step_ms: float = Field(5.0, ge=0.0)
+    prefill_tokens_per_s: float = Field(50_000.0, gt=0.0)
+    vocab_size: int = Field(32_000, ge=16)
+    context_tokens: int = Field(8192, ge=16)
+    eos_every: int = Field(0, ge=0)
+    fail_at_step: int = Field(0, ge=0)
+    hang_at_step: int = Field(0, ge=0)
+    power_w: float = Field(400.0, ge=0.0)
+    idle_power_w: float = Field(80.0, ge=0.0)
+
+    def to_null(self) -> NullEngineConfig:
+        return NullEngineConfig(**self.model_dump())
+
+
+class ModelSection(Section):
+    name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    source: str = Field(min_length=1, description="a checkpoint folder, a Hugging Face hub id, or null")
+    revision: str = Field("main", description="of a hub id")
+    tokenizer: str = Field("", description="a tokenizer folder or hub id; empty: the source")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: str = "auto"
+    parallel: ParallelSection = ParallelSection()
+    replicas: ReplicasSection = ReplicasSection()
+    limits: LimitsSection = LimitsSection()
+    slo: SloSection = SloSection()
+    null_engine: NullSection = NullSection()
+    threads_per_rank: int = Field(1, ge=1, le=256)
+    cpus_per_rank: float = Field(1.0, gt=0.0, description="logical CPUs a rank reserves in Ray")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source_is_a_word(cls, value: object) -> object:
+        if value is None:
+            raise ValueError(
+                'is empty; give a folder or hub id, or "null" in quotes for the engine without a model'
+            )
+        return value
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype_is_known(cls, value: str) -> str:
+        if value not in DTYPES:
+            raise ValueError(f"{value!r} is no dtype; one of {', '.join(DTYPES)}")
+        return value
+
+    @property
+    def is_null(self) -> bool:
+        return self.source == "null"

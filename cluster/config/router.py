@@ -1,0 +1,40 @@
+"""`router`: its addresses, and the bounds of what it holds."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from cluster.config.section import Section
+
+
+class FailoverSection(Section):
+    """How streams that lose their replica go on at another one of equal weights and tokens."""
+
+    per_request: int = Field(2, ge=0, le=8, description="how often one stream is moved; 0: never")
+    budget_ratio: float = Field(0.1, ge=0.0, le=1.0, description="resumptions per admitted request, at most")
+    burst: int = Field(256, ge=1, description="resumptions saved up: the streams of a replica or two")
+    wait_s: float = Field(
+        0.0, ge=0.0, le=300.0, description="for another replica where none is ready; 0: fail now"
+    )
+    freeze_s: float = Field(
+        2.0, ge=0.5, le=300.0, description="silence under load that counts as frozen, or 5 x the p99 step"
+    )
+
+
+class RouterSection(Section):
+    """Addresses are loopback unless told otherwise. Port 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    grpc_port: int = Field(50051, ge=0, le=65535)
+    http_port: int = Field(8100, ge=0, le=65535)
+    link_host: str = "127.0.0.1"
+    link_port: int = Field(50052, ge=0, le=65535)
+    link_addresses: tuple[str, ...] = Field(
+        (), description="what replicas dial; empty: link_host:link_port of the router that `up` starts"
+    )
+    max_prompt_bytes: int = Field(1 << 20, ge=1024)
+    max_streams: int = Field(2048, ge=1, description="streams in flight per router; more are refused")
+    tokenizer_threads: int = Field(2, ge=1, le=64)
+    stall_buffer_bytes: int = Field(1 << 20, ge=4096, description="held for a reader that does not read")
+    energy_record_count: int = Field(4096, ge=1, description="finished requests GetEnergy remembers")
+    failover: FailoverSection = FailoverSection()
