@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from replicas.request import EngineCosts, SamplingParams, TokenLogprobs
+from replicas.request import TORCH_KERNELS, EngineCosts, SamplingParams, TokenLogprobs
 from replicas.sampling_words import sampling_from_words, sampling_to_words
 
 WORD = "i"
@@ -84,6 +84,7 @@ class EngineShape:
     dtype: str
     device: str
     costs: EngineCosts
+    kernels: str = TORCH_KERNELS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -190,6 +190,10 @@ class EngineCosts:
     kv_bytes_per_token: int
 
 
+TORCH_KERNELS = "torch"
+"""Said of an engine that runs on torch's own kernels; else see `CpuLayers.name`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineReady:
     """What an engine says of itself once every rank generated its golden token."""
@@ -206,6 +210,7 @@ class EngineReady:
     eos_token_ids: tuple[int, ...]
     costs: EngineCosts
     load: LoadSnapshot
+    kernels: str = TORCH_KERNELS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

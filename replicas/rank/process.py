@@ -134,6 +134,7 @@ def _ready(config: RankConfig, shape: EngineShape, scheduler: Scheduler, engine:
         eos_token_ids=shape.eos_token_ids,
         costs=shape.costs,
         load=engine.load,
+        kernels=shape.kernels,
     )
 
 
