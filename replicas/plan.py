@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from replicas.record import record
 from replicas.request import TORCH_KERNELS, EngineCosts, SamplingParams, TokenLogprobs
 from replicas.sampling_words import sampling_from_words, sampling_to_words
 
@@ -38,7 +39,7 @@ class NewRow:
     num_prompt: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class PlannedRow:
     """One sequence's part of a step.
 
