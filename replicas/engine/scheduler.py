@@ -172,6 +172,9 @@ class Scheduler:
                 self._prove_computed(row, is_finite=token[0] != NO_TOKEN)
                 self._take_token(sequence, *token, now_ns)
         assert next(sampled, None) is None, "a runner samples the rows that ask for it, and no others"
+        for lane in self._lanes:
+            for sequence in lane.take_sharers_of_broken():
+                self._preempt(lane, sequence)
         return tuple(members)
 
     def take_deltas(self) -> tuple[SequenceDelta, ...]:
