@@ -9,11 +9,14 @@ import typer
 from cluster.commands.options import (
     ENERGY_WAIT_MS,
     Address,
+    ApiKey,
+    Ca,
+    Cert,
     Json,
     MaxTokens,
     Seed,
     Temperature,
-    find_router,
+    dial_router,
     pick_model,
 )
 
@@ -33,17 +36,20 @@ def chat(
     seed: Seed = None,
     as_json: Json = False,
     address: Address = "",
+    ca: Ca = "",
+    cert: Cert = "",
+    api_key: ApiKey = "",
 ) -> None:
     """Talk to a model and see what every answer cost.
 
     In a conversation, /new forgets it and Ctrl-D ends it.
     """
-    from cluster.client import Ask, Client
+    from cluster.client import Ask
     from cluster.commands.print_answer import print_answer
 
     ask = Ask(temperature=temperature, seed=seed, max_tokens=max_tokens, energy_wait_ms=ENERGY_WAIT_MS)
     opening = [("system", system)] if system else []
-    with Client(find_router(address)) as client:
+    with dial_router(address, ca=ca, cert=cert, api_key=api_key) as client:
         name = pick_model([card.name for card in client.list_models()], model)
         if message:
             print_answer(client.chat(name, [*opening, ("user", message)], ask), as_json=as_json)
