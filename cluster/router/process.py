@@ -60,6 +60,7 @@ from cluster.text.detokenize_worker import DetokenizeWorker
 from cluster.text.tokenizer import Tokenizer
 from cluster.text.tokenizers import load_tokenizer
 from protos import wattline_cluster_pb2_grpc, wattline_inference_pb2_grpc, wattline_link_pb2_grpc
+from replicas.strict_messages import add_strictly
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class Router:
         """Bind every port, then serve. Raises PortInUse; `stop` is due all the same."""
         section = self._config.router
         links = link_server()
-        wattline_link_pb2_grpc.add_ReplicaLinkServicer_to_server(self._links, links)
+        add_strictly(wattline_link_pb2_grpc.add_ReplicaLinkServicer_to_server, self._links, links)
         link_port = Port(key="router.link_port", host=section.link_host, port=section.link_port)
         link_address = bind(links, link_port, tls=_link_tls(section))
         self._closing.push_async_callback(links.stop, grace=None)
@@ -201,9 +202,9 @@ class Router:
 
     def _client_server(self) -> grpc.aio.Server:
         server = client_server(self._config.router)
-        wattline_inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
-        wattline_cluster_pb2_grpc.add_ClusterServicer_to_server(self._cluster, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        add_strictly(wattline_inference_pb2_grpc.add_InferenceServicer_to_server, self._inference, server)
+        add_strictly(wattline_cluster_pb2_grpc.add_ClusterServicer_to_server, self._cluster, server)
+        add_strictly(health_pb2_grpc.add_HealthServicer_to_server, self._health.servicer, server)
         names = (service.SERVICE, cluster_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         if self._config.router.has_reflection:
             reflection.enable_server_reflection(names, server)
