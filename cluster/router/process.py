@@ -25,6 +25,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from starlette.routing import BaseRoute
 
 from cluster.addresses import RouterAddresses, join_host_port
 from cluster.command_error import CommandError
@@ -34,11 +35,13 @@ from cluster.dashboard.routes import dashboard_routes
 from cluster.dashboard.snapshot import take_snapshot
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.server import LinkServicer
+from cluster.openai.exchange import ExchangeGuard
+from cluster.openai.routes import OpenAIRoutes
 from cluster.router import cluster_service, service
 from cluster.router.bookkeeping import Books
 from cluster.router.cluster_service import ClusterServicer
 from cluster.router.energy_record import EnergyRecord
-from cluster.router.grpc_servers import bind, client_server, link_server
+from cluster.router.grpc_servers import bind, client_server, link_server, request_limit_bytes
 from cluster.router.health import HealthBoard
 from cluster.router.http_app import build_app
 from cluster.router.http_server import HttpServer
@@ -135,7 +138,9 @@ class Router:
         grpc_address = bind(clients, key="router.grpc_port", host=section.host, port=section.grpc_port)
         self._closing.push_async_callback(clients.stop, grace=CUT_S)
         app = build_app(
-            metrics=self._metrics, health=self._health, extra_routes=dashboard_routes(self._dashboard)
+            metrics=self._metrics,
+            health=self._health,
+            extra_routes=(*dashboard_routes(self._dashboard), *self._foreign_routes()),
         )
         http = HttpServer(app, host=section.host, port=section.http_port)
         self._closing.push_async_callback(http.stop)
@@ -170,6 +175,23 @@ class Router:
 
     def _snapshot(self) -> dict[str, Any]:
         return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
+
+    def _foreign_routes(self) -> tuple[BaseRoute, ...]:
+        section = self._config.router
+        if not section.protocols.openai:
+            return ()
+        guard = ExchangeGuard(
+            telemetry=self._telemetry,
+            metrics=self._metrics,
+            max_body_bytes=request_limit_bytes(section),
+        )
+        return OpenAIRoutes(
+            guard=guard,
+            models=self._models,
+            pool=self._pool,
+            streams=self._streams,
+            executor=self._tokenizing,
+        ).routes()
 
     def _client_server(self) -> grpc.aio.Server:
         server = client_server(self._config.router)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import TypeAlias
@@ -13,7 +13,7 @@ import grpc
 
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router import wire
-from cluster.router.answer import Completed, TextDelta
+from cluster.router.answer import TextDelta
 from cluster.router.caller import Caller
 from cluster.router.completion import Completion
 from cluster.router.energy_record import EnergyRecord
@@ -123,8 +123,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             accept=lambda: context.send_initial_metadata(rpc.id_metadata),
             interrupt=rpc.interrupt,
         )
-        events: AsyncIterator[TextDelta | Completed] = self._streams.run(completion, caller)
-        async with aclosing(events) as answer:  # type: ignore[type-var]
+        async with aclosing(self._streams.run(completion, caller)) as answer:
             async for event in answer:
                 if isinstance(event, TextDelta):
                     await context.write(wire.delta_message(event))
