@@ -107,6 +107,7 @@ class ReplicaState:
     expert_parallel: int
     device: str
     dtype: str
+    kernels: str
     energy_source: str
     host: str
     supervisor_pid: int

@@ -35,6 +35,7 @@ from cluster.dashboard.routes import dashboard_routes
 from cluster.dashboard.snapshot import take_snapshot
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.server import LinkServicer
+from cluster.monitoring.targets import target_routes
 from cluster.openai.exchange import ExchangeGuard
 from cluster.openai.routes import OpenAIRoutes
 from cluster.router import cluster_service, service
@@ -140,7 +141,11 @@ class Router:
         app = build_app(
             metrics=self._metrics,
             health=self._health,
-            extra_routes=(*dashboard_routes(self._dashboard), *self._foreign_routes()),
+            extra_routes=(
+                *target_routes(self._pool),
+                *dashboard_routes(self._dashboard),
+                *self._foreign_routes(),
+            ),
         )
         http = HttpServer(app, host=section.host, port=section.http_port)
         self._closing.push_async_callback(http.stop)
