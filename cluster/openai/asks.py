@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.openai.bodies import AnswerBody, ChatBody, CompletionBody, MessageBody
+from cluster.foreign.sampling_body import check_best_of, generate_request, in_their_words, seed_of
+from cluster.openai.bodies import ChatBody, CompletionBody, MessageBody
 from cluster.router.completion import Completion
 from cluster.router.errors import InvalidRequest
 from cluster.router.validation import RequestBounds, parse_chat, parse_generate
@@ -18,14 +19,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 """Of this protocol; a chat goes on as long as the model lets it."""
 MAX_PROMPTS = 64
 """In one request; each is a stream of its own at the router."""
-UINT64 = 2**64
 OUR_ROLES = {"developer": "system"}
-THEIR_NAMES = {
-    "prompt.text": "prompt",
-    "prompt.tokens.ids": "prompt",
-    "sampling.logprobs": "logprobs",
-    "limits.max_tokens": "max_tokens",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +45,7 @@ class Ask:
 
 def completion_ask(body: CompletionBody, bounds: RequestBounds, draw_seed: Callable[[], int]) -> Ask:
     """A validated `/v1/completions`. Raises InvalidRequest."""
-    if body.best_of not in (None, 1, body.n):
-        raise InvalidRequest(
-            field="best_of", got=body.best_of, limit="1, or the value of n", fix="leave it out"
-        )
+    check_best_of(body)
     echo = body.echo or False
     if echo and body.logprobs is not None:
         raise InvalidRequest(
@@ -63,8 +54,8 @@ def completion_ask(body: CompletionBody, bounds: RequestBounds, draw_seed: Calla
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     has_answer = max_tokens > 0 or not echo
     prompts = _prompts(body)
-    seed = draw_seed() if body.seed is None else body.seed % UINT64
-    request = _generate_request(body, max_tokens=max_tokens if has_answer else 1, seed=seed)
+    seed = seed_of(body, draw_seed)
+    request = generate_request(body.model, body, max_tokens=max_tokens if has_answer else 1, seed=seed)
     if body.logprobs is not None:
         request.sampling.logprobs = body.logprobs
     completions = []
@@ -74,7 +65,7 @@ def completion_ask(body: CompletionBody, bounds: RequestBounds, draw_seed: Calla
         else:
             request.tokens.CopyFrom(pb.TokenIds(ids=prompt))
         where = f"prompt[{index}]" if len(prompts) > 1 else "prompt"
-        completions.append(_in_their_words(lambda: parse_generate(request, bounds, draw_seed), prompt=where))
+        completions.append(in_their_words(lambda: parse_generate(request, bounds, draw_seed), prompt=where))
     if echo and body.logprobs is not None:
         completions = [replace(each, wants_prompt_logprobs=True) for each in completions]
     return Ask(
@@ -98,8 +89,8 @@ def chat_ask(body: ChatBody, bounds: RequestBounds, draw_seed: Callable[[], int]
             fix="set logprobs to true",
         )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    seed = draw_seed() if body.seed is None else body.seed % UINT64
-    generate = _generate_request(body, max_tokens=max_tokens, seed=seed)
+    seed = seed_of(body, draw_seed)
+    generate = generate_request(body.model, body, max_tokens=max_tokens, seed=seed)
     request = pb.ChatRequest(
         model=generate.model,
         messages=[_message(message, index) for index, message in enumerate(body.messages)],
@@ -111,7 +102,7 @@ def chat_ask(body: ChatBody, bounds: RequestBounds, draw_seed: Callable[[], int]
         request.energy_wait_ms = generate.energy_wait_ms
     if num_logprobs is not None:
         request.sampling.logprobs = num_logprobs
-    completion = _in_their_words(lambda: parse_chat(request, bounds, draw_seed), prompt="messages")
+    completion = in_their_words(lambda: parse_chat(request, bounds, draw_seed), prompt="messages")
     return Ask(
         completions=(completion,),
         is_stream=body.stream or False,
@@ -138,44 +129,6 @@ def _prompts(body: CompletionBody) -> Sequence[str | list[int]]:
     return [each for each in prompt if not isinstance(each, int)]
 
 
-def _generate_request(body: AnswerBody, *, max_tokens: int | None, seed: int) -> pb.GenerateRequest:
-    """All but the prompt."""
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop
-    return pb.GenerateRequest(
-        model=body.model,
-        sampling=pb.Sampling(
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k,
-            min_p=body.min_p,
-            repetition_penalty=body.repetition_penalty,
-            presence_penalty=body.presence_penalty,
-            frequency_penalty=body.frequency_penalty,
-            logit_bias=_logit_bias(body.logit_bias or {}),
-            n=body.n,
-            seed=seed,
-        ),
-        limits=pb.Limits(
-            max_tokens=max_tokens,
-            stop=stop,
-            stop_token_ids=body.stop_token_ids,
-            ignore_eos=body.ignore_eos or False,
-        ),
-        priority=body.priority or 0,
-        energy_wait_ms=body.energy_wait_ms,
-    )
-
-
-def _logit_bias(biases: dict[str, float]) -> dict[int, float]:
-    """Its keys are token ids as texts."""
-    for key in biases:
-        if not (key.isascii() and key.isdecimal() and int(key) < 2**32):
-            raise InvalidRequest(
-                field="logit_bias", got="a key that is no token id", limit="0 or more", fix="use token ids"
-            )
-    return {int(key): bias for key, bias in biases.items()}
-
-
 def _message(message: MessageBody, index: int) -> pb.Message:
     content = message.content or ""
     if not isinstance(content, str):
@@ -189,14 +142,3 @@ def _message(message: MessageBody, index: int) -> pb.Message:
                 )
         content = "".join(part.text or "" for part in content)
     return pb.Message(role=OUR_ROLES.get(message.role, message.role), content=content)
-
-
-def _in_their_words(parse: Callable[[], Completion], *, prompt: str) -> Completion:
-    """Our validation with this protocol's names of fields."""
-    try:
-        return parse()
-    except InvalidRequest as error:
-        name = THEIR_NAMES.get(error.field, error.field)
-        for prefix in ("sampling.", "limits."):
-            name = name.removeprefix(prefix)
-        raise error.renamed(prompt if name == "prompt" else name) from None

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 from starlette.routing import BaseRoute, Route
 
+from cluster.foreign.json_body import read_body
 from cluster.link.replica_pool import ReplicaPool
 from cluster.openai.answer import Answer
 from cluster.openai.asks import Ask, chat_ask, completion_ask
-from cluster.openai.bodies import AnswerBody, ChatBody, CompletionBody, read_body
+from cluster.openai.bodies import AnswerBody, ChatBody, CompletionBody
 from cluster.openai.exchange import Exchange, ExchangeGuard
 from cluster.openai.failures import plain_failure
 from cluster.openai.shapes import ChatShape, CompletionShape, Shape

@@ -36,6 +36,7 @@ from cluster.dashboard.snapshot import take_snapshot
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.server import LinkServicer
 from cluster.monitoring.targets import target_routes
+from cluster.oip.service import OipServicer, add_oip
 from cluster.openai.exchange import ExchangeGuard
 from cluster.openai.routes import OpenAIRoutes
 from cluster.router import cluster_service, service
@@ -106,6 +107,7 @@ class Router:
             record=record,
             tokenizing=self._tokenizing,
         )
+        self._oip = OipServicer(guard=guard, models=self._models, pool=self._pool, streams=self._streams)
         self._cluster = ClusterServicer(
             guard=guard,
             models=self._models,
@@ -202,6 +204,8 @@ class Router:
         server = client_server(self._config.router)
         wattline_inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
         wattline_cluster_pb2_grpc.add_ClusterServicer_to_server(self._cluster, server)
+        if self._config.router.protocols.oip:
+            add_oip(self._oip, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         names = (service.SERVICE, cluster_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import NoReturn, TypeAlias, TypeVar
 
@@ -102,6 +102,41 @@ class RpcGuard:
             rpc.span.end(code.name)
             if is_inference:
                 self._metrics.count_request(rpc.model, code.name)
+
+    @asynccontextmanager
+    async def part(
+        self,
+        context: grpc.aio.ServicerContext[RequestT, ResponseT],
+        method: str,
+        tell: Callable[[str], Awaitable[None]],
+    ) -> AsyncIterator[Rpc]:
+        """One of several requests in a call: its error is told, and the call goes on."""
+        rpc = Rpc(
+            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()), context=context
+        )
+        code = grpc.StatusCode.OK
+        try:
+            yield rpc
+        except RouterError as error:
+            code = status_of(error).code
+            await tell(str(error))
+        except asyncio.CancelledError:
+            if rpc.interruption is None:
+                code = _cancel_code(context)
+                raise
+            code = status_of(rpc.interruption).code
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]
+            await tell(str(rpc.interruption))
+        except Exception:
+            if context.cancelled() or context.done():
+                code = _cancel_code(context)
+                raise
+            code = grpc.StatusCode.INTERNAL
+            logger.exception("rpc_failed method=%s request_id=%s", method, rpc.request_id)
+            await tell(f"internal error; its id is {rpc.request_id}")
+        finally:
+            rpc.span.end(code.name)
+            self._metrics.count_request(rpc.model, code.name)
 
 
 async def _abort(
