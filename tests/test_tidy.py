@@ -19,6 +19,13 @@ MARKS = re.compile(r"\b(TODO(?!\(#\d+\))|FIXME|XXX|HACK)\b")
 # Where bytes become domain objects. A new name here needs a reason.
 PROTOBUF_EDGES = {
     "cluster/client.py",
+    "cluster/foreign/sampling_body.py",
+    "cluster/oip/asks.py",
+    "cluster/oip/descriptions.py",
+    "cluster/oip/responses.py",
+    "cluster/oip/service.py",
+    "cluster/oip/tensors.py",
+    "cluster/openai/asks.py",
     "cluster/status_replies.py",
     "cluster/router/cluster_service.py",
     "cluster/router/errors.py",
