@@ -51,6 +51,9 @@ class LimitsSection(Section):
     num_blocks: int = Field(0, ge=0)
     kv_cache_mib: int = Field(256, ge=1)
     context_tokens: int = Field(0, ge=0)
+    decode_stretch: float = Field(
+        2.0, ge=1.0, le=1000.0, description="how much longer prompts may make the steps of those that decode"
+    )
     prefix_caching: bool = Field(True, description="share the KV of prompts that begin the same")
     max_output_tokens: int = Field(4096, ge=1)
     drain_s: float = Field(30.0, ge=1.0, le=3600.0)
@@ -74,6 +77,7 @@ class LimitsSection(Section):
             kv_cache_bytes=self.kv_cache_mib * 2**20,
             context_tokens=self.context_tokens,
             lookahead=lookahead,
+            decode_stretch=self.decode_stretch,
             prefix_caching=self.prefix_caching,
         )
 

@@ -19,6 +19,7 @@ from itertools import chain, repeat
 
 from replicas.config import EngineLimits
 from replicas.engine.lane import Lane
+from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.request_check import check_request
 from replicas.engine.scheduled_step import ScheduledRow, ScheduledStep, plan_row
 from replicas.engine.sequence import Sequence, SequenceState
@@ -82,6 +83,15 @@ class Scheduler:
         return not self._sequences
 
     @property
+    def num_decoding(self) -> int:
+        return sum([len(lane.running) - len(lane.prefilling) for lane in self._lanes])
+
+    @property
+    def num_prefilling(self) -> int:
+        """Sequences that have prompt tokens left to plan, waiting ones included."""
+        return sum([len(lane.prefilling) + len(lane.waiting) for lane in self._lanes])
+
+    @property
     def step(self) -> int:
         """Number of the step planned last; 0 before the first."""
         return self._step
@@ -124,8 +134,8 @@ class Scheduler:
         """End with STOP, whatever the state; an id that has already ended is no error."""
         self._end(request_id, FinishReason.STOP, now_ns)
 
-    def schedule(self, *, now_ns: int) -> ScheduledStep | None:
-        """Plan the next step; None when no sequence can compute anything now."""
+    def schedule(self, *, now_ns: int, pace: PrefillPace | None = None) -> ScheduledStep | None:
+        """Plan the next step; None when no sequence can compute anything now. `pace` bounds prompt tokens."""
         if now_ns >= self._next_deadline_ns:
             self._expire(now_ns)
         decodes: list[ScheduledRow] = []
@@ -134,6 +144,10 @@ class Scheduler:
         for lane in self._lanes:
             self._preempt_for_priority(lane)
             budget = self._schedule_decodes(lane, decodes)
+            if pace is not None:
+                budget = pace.tokens(
+                    num_decoding=self.num_decoding, num_prefilling=self.num_prefilling, limit=budget
+                )
             self._schedule_prefills(lane, prefills, new_rows, budget, now_ns)
         rows = (*decodes, *prefills)
         if not rows:
