@@ -127,7 +127,7 @@ class Lane:
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """The blocks a waiting sequence need not compute; at least its last token is left."""
-        if not self._caches_prefixes:
+        if not self._caches_prefixes or sequence.is_scoring:
             return []
         self._extend_hashes(sequence)
         return self.pool.find(sequence.block_hashes[: (len(sequence.tokens) - 1) // self._block_tokens])
