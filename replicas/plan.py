@@ -107,6 +107,7 @@ class EngineShape:
     kernels: str = TORCH_KERNELS
     scores_prompts: bool = False
     """Whether its runner does what `StepPlan.scored` asks for."""
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

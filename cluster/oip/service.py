@@ -22,11 +22,12 @@ from cluster.oip.asks import InferAsk, infer_ask
 from cluster.oip.descriptions import MODEL_VERSION, model_config, model_metadata, server_metadata
 from cluster.oip.responses import Choices
 from cluster.router.answer import Completed
+from cluster.router.auth import Identity
 from cluster.router.caller import Caller
 from cluster.router.completion import TokenPrompt
 from cluster.router.errors import UnknownModel
 from cluster.router.rpc import Rpc, RpcGuard
-from cluster.router.served_model import ServedModel
+from cluster.router.served_model import ServedModel, find_model
 from cluster.router.streams import Streams
 from cluster.router.wire import energy_trailers
 from protos import wattline_oip_pb2 as pb
@@ -65,8 +66,9 @@ class OipServicer:
         return pb.ServerReadyResponse(ready=any(self._is_ready(name) for name in self._models))
 
     async def model_ready(self, request: pb.ModelReadyRequest, context: AnyContext) -> pb.ModelReadyResponse:
-        async with self._guard.call(context, f"{SERVICE}/ModelReady"):
-            return pb.ModelReadyResponse(ready=self._is_ready(self._find(request.name, request.version).name))
+        async with self._guard.call(context, f"{SERVICE}/ModelReady") as rpc:
+            model = self._find(request.name, request.version, rpc)
+            return pb.ModelReadyResponse(ready=self._is_ready(model.name))
 
     async def server_metadata(
         self, _: pb.ServerMetadataRequest, context: AnyContext
@@ -77,21 +79,21 @@ class OipServicer:
     async def model_metadata(
         self, request: pb.ModelMetadataRequest, context: AnyContext
     ) -> pb.ModelMetadataResponse:
-        async with self._guard.call(context, f"{SERVICE}/ModelMetadata"):
-            return model_metadata(self._find(request.name, request.version).name)
+        async with self._guard.call(context, f"{SERVICE}/ModelMetadata") as rpc:
+            return model_metadata(self._find(request.name, request.version, rpc).name)
 
     async def model_config(
         self, request: pb.ModelConfigRequest, context: AnyContext
     ) -> pb.ModelConfigResponse:
-        async with self._guard.call(context, f"{SERVICE}/ModelConfig"):
-            return model_config(self._find(request.name, request.version).name)
+        async with self._guard.call(context, f"{SERVICE}/ModelConfig") as rpc:
+            return model_config(self._find(request.name, request.version, rpc).name)
 
     async def model_infer(
         self, request: pb.ModelInferRequest, context: InferContext
     ) -> pb.ModelInferResponse:
         """One response, `stream` or not."""
         async with self._guard.call(context, f"{SERVICE}/ModelInfer", is_inference=True) as rpc:
-            model = self._find(request.model_name, request.model_version)
+            model = self._find(request.model_name, request.model_version, rpc)
             rpc.model = model.name
             ask = replace(infer_ask(request, model.bounds, _draw_seed), is_stream=False)
             async with aclosing(self._respond(ask, model, rpc)) as responses:
@@ -106,7 +108,7 @@ class OipServicer:
         self, requests: AsyncIterator[pb.ModelInferRequest], context: StreamContext
     ) -> None:
         """Answer requests side by side until the caller has no more."""
-        async with self._guard.call(context, f"{SERVICE}/ModelStreamInfer"):
+        async with self._guard.call(context, f"{SERVICE}/ModelStreamInfer") as call:
             writing, room = asyncio.Lock(), asyncio.Semaphore(MAX_REQUESTS_PER_STREAM)
 
             async def write(response: pb.ModelStreamInferResponse) -> None:
@@ -115,7 +117,7 @@ class OipServicer:
 
             async def answer(request: pb.ModelInferRequest) -> None:
                 try:
-                    await self._answer_one(request, context, write)
+                    await self._answer_one(request, context, write, call.identity)
                 finally:
                     room.release()
 
@@ -129,13 +131,14 @@ class OipServicer:
         request: pb.ModelInferRequest,
         context: StreamContext,
         write: Callable[[pb.ModelStreamInferResponse], Awaitable[None]],
+        identity: Identity,
     ) -> None:
         async def tell(message: str) -> None:
             named = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
             await write(pb.ModelStreamInferResponse(error_message=message, infer_response=named))
 
-        async with self._guard.part(context, f"{SERVICE}/ModelStreamInfer", tell) as rpc:
-            model = self._find(request.model_name, request.model_version)
+        async with self._guard.part(context, f"{SERVICE}/ModelStreamInfer", tell, identity=identity) as rpc:
+            model = self._find(request.model_name, request.model_version, rpc)
             rpc.model = model.name
             ask = infer_ask(request, model.bounds, _draw_seed)
             async with aclosing(self._respond(ask, model, rpc)) as responses:
@@ -162,11 +165,10 @@ class OipServicer:
                 if ask.is_stream:
                     yield choices.take(), None
 
-    def _find(self, name: str, version: str) -> ServedModel:
-        model = self._models.get(name)
-        if model is None or version not in ("", MODEL_VERSION):
-            raise UnknownModel(served=tuple(self._models))
-        return model
+    def _find(self, name: str, version: str, rpc: Rpc) -> ServedModel:
+        if version not in ("", MODEL_VERSION):
+            raise UnknownModel(served=tuple(filter(rpc.identity.may_use, self._models)))
+        return find_model(self._models, name, rpc.identity)
 
     def _is_ready(self, name: str) -> bool:
         return bool(self._pool.ready(name))
@@ -196,7 +198,7 @@ def add_oip(servicer: OipServicer, server: grpc.aio.Server) -> None:
         request_deserializer=pb.ModelInferRequest.FromString,
         response_serializer=pb.ModelStreamInferResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_registered_method_handlers(SERVICE, handlers)
 
 
 def _caller(ask: InferAsk, rpc: Rpc) -> Caller:
@@ -214,6 +216,7 @@ def _caller(ask: InferAsk, rpc: Rpc) -> Caller:
 
     return Caller(
         request_id=rpc.request_id,
+        tenant=rpc.identity.tenant,
         span=rpc.span,
         time_remaining_s=time_remaining_s,
         accept=accept,

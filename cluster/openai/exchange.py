@@ -17,8 +17,10 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.openai.failures import Failure, failure_of, internal_failure, plain_failure
 from cluster.openai.reply import Reply
+from cluster.router.auth import ANYBODY, Identity
 from cluster.router.caller import Caller
 from cluster.router.errors import RouterError
+from cluster.router.http_guard import IDENTITY
 from cluster.telemetry import semconv
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.rpc_span import RpcSpan
@@ -53,10 +55,17 @@ class Exchange:
             },
         )
 
+    @property
+    def identity(self) -> Identity:
+        """Who asks, as the guard of the whole application found out."""
+        identity: Identity = self.request.scope.get(IDENTITY, ANYBODY)
+        return identity
+
     def caller(self, position: int = 0) -> Caller:
         """Who asks for the prompt at this position; each has an id of its own in the records."""
         return Caller(
             request_id=self.request_id if position == 0 else f"{self.request_id}-{position}",
+            tenant=self.identity.tenant,
             span=self.span,
             time_remaining_s=lambda: None,
             accept=_accept,

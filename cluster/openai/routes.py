@@ -18,8 +18,7 @@ from cluster.openai.bodies import AnswerBody, ChatBody, CompletionBody
 from cluster.openai.exchange import Exchange, ExchangeGuard
 from cluster.openai.failures import plain_failure
 from cluster.openai.shapes import ChatShape, CompletionShape, Shape
-from cluster.router.errors import UnknownModel
-from cluster.router.served_model import ServedModel
+from cluster.router.served_model import ServedModel, find_model
 from cluster.router.streams import Streams
 from cluster.router.validation import RequestBounds
 
@@ -87,7 +86,7 @@ class OpenAIRoutes:
         read_ask: Callable[[AskedT, RequestBounds, Callable[[], int]], Ask],
         shape_of: Callable[[Ask], Shape],
     ) -> None:
-        model = self._find(body.model)
+        model = find_model(self._models, body.model, exchange.identity)
         exchange.model = model.name
         ask = read_ask(body, model.bounds, _draw_seed)
         answer = Answer(
@@ -101,23 +100,19 @@ class OpenAIRoutes:
         await answer.write()
 
     async def _list_models(self, exchange: Exchange, _: bytes) -> None:
-        models = [self._describe(model) for model in self._models.values()]
+        models = [
+            self._describe(model) for name, model in self._models.items() if exchange.identity.may_use(name)
+        ]
         await exchange.reply.send_document({"object": "list", "data": models})
 
     async def _show_model(self, exchange: Exchange, _: bytes) -> None:
-        model = self._find(exchange.request.path_params["name"])
+        model = find_model(self._models, exchange.request.path_params["name"], exchange.identity)
         await exchange.reply.send_document(self._describe(model))
 
     async def _refuse_path(self, exchange: Exchange, _: bytes) -> None:
         served = f"POST {COMPLETIONS}, POST {CHAT}, GET {MODELS}"
         failure = plain_failure(404, f"no such address or method here; served: {served}", code="NOT_FOUND")
         await exchange.reply.send_document(failure.document, status=failure.status)
-
-    def _find(self, name: str) -> ServedModel:
-        model = self._models.get(name)
-        if model is None:
-            raise UnknownModel(served=tuple(self._models))
-        return model
 
     def _describe(self, model: ServedModel) -> dict[str, Any]:
         attached = self._pool.of_model(model.name)

@@ -17,9 +17,9 @@ from cluster.router.answer import TextDelta
 from cluster.router.caller import Caller
 from cluster.router.completion import Completion
 from cluster.router.energy_record import EnergyRecord
-from cluster.router.errors import InvalidRequest, UnknownModel
+from cluster.router.errors import InvalidRequest
 from cluster.router.rpc import Rpc, RpcGuard
-from cluster.router.served_model import ServedModel
+from cluster.router.served_model import ServedModel, find_model
 from cluster.router.streams import Streams
 from cluster.router.validation import parse_chat, parse_generate, parse_text, parse_token_ids, parse_turns
 from protos import wattline_inference_pb2 as pb
@@ -99,8 +99,14 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: ListModelsContext
     ) -> pb.ListModelsResponse:
-        async with self._guard.call(context, f"{SERVICE}/ListModels"):
-            return pb.ListModelsResponse(models=[self._describe(model) for model in self._models.values()])
+        async with self._guard.call(context, f"{SERVICE}/ListModels") as rpc:
+            return pb.ListModelsResponse(
+                models=[
+                    self._describe(model)
+                    for name, model in self._models.items()
+                    if rpc.identity.may_use(name)
+                ]
+            )
 
     async def GetEnergy(
         self, request: pb.GetEnergyRequest, context: GetEnergyContext
@@ -118,6 +124,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         """Write every delta, then the one final message."""
         caller = Caller(
             request_id=rpc.request_id,
+            tenant=rpc.identity.tenant,
             span=rpc.span,
             time_remaining_s=rpc.time_remaining_s,
             accept=lambda: context.send_initial_metadata(rpc.id_metadata),
@@ -137,9 +144,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             raise InvalidRequest(
                 field="model", got="nothing", limit="a served model", fix="name one of ListModels"
             )
-        model = self._models.get(name)
-        if model is None:
-            raise UnknownModel(served=tuple(self._models))
+        model = find_model(self._models, name, rpc.identity)
         rpc.model = name
         return model
 

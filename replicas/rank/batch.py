@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from replicas.layers.attention import DecodeGroup, PagedSequences, PrefillChunk, Span
+from replicas.layers.triton.sequences import DeviceSequences
 from replicas.plan import LAST_SAMPLED, PlannedRow, StepPlan
 from replicas.record import record
 from replicas.request import SamplingParams
@@ -46,7 +47,8 @@ class Batch:
     """The tensors of a step. `sampled_S[i]` is the flat index of the token that `draws[i]` continues.
 
     Behind those of the draws are the indices of tokens whose next one, in `targets`, is known and scored.
-    `spans` and `sequences` say the same; compiled kernels read the second, and then the first is empty.
+    `spans` and `sequences` say the same; compiled kernels read the second, and then the first is empty. So do
+    `device_sequences`, which device kernels read in place of both.
     """
 
     token_ids_T: torch.Tensor
@@ -57,6 +59,7 @@ class Batch:
     sampled_S: torch.Tensor
     draws: tuple[Draw, ...]
     targets: tuple[Target, ...] = ()
+    device_sequences: DeviceSequences | None = None
 
 
 class Rows:

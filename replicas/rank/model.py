@@ -24,5 +24,6 @@ def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
         costs=runner.costs,
         kernels=runner.kernels,
         scores_prompts=True,
+        quantization=runner.quantization,
     )
     return BuiltRunner(runner=runner, shape=shape)
