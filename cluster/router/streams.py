@@ -251,6 +251,7 @@ class Streams:
         )
         return Run(
             request_id=caller.request_id,
+            tenant=caller.tenant,
             arrived_s=caller.arrived_s,
             model=model,
             job=job,
