@@ -26,7 +26,7 @@ from tests.router_fixture import MODEL, make_config
 pytestmark = pytest.mark.processes
 
 SOURCE = EXAMPLES_DIR / "models" / "llama-demo"
-WAIT_S = 60.0
+WAIT_S = 150.0
 
 
 @pytest.fixture(scope="module")
