@@ -126,6 +126,8 @@ class Lane:
 
     def is_held(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence had better wait for blocks that another one is about to compute."""
+        if sequence.is_scoring:
+            return False
         if sequence.waits_for is None and self._caches_prefixes and self.prefilling:
             choose_leader(
                 sequence,
@@ -169,6 +171,8 @@ class Lane:
         if not self._caches_prefixes:
             return []
         self._extend_hashes(sequence)
+        if sequence.is_scoring:
+            return []
         return self.pool.find(sequence.block_hashes[: self._num_sharable(sequence)])
 
     def _num_sharable(self, sequence: Sequence) -> int:

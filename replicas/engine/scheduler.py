@@ -34,6 +34,8 @@ from replicas.request import (
     TokenLogprobs,
 )
 
+MAX_SCORED_TOKENS = 256
+"""Of prompts that are scored, per step and lane: each takes a row of logits over the whole vocabulary."""
 NO_TOKEN = -1
 """A runner's answer for a row whose logits were not finite."""
 
@@ -105,6 +107,7 @@ class Scheduler:
                 vocab_size=self._shape.vocab_size,
                 context_tokens=self.context_tokens,
                 num_lanes=len(self._lanes),
+                scores_prompts=self._shape.scores_prompts,
             )
         except BadRequest as error:
             self._refuse(request, ("INVALID_ARGUMENT", str(error)))
@@ -153,18 +156,22 @@ class Scheduler:
         if not rows:
             return None
         self._step += 1
+        scored = tuple([row for row in prefills if row.sequence.is_scoring])
         plan = StepPlan(
             step=self._step,
             freed_rows=tuple(self._freed_rows),
             new_rows=tuple(new_rows),
             rows=tuple([row.planned for row in rows]),
+            scored=tuple([row.sequence.scored_row(row.planned) for row in scored]),
         )
         self._freed_rows.clear()
-        return ScheduledStep(plan=plan, rows=rows)
+        return ScheduledStep(plan=plan, rows=rows, scored=scored)
 
     def commit(self, step: ScheduledStep, outcome: StepOutcome, *, now_ns: int) -> tuple[StepMember, ...]:
         """Take in what the oldest step under way sampled; says who was in it, for the energy ledger."""
         sampled = zip(outcome.sampled_ids, outcome.logprobs or repeat(None), strict=False)
+        if step.scored:
+            _take_scores(step, outcome)
         members = []
         for row in step.rows:
             sequence, num_tokens = row.sequence, len(row.planned.token_ids)
@@ -258,8 +265,14 @@ class Scheduler:
     ) -> None:
         """Prompt chunks: of what runs already, then of what can be admitted."""
         candidates = chain(tuple(lane.prefilling), self._admit(lane, new_rows, now_ns))
+        to_score = MAX_SCORED_TOKENS
         while budget > 0 and (sequence := next(candidates, None)) is not None:
             count = min(sequence.num_uncomputed, budget)
+            if sequence.is_scoring:
+                count = min(count, to_score)
+                to_score -= count
+                if count == 0:
+                    continue
             prefills.append(plan_row(sequence, count, is_prefill=True))
             lane.chunk_planned(sequence)
             budget -= count
@@ -382,3 +395,14 @@ class Scheduler:
                 self._finish(sequence, FinishReason.DEADLINE, now_ns)
         deadlines = (sequence.request.deadline_ns for sequence in self._sequences.values())
         self._next_deadline_ns = min((at for at in deadlines if at is not None), default=math.inf)
+
+
+def _take_scores(step: ScheduledStep, outcome: StepOutcome) -> None:
+    """Hand each scored row its part of the scores, also one that was preempted meanwhile: they hold."""
+    at = 0
+    for row, scored in zip(step.scored, step.plan.scored, strict=True):
+        end = at + len(scored.targets(row.planned.token_ids))
+        if row.sequence.state is not SequenceState.FINISHED:
+            row.sequence.take_scores(row.planned, list(outcome.scores[at:end]))
+        at = end
+    assert at == len(outcome.scores), "a runner scores what it is asked to"

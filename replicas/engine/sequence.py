@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from replicas.plan import LAST_SAMPLED, NewRow
+from replicas.plan import LAST_SAMPLED, NO_NEXT, NewRow, PlannedRow, ScoredRow
 from replicas.request import (
     FinishReason,
     GenerationRequest,
@@ -77,6 +77,8 @@ class Sequence:
     """New, not repeated, tokens in steps under way."""
     wasted_tokens: int = 0
     preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of its prompt from the second token on, as far as it is scored; given away with the first token."""
     scheduled_ns: int | None = None
     first_token_ns: int | None = None
 
@@ -97,6 +99,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens known and delivered by this attempt."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def is_scoring(self) -> bool:
+        """What is computed of it has to be scored, too."""
+        return self.request.scores_prompt and len(self.tokens) == self.num_prompt
 
     @property
     def is_decoding(self) -> bool:
@@ -155,6 +162,18 @@ class Sequence:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.max_length else None
 
+    def scored_row(self, planned: PlannedRow) -> ScoredRow:
+        """What of a planned chunk of its prompt is to be scored."""
+        end = planned.start_pos + len(planned.token_ids)
+        assert planned.row == self.row and end <= self.num_prompt, "only a prompt is scored"
+        return ScoredRow(row=planned.row, next_id=NO_NEXT if end == self.num_prompt else self.tokens[end])
+
+    def take_scores(self, planned: PlannedRow, scores: list[TokenLogprobs]) -> None:
+        """The scores of a chunk; after a preemption, some of them for the second time."""
+        num_known = len(self.prompt_logprobs) - planned.start_pos
+        assert num_known >= 0, "chunks are scored in order"
+        self.prompt_logprobs += scores[num_known:]
+
     def preempt(self) -> None:
         """Forget all KV. Tokens stay, and so does a pending one: its step is under way and will give it."""
         self.num_computed = 0
@@ -177,6 +196,7 @@ class Sequence:
             first_offset=request.first_offset + self.num_generated - 1,
             token_ids=(token_id,),
             logprobs=logprobs,
+            prompt_logprobs=self._give_prompt_logprobs() if self.prompt_logprobs else (),
         )
 
     def last_delta(
@@ -199,7 +219,12 @@ class Sequence:
             timing=self._timing(now_ns),
             error=error,
             logprobs=logprobs,
+            prompt_logprobs=self._give_prompt_logprobs() if token_ids else (),
         )
+
+    def _give_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        given, self.prompt_logprobs = tuple(self.prompt_logprobs), []
+        return given
 
     def _timing(self, now_ns: int) -> SequenceTiming:
         """Queue until first planned, prefill until the first token, decode until now."""

@@ -23,6 +23,7 @@ def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
         device=runner.device,
         costs=runner.costs,
         kernels=runner.kernels,
+        scores_prompts=True,
         quantization=runner.quantization,
     )
     return BuiltRunner(runner=runner, shape=shape)

@@ -28,9 +28,9 @@ from replicas.models.weights import ModelWeights, Progress, load_weights
 from replicas.parallel.collectives import Collectives
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
-from replicas.rank.batch import Draw, Rows
+from replicas.rank.batch import Batch, Rows
 from replicas.rank.logit_edits import LogitEdits
-from replicas.rank.logprobs import measure_logprobs, read_logprobs
+from replicas.rank.logprobs import measure_logprobs, measure_targets, read_logprobs, read_scores
 from replicas.rank.sampler import NOT_FINITE, sample
 from replicas.request import TORCH_KERNELS, SamplingParams
 
@@ -56,20 +56,22 @@ class _Enqueued:
     def __init__(
         self,
         runner: ModelRunner,
-        draws: tuple[Draw, ...],
+        batch: Batch,
         words: torch.Tensor,
         logprobs: torch.Tensor | None,
+        scores: torch.Tensor | None,
     ) -> None:
         self._runner = runner
-        self._draws = draws
+        self._batch = batch
         self._words = _to_pinned(words)
         self._logprobs = None if logprobs is None else _to_pinned(logprobs)
+        self._scores = None if scores is None else _to_pinned(scores)
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
 
     def result(self) -> StepOutcome:
         self._event.synchronize()
-        return self._runner.outcome(self._draws, self._words.tolist(), self._logprobs)
+        return self._runner.outcome(self._batch, self._words.tolist(), self._logprobs, self._scores)
 
 
 class ModelRunner:
@@ -163,6 +165,9 @@ class ModelRunner:
             return _Finished(StepOutcome(sampled_ids=()))
         batch = self._rows.batch(plan)
         logits_SV, experts_hit = self.decoder.logits(batch)
+        num_draws = len(batch.draws)
+        scores = measure_targets(logits_SV[num_draws:], batch.targets, self._collectives)
+        logits_SV = logits_SV[:num_draws]
         logprobs = None
         if batch.draws:
             edited_SV = self._edits.apply(logits_SV, batch.draws)
@@ -171,22 +176,30 @@ class ModelRunner:
             self._edits.remember(batch.draws, ids_S)
             logprobs = measure_logprobs(logits_SV, ids_S, batch.draws, self._collectives)
         else:
-            ids_S = batch.sampled_S
+            ids_S = batch.sampled_S[:0]
         if self._device.type != "cuda":
-            return _Finished(self.outcome(batch.draws, [*ids_S.tolist(), int(experts_hit)], logprobs))
+            return _Finished(self.outcome(batch, [*ids_S.tolist(), int(experts_hit)], logprobs, scores))
         hit_1 = torch.as_tensor(experts_hit, dtype=torch.int64, device=self._device).view(1)
-        return _Enqueued(self, batch.draws, torch.cat((ids_S, hit_1)), logprobs)
+        return _Enqueued(self, batch, torch.cat((ids_S, hit_1)), logprobs, scores)
 
     def outcome(
-        self, draws: tuple[Draw, ...], words: list[int], logprobs: torch.Tensor | None
+        self,
+        batch: Batch,
+        words: list[int],
+        logprobs: torch.Tensor | None,
+        scores: torch.Tensor | None,
     ) -> StepOutcome:
         """From the words a step leaves: ids, then the experts hit. Notes rows that must be scrubbed."""
         *ids, experts_hit = words
-        for draw, token_id in zip(draws, ids, strict=True):
+        for draw, token_id in zip(batch.draws, ids, strict=True):
             if token_id == NOT_FINITE:
                 self._broken_rows.add(draw.row)
-        said = () if logprobs is None else read_logprobs(logprobs.tolist(), draws)
-        return StepOutcome(sampled_ids=tuple(ids), experts_hit=experts_hit, logprobs=said)
+        return StepOutcome(
+            sampled_ids=tuple(ids),
+            experts_hit=experts_hit,
+            logprobs=() if logprobs is None else read_logprobs(logprobs.tolist(), batch.draws),
+            scores=() if scores is None else read_scores(scores.tolist(), batch.targets),
+        )
 
     def warmup(self) -> None:
         """Run a prefill chunk and a few decode batches on the scratch block, so that kernels are loaded.
