@@ -1,4 +1,4 @@
-"""`python -m bench`: measure the engine, the whole line, or the edge on this machine."""
+"""`python -m bench`: measure the engine, its peers, the whole line, or the edge on this machine."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def parse_concurrency(text: str) -> list[int]:
     return values
 
 
+def parse_peer(text: str) -> tuple[str, str]:
+    name, _, python = text.partition("=")
+    if not python:
+        raise typer.BadParameter(f"got {text!r}; give NAME=PYTHON, such as vllm=/opt/vllm/bin/python")
+    return name, str(Path(python).expanduser())
+
+
 @app.command()
 def engine(
     model: Annotated[list[Path], typer.Option(help="checkpoint folder; repeat for several")],
@@ -33,7 +40,7 @@ def engine(
     ep: Annotated[int, typer.Option(help="expert-parallel ranks of MoE models")] = 1,
     threads: Annotated[int, typer.Option(help="threads of each rank")] = 1,
     kernels: Annotated[str, typer.Option(help="CPU kernels, comma separated: auto, float32, off")] = "auto",
-    workload: Annotated[str, typer.Option(help="comma separated: mix, prefix")] = "mix",
+    workload: Annotated[str, typer.Option(help="comma separated: mix, prefix, long")] = "mix",
     concurrency: ConcurrencyOption = "1,8,32",
     output_tokens: Annotated[int, typer.Option(help="tokens each request produces")] = 64,
     json: JsonOption = None,
@@ -50,6 +57,65 @@ def engine(
     asyncio.run(
         run_engine_suite(setups, workload.split(","), parse_concurrency(concurrency), output_tokens, json)
     )
+
+
+@app.command()
+def peers(
+    model: Annotated[list[Path], typer.Option(help="checkpoint folder; repeat for several")],
+    peer: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=PYTHON: vllm, openvino, llamacpp, transformers or transformers-static, and the "
+            "interpreter that has it; NAME-uncached switches its prefix cache off; repeat for several"
+        ),
+    ],
+    workload: Annotated[
+        str, typer.Option(help="comma separated: mix, prefix, long; prefix:8 runs at 8 streams only")
+    ] = "mix,prefix:8,long:8",
+    concurrency: ConcurrencyOption = "1,8,32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for every engine")] = "float32",
+    threads: Annotated[int, typer.Option(help="cores of every engine")] = 2,
+    kernels: Annotated[
+        str, typer.Option(help="CPU kernels of our engines, comma separated: auto, float32, off")
+    ] = "auto,float32",
+    tp: Annotated[int, typer.Option(help="tensor-parallel ranks of our engine, sharing the threads")] = 1,
+    ep: Annotated[int, typer.Option(help="expert-parallel ranks of our engine, sharing the threads")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="times every engine runs every case, in turn")] = 3,
+    output_tokens: Annotated[int, typer.Option(min=1, help="tokens each request produces")] = 64,
+    requests_per_stream: Annotated[int, typer.Option(min=1, help="requests one after another")] = 4,
+    converted: Annotated[Path, typer.Option(help="folder for checkpoints in the peers' own formats")] = Path(
+        "~/.cache/wattline/peers"
+    ),
+    json: JsonOption = None,
+) -> None:
+    """Our engine beside others: same checkpoint, precision, prompts and cores, in turn, in one run.
+
+    Example: python -m bench peers --model ckpt/llama-60m --peer vllm=~/vllm/bin/python --peer openvino=...
+    docs/benchmarks.md says how to install the peers and how to read the result.
+    """
+    from bench.peers.comparison import Case
+    from bench.peers.suite import PeersPlan, run_peers_suite
+
+    cases = [
+        Case(workload=name, concurrency=streams)
+        for name, own in (part.partition(":")[::2] for part in workload.split(","))
+        for streams in parse_concurrency(own or concurrency)
+    ]
+    plan = PeersPlan(
+        models=tuple(one.resolve() for one in model),
+        peers=dict(parse_peer(one) for one in peer),
+        cases=tuple(cases),
+        kernels=tuple(kernels.split(",")),
+        dtype=dtype,
+        threads=threads,
+        tensor=tp,
+        expert=ep,
+        rounds=rounds,
+        output_tokens=output_tokens,
+        requests_per_stream=requests_per_stream,
+        converted=converted.expanduser(),
+    )
+    asyncio.run(run_peers_suite(plan, json))
 
 
 @app.command()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.record import RequestTimes
+from bench.record import Run
+from bench.streams import Streams, Submission
 from bench.workload import Workload
 from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, RankConfig
 from replicas.frames import Submit, read_event, write_command
@@ -27,7 +27,7 @@ class EngineSetup:
     dtype: str = "auto"
     kernels: str = "auto"
     null: NullEngineConfig = field(default_factory=NullEngineConfig)
-    max_sequences: int = 64
+    limits: EngineLimits = field(default_factory=EngineLimits)
 
 
 class EngineUnderTest:
@@ -69,7 +69,7 @@ class EngineUnderTest:
                 rank=rank,
                 source=setup.source,
                 parallel=parallel,
-                limits=EngineLimits(max_sequences=setup.max_sequences),
+                limits=setup.limits,
                 dtype=setup.dtype,
                 threads=setup.threads,
                 kernels=setup.kernels,
@@ -79,34 +79,20 @@ class EngineUnderTest:
             for rank in range(parallel.num_ranks)
         ]
 
-    async def run(self, workload: Workload) -> tuple[list[RequestTimes], float]:
-        """Drive the workload closed-loop; returns the times of its requests and the wall seconds."""
-        live: dict[int, list[float]] = {}
-        done: list[RequestTimes] = []
-        waiting = list(enumerate(workload.prompts))[::-1]
-        start_s = time.perf_counter()
-        while waiting or live:
-            while waiting and len(live) < workload.concurrency:
-                request_id, prompt = waiting.pop()
-                live[request_id] = [time.perf_counter()]
-                await write_command(self._writer, Submit(request=_request(request_id, prompt, workload)))
+    async def run(self, workload: Workload) -> Run:
+        """Drive the workload to its end. Raises RuntimeError when a request fails."""
+        streams = Streams(workload)
+        while not streams.is_done:
+            for one in streams.due():
+                await write_command(self._writer, Submit(request=_request(one)))
             event = await read_event(self._reader)
             assert isinstance(event, StepResult), event
-            now_s = time.perf_counter()
             for delta in event.deltas:
-                marks = live[delta.request_id]
-                marks.extend([now_s] * len(delta.token_ids))
-                if delta.finish is not None:
-                    assert delta.error is None, delta.error
-                    done.append(_times(live.pop(delta.request_id)))
-        return done, time.perf_counter() - start_s
+                if delta.error is not None:
+                    raise RuntimeError(f"request {delta.request_id}: {delta.error}")
+                streams.deliver(delta.request_id, delta.token_ids, is_finished=delta.finish is not None)
+        return Run(times=streams.times(), wall_s=streams.wall_s())
 
 
-def _request(request_id: int, prompt: tuple[int, ...], workload: Workload) -> GenerationRequest:
-    return GenerationRequest(request_id=request_id, prompt_ids=prompt, max_tokens=workload.output_tokens)
-
-
-def _times(marks: list[float]) -> RequestTimes:
-    return RequestTimes(
-        submitted_s=marks[0], first_token_s=marks[1], last_token_s=marks[-1], output_tokens=len(marks) - 1
-    )
+def _request(one: Submission) -> GenerationRequest:
+    return GenerationRequest(request_id=one.request_id, prompt_ids=one.prompt, max_tokens=one.output_tokens)
