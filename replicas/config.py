@@ -10,6 +10,8 @@ from replicas.errors import BadParallelism
 LAYOUTS = ("shared",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "float32", "off")
+"""The compiled CPU kernels of float32 models. `auto`: matrices whose values are all bfloat16 are kept in half
+the bytes and widened exactly; `float32`: kept as floats; `off`, or no compiler: torch."""
 METERS = ("auto", "nvml", "cpu-model", "fake")
 
 
@@ -107,8 +109,6 @@ class RankConfig:
     dtype: str = "auto"
     threads: int = 1
     kernels: str = "auto"
-    """The compiled CPU kernels of float32 models. `auto`: matrices whose values are all bfloat16 are kept in
-    half the bytes and widened exactly; `float32`: kept as floats; `off`, or no compiler: torch."""
     socket_path: str = ""
     shared_dir: str = "/dev/shm"
     rendezvous: str = ""
@@ -126,6 +126,19 @@ class RankConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkCredentials:
+    """What a replica shows routers, and what it asks of them: paths of PEM files.
+
+    `server_name`: the name in the router's certificate; empty: the dialled address.
+    """
+
+    ca: str
+    cert: str
+    key: str
+    server_name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaConfig:
     """All one supervisor needs to run a replica of `model`.
 
@@ -137,12 +150,15 @@ class ReplicaConfig:
     source: str
     replica_id: str
     routers: tuple[str, ...]
+    link_credentials: LinkCredentials | None = None
+    """None: routers are dialled in plain text."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     limits: EngineLimits = field(default_factory=EngineLimits)
     null: NullEngineConfig = field(default_factory=NullEngineConfig)
     device: str = "cpu"
     dtype: str = "auto"
     threads_per_rank: int = 1
+    kernels: str = "auto"
     runtime_dir: str = "/tmp"
     shared_dir: str = "/dev/shm"
     energy_agent: str = ""
