@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from bench.peers.adapter import ADAPTERS, UNCACHED
+from bench.workload import WORKLOADS, Case
+
 app = typer.Typer(
     help="Measure Wattline on this machine; one JSON file per run, with command, versions and hardware.",
     no_args_is_help=True,
@@ -17,6 +20,14 @@ JsonOption = Annotated[
     Path | None, typer.Option("--json", help="result file; default bench/results/<name>-<date>.json")
 ]
 ConcurrencyOption = Annotated[str, typer.Option(help="streams in flight, comma separated")]
+ModelOption = Annotated[
+    list[Path],
+    typer.Option(help="checkpoint folder; repeatable", exists=True, file_okay=False, resolve_path=True),
+]
+WorkloadOption = Annotated[
+    str, typer.Option(help="comma separated: mix, prefix, long; prefix:8 runs at 8 streams only")
+]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 
 
 def parse_concurrency(text: str) -> list[int]:
@@ -27,20 +38,42 @@ def parse_concurrency(text: str) -> list[int]:
 
 
 def parse_peer(text: str) -> tuple[str, str]:
+    """A peer's name and its interpreter."""
     name, _, python = text.partition("=")
     if not python:
         raise typer.BadParameter(f"got {text!r}; give NAME=PYTHON, such as vllm=/opt/vllm/bin/python")
+    if name.removesuffix(UNCACHED) not in ADAPTERS:
+        raise typer.BadParameter(f"no peer {name!r}; one of {', '.join(ADAPTERS)}, each also with {UNCACHED}")
     return name, str(Path(python).expanduser())
+
+
+def parse_workloads(text: str) -> list[tuple[str, str]]:
+    """Names, and the concurrency that a name carries of its own: `mix,prefix:8`."""
+    pairs = [part.partition(":")[::2] for part in text.split(",")]
+    for name, _ in pairs:
+        if name not in WORKLOADS:
+            raise typer.BadParameter(f"no workload {name!r}; one of {', '.join(WORKLOADS)}")
+    return pairs
+
+
+def parse_cases(workload: str, concurrency: str) -> list[Case]:
+    """Every workload at its own concurrency, or at each of the common ones."""
+    return [
+        Case(workload=name, concurrency=streams)
+        for name, own in parse_workloads(workload)
+        for streams in parse_concurrency(own or concurrency)
+    ]
 
 
 @app.command()
 def engine(
-    model: Annotated[list[Path], typer.Option(help="checkpoint folder; repeat for several")],
+    model: ModelOption,
+    dtype: DtypeOption = "auto",
     tp: Annotated[int, typer.Option(help="tensor-parallel ranks")] = 1,
     ep: Annotated[int, typer.Option(help="expert-parallel ranks of MoE models")] = 1,
     threads: Annotated[int, typer.Option(help="threads of each rank")] = 1,
     kernels: Annotated[str, typer.Option(help="CPU kernels, comma separated: auto, float32, off")] = "auto",
-    workload: Annotated[str, typer.Option(help="comma separated: mix, prefix, long")] = "mix",
+    workload: WorkloadOption = "mix",
     concurrency: ConcurrencyOption = "1,8,32",
     output_tokens: Annotated[int, typer.Option(help="tokens each request produces")] = 64,
     json: JsonOption = None,
@@ -50,18 +83,16 @@ def engine(
     from bench.suites import run_engine_suite
 
     setups = [
-        EngineSetup(source=str(one.resolve()), tensor=tp, expert=ep, threads=threads, kernels=kind)
+        EngineSetup(source=str(one), tensor=tp, expert=ep, threads=threads, dtype=dtype, kernels=kind)
         for one in model
         for kind in kernels.split(",")
     ]
-    asyncio.run(
-        run_engine_suite(setups, workload.split(","), parse_concurrency(concurrency), output_tokens, json)
-    )
+    asyncio.run(run_engine_suite(setups, parse_cases(workload, concurrency), output_tokens, json))
 
 
 @app.command()
 def peers(
-    model: Annotated[list[Path], typer.Option(help="checkpoint folder; repeat for several")],
+    model: ModelOption,
     peer: Annotated[
         list[str],
         typer.Option(
@@ -69,11 +100,9 @@ def peers(
             "interpreter that has it; NAME-uncached switches its prefix cache off; repeat for several"
         ),
     ],
-    workload: Annotated[
-        str, typer.Option(help="comma separated: mix, prefix, long; prefix:8 runs at 8 streams only")
-    ] = "mix,prefix:8,long:8",
+    workload: WorkloadOption = "mix,prefix:8,long:8",
     concurrency: ConcurrencyOption = "1,8,32",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for every engine")] = "float32",
+    dtype: DtypeOption = "float32",
     threads: Annotated[int, typer.Option(help="cores of every engine")] = 2,
     kernels: Annotated[
         str, typer.Option(help="CPU kernels of our engines, comma separated: auto, float32, off")
@@ -93,18 +122,12 @@ def peers(
     Example: python -m bench peers --model ckpt/llama-60m --peer vllm=~/vllm/bin/python --peer openvino=...
     docs/benchmarks.md says how to install the peers and how to read the result.
     """
-    from bench.peers.comparison import Case
     from bench.peers.suite import PeersPlan, run_peers_suite
 
-    cases = [
-        Case(workload=name, concurrency=streams)
-        for name, own in (part.partition(":")[::2] for part in workload.split(","))
-        for streams in parse_concurrency(own or concurrency)
-    ]
     plan = PeersPlan(
-        models=tuple(one.resolve() for one in model),
+        models=tuple(model),
         peers=dict(parse_peer(one) for one in peer),
-        cases=tuple(cases),
+        cases=tuple(parse_cases(workload, concurrency)),
         kernels=tuple(kernels.split(",")),
         dtype=dtype,
         threads=threads,

@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from bench.closed_loop import LineRun, run_closed_loop
 from bench.engine import EngineSetup, EngineUnderTest
 from bench.record import summarize, write_results
 from bench.rows import SEED, checkpoint_shape, energy_fields, identity, make_workload, wattline_version
-from bench.workload import ModelShape, Workload
+from bench.workload import Case, ModelShape, Workload
 from cluster.config import Config, EnergySection, ModelSection, load_config
 from replicas.energy.cpu_model import CpuModelMeter
 
@@ -46,15 +45,14 @@ console = Console()
 
 async def run_engine_suite(
     setups: Sequence[EngineSetup],
-    workloads: Sequence[str],
-    concurrencies: Sequence[int],
+    cases: Sequence[Case],
     output_tokens: int,
     path: Path | None,
 ) -> None:
-    """Measure each engine on each workload at each concurrency and write one file."""
+    """Measure each engine on each case and write one file."""
     rows: list[dict[str, object]] = []
     for setup in setups:
-        rows += await measure_engine(Path(setup.source).name, setup, concurrencies, output_tokens, workloads)
+        rows += await measure_engine(Path(setup.source).name, setup, cases, output_tokens)
     finish("engine", rows, path)
 
 
@@ -78,7 +76,8 @@ async def run_line_suite(
             dtype=section.dtype,
             kernels=section.kernels,
         )
-        rows += await measure_engine(section.name, setup, concurrencies, output_tokens)
+        cases = [Case(workload="mix", concurrency=concurrency) for concurrency in concurrencies]
+        rows += await measure_engine(section.name, setup, cases, output_tokens)
     add_line_share(rows)
     finish("line", rows, path)
 
@@ -114,9 +113,8 @@ async def run_edge_suite(
 async def measure_engine(
     name: str,
     setup: EngineSetup,
-    concurrencies: Sequence[int],
+    cases: Sequence[Case],
     output_tokens: int,
-    workloads: Sequence[str] = ("mix",),
 ) -> list[dict[str, object]]:
     """Rows of one engine; joules are the CPU estimate over its rank processes."""
     rows = []
@@ -128,7 +126,8 @@ async def measure_engine(
             core_w=ENERGY.cpu_core_w,
         )
         shape = ModelShape(vocab_size=engine.ready.vocab_size, context_tokens=engine.ready.context_tokens)
-        for kind, concurrency in product(workloads, concurrencies):
+        for case in cases:
+            kind, concurrency = case.workload, case.concurrency
             workload = make_workload(kind, shape, concurrency, output_tokens)
             # Another seed: a prefix cache must carry nothing over.
             await engine.run(make_workload(kind, shape, concurrency, WARM_UP_OUTPUT_TOKENS, SEED + 1))

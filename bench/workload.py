@@ -62,6 +62,19 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One workload at one concurrency."""
+
+    workload: str
+    concurrency: int
+
+    @property
+    def is_throughput(self) -> bool:
+        """Whether its rate counts in the geometric mean; long prompts are about latency."""
+        return self.workload != "long"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """What a workload must know of a model. `context_tokens` bounds prompt plus answer."""
 

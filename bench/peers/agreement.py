@@ -18,11 +18,15 @@ Gap = Callable[[Sequence[int], int, int], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Over the first tokens of every request: the same, another choice at a tie, or different."""
+    """Over the first tokens of every request: the same, another choice at a tie, or different.
+
+    `widest_gap` is the largest distance of two logits between which the engines chose differently.
+    """
 
     same: int
     near_ties: int
     different: int
+    widest_gap: float
 
 
 def compare_heads(
@@ -32,18 +36,20 @@ def compare_heads(
     gap: Gap,
 ) -> Agreement:
     """Judge each request by the first token in which the two differ."""
-    same = near_ties = different = 0
+    gaps = []
     for prompt, mine, other in zip(prompts, ours, theirs, strict=True):
         at = next(
             (index for index, pair in enumerate(zip(mine, other, strict=True)) if pair[0] != pair[1]), None
         )
-        if at is None:
-            same += 1
-        elif abs(gap([*prompt, *mine[:at]], mine[at], other[at])) <= NEAR_TIE_LOGITS:
-            near_ties += 1
-        else:
-            different += 1
-    return Agreement(same=same, near_ties=near_ties, different=different)
+        if at is not None:
+            gaps.append(abs(gap([*prompt, *mine[:at]], mine[at], other[at])))
+    near_ties = sum(one <= NEAR_TIE_LOGITS for one in gaps)
+    return Agreement(
+        same=len(prompts) - len(gaps),
+        near_ties=near_ties,
+        different=len(gaps) - near_ties,
+        widest_gap=round(max(gaps, default=0.0), 5),
+    )
 
 
 class ReferenceGap:

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bench.workload import Case
+
 Fields = Mapping[str, float]
 
 
@@ -17,19 +19,6 @@ class SystemFacts:
     version: str
     is_ours: bool
     has_prefix_cache: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One workload at one concurrency."""
-
-    workload: str
-    concurrency: int
-
-    @property
-    def is_throughput(self) -> bool:
-        """Whether its rate counts in the geometric mean; long prompts are about latency."""
-        return self.workload != "long"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,10 @@ goes to standard error.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +19,8 @@ from dataclasses import asdict
 from bench.peers.adapter import Peer, PeerSetup, open_peer
 from bench.streams import Streams
 from bench.workload import Workload, workload_from_dict
+
+PR_SET_PDEATHSIG = 1
 
 
 def drive(peer: Peer, workload: Workload) -> Streams:
@@ -49,7 +53,14 @@ def serve(reply: Callable[[dict[str, object]], None]) -> None:
     peer.close()
 
 
+def die_with_the_bench() -> None:
+    """Ask Linux for a SIGKILL when the parent ends: a stopped process reads no end of input."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
+    die_with_the_bench()
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
 

@@ -16,6 +16,7 @@ import psutil
 
 from bench.peers.adapter import PeerSetup
 from bench.peers.comparison import SystemFacts
+from bench.priority import share_priority
 from bench.record import ROOT, RequestTimes, Run
 from bench.workload import Workload, workload_to_dict
 
@@ -62,6 +63,7 @@ class PeerProcess:
             )
         except OSError as error:
             raise PeerFailed(f"{self._setup.name}: cannot run {self._python}: {error}") from error
+        share_priority(self._process.pid)
         ready = await self._ask(asdict(self._setup), LOAD_TIMEOUT_S)
         self._facts = SystemFacts(
             name=self._setup.name,

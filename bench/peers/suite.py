@@ -11,13 +11,13 @@ from pathlib import Path
 from bench.engine import EngineSetup, EngineUnderTest
 from bench.peers.adapter import KV_CACHE_BYTES, PeerSetup
 from bench.peers.agreement import ReferenceGap, compare_heads
-from bench.peers.comparison import Case, CaseResult, Verdict, judge, ratio
+from bench.peers.comparison import CaseResult, Verdict, judge, ratio
 from bench.peers.process import PeerFailed, PeerProcess
 from bench.peers.system import OurEngine, Sample, System, measure, measure_disturbed
 from bench.peers.tables import console, show_sample, show_tables
 from bench.record import write_results
 from bench.rows import SEED, checkpoint_shape, identity, make_workload
-from bench.workload import Workload
+from bench.workload import Case, Workload
 from replicas.config import EngineLimits
 
 WARM_UP_OUTPUT_TOKENS = 8

@@ -69,10 +69,10 @@ def _number(value: object) -> str:
 
 def _heads(value: object) -> str:
     assert isinstance(value, Mapping)
-    others = [
-        f"{count} {kind.replace('_', ' ')}" for kind, count in value.items() if count and kind != "same"
-    ]
-    return ", ".join(others) or "same"
+    if not value["near_ties"] + value["different"]:
+        return "same"
+    ties = f"{value['near_ties']} ties, " if value["near_ties"] else ""
+    return f"{ties}{value['different']} differ (gap {value['widest_gap']:.1g})"
 
 
 def _verdict(model: str, verdict: Verdict) -> str:

@@ -20,5 +20,5 @@ def test_a_difference_is_judged_at_its_first_token_by_the_gap_of_the_logits() ->
         theirs=[(9, 9), (8, 6), (6, 7)],
         gap=gap,
     )
-    assert agreement == Agreement(same=1, near_ties=1, different=1)
+    assert agreement == Agreement(same=1, near_ties=1, different=1, widest_gap=0.3)
     assert asked == [([1, 3, 8], 5, 6), ([1, 4], 7, 6)]

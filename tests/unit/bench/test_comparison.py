@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bench.peers.comparison import Case, CaseRatio, CaseResult, SystemFacts, judge, ratio
+from bench.peers.comparison import CaseRatio, CaseResult, SystemFacts, judge, ratio
+from bench.workload import Case
 
 MIX, PREFIX = Case(workload="mix", concurrency=1), Case(workload="prefix", concurrency=8)
 LONG = Case(workload="long", concurrency=8)
