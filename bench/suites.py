@@ -75,6 +75,7 @@ async def run_line_suite(
             threads=section.threads_per_rank,
             dtype=section.dtype,
             kernels=section.kernels,
+            quantization=section.quantization,
         )
         cases = [Case(workload="mix", concurrency=concurrency) for concurrency in concurrencies]
         rows += await measure_engine(section.name, setup, cases, output_tokens)
@@ -139,7 +140,8 @@ async def measure_engine(
                 | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
                 | energy_fields((after.energy_mj - before.energy_mj) / 1e3, after.source.value, workload)
                 | {"tensor_parallel": setup.tensor, "expert_parallel": setup.expert}
-                | {"threads_per_rank": setup.threads, "kernels": setup.kernels}
+                | {"threads_per_rank": setup.threads, "kernels": engine.ready.kernels}
+                | {"quantization": engine.ready.quantization}
                 | {"load_average": round(os.getloadavg()[0], 2)}
             )
             show(rows[-1])

@@ -45,7 +45,8 @@ class PlannedRow:
 
     Tokens `token_ids` go to positions `start_pos ...`; `new_blocks` are appended to the row's block table
     first. `samples`: the logits of the last token are sampled (false for all but the last prefill chunk).
-    The sampled token belongs to position `start_pos + len(token_ids)`, which also keys the RNG.
+    The sampled token belongs to position `start_pos + len(token_ids)`, which also keys the RNG. A row may
+    read blocks that a row before it in the same plan writes: each layer writes all before it reads any.
     """
 
     row: int
@@ -86,6 +87,7 @@ class EngineShape:
     device: str
     costs: EngineCosts
     kernels: str = TORCH_KERNELS
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

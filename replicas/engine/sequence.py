@@ -58,6 +58,13 @@ class Sequence:
     """The first blocks of `blocks` that a plan has already told the runners."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Hashes of the first full blocks of `tokens`, as far as somebody asked for them."""
+    waits_for: Sequence | None = None
+    """Whose blocks it waits, or once waited, to share (`prefix_leaders.py`), and how many of them."""
+    num_awaited_blocks: int = 0
+    is_proved: bool = False
+    """A finite token was sampled behind the KV it has now."""
+    num_reused_blocks: int = 0
+    """The first blocks of `blocks` that others computed."""
     num_filed_blocks: int = 0
     """The first blocks of `blocks` that are in the prefix cache, or equal to one that is."""
     cached_tokens: int = 0
@@ -133,7 +140,8 @@ class Sequence:
     def reuse(self, *, num_blocks: int, num_tokens: int) -> None:
         """It starts running with KV that is there already: nobody computes its first tokens."""
         self.num_computed = num_tokens
-        self.num_filed_blocks = num_blocks
+        self.num_filed_blocks = self.num_reused_blocks = num_blocks
+        self.is_proved = False
         if self.scheduled_ns is None:
             self.cached_tokens = num_tokens
 
