@@ -146,6 +146,19 @@ class LoadSnapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheChange:
+    """Hashes of full KV blocks that can be found in a lane's prefix cache from now on, and no more.
+
+    `is_snapshot`: `added` is all there is.
+    """
+
+    lane: int
+    added: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+    is_snapshot: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepMember:
     """One sequence's part in one forward pass.
 
@@ -219,3 +232,4 @@ class StepResult:
     deltas: tuple[SequenceDelta, ...]
     load: LoadSnapshot
     record: StepRecord | None
+    cache: tuple[CacheChange, ...] = ()

@@ -113,6 +113,9 @@ class ModelSection(Section):
     replicas: ReplicasSection = ReplicasSection()
     limits: LimitsSection = LimitsSection()
     slo: SloSection = SloSection()
+    balancing: Literal["energy", "prefix", "least_loaded", "p2c", "round_robin"] = Field(
+        "energy", description="which replica takes a request; see cluster/router/balancing/decision.py"
+    )
     null_engine: NullSection = NullSection()
     threads_per_rank: int = Field(1, ge=1, le=256)
     cpus_per_rank: float = Field(1.0, gt=0.0, description="logical CPUs a rank reserves in Ray")

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from cluster.link.engine_job import EngineJob
 from cluster.link.messages import parse_end, parse_energy, submit_command
 from cluster.link.token_stream import End, TokenStream
-from cluster.router.balancer import LaneView
+from cluster.router.balancing.lane_view import LaneView
+from cluster.router.balancing.step_fit import StepFit
 from cluster.router.energy_account import EnergyAccount
 from cluster.router.errors import EngineFault, Overloaded, ReplicaStopped
 from cluster.router.failover import LossReason, ReplicaIdentity
@@ -44,7 +45,7 @@ class UnseenJob:
     """A submitted request that the load snapshots may not count yet."""
 
     snapshot_count: int
-    prompt_tokens: int
+    prefill_tokens: int
     lane: int
 
 
@@ -75,6 +76,7 @@ class ReplicaConnection:
         self._heard_at_s = self.attached_at_s
         self._load_at_s = self.attached_at_s
         self._snapshot_count = 0
+        self._step_fit = StepFit()
         self._watch = StepWatch(floor_s=freeze_s)
         self._is_fenced = False
         self._is_draining = False
@@ -141,7 +143,9 @@ class ReplicaConnection:
             raise Overloaded("the replica does not take commands", retry_after_ms=250) from None
         account = EnergyAccount()
         self._streams[stream.link_id] = stream
-        self._unseen[stream.link_id] = UnseenJob(self._snapshot_count, len(job.prompt_ids), job.lane)
+        self._unseen[stream.link_id] = UnseenJob(
+            self._snapshot_count, len(job.prompt_ids) - job.cached_tokens, job.lane
+        )
         self._open_account(stream.link_id, account)
         return stream, account
 
@@ -187,6 +191,8 @@ class ReplicaConnection:
         self.load = load
         self._load_at_s = self._clock_s()
         self._snapshot_count += 1
+        if load.step_ms and any(load.running):
+            self._step_fit.add(num_running=sum(load.running), step_ms=load.step_ms)
         if self._unseen:
             seen = [
                 key for key, job in self._unseen.items() if self._snapshot_count - job.snapshot_count >= 2
@@ -292,17 +298,24 @@ class ReplicaConnection:
         return LaneView(
             replica_id=self.replica_id,
             lane=lane,
-            running=load.running[lane] if lane < len(load.running) else 0,
-            waiting=load.waiting[lane] if lane < len(load.waiting) else 0,
-            waiting_prefill_tokens=(
-                load.waiting_prefill_tokens[lane] if lane < len(load.waiting_prefill_tokens) else 0
-            ),
+            running=_of_lane(load.running, lane),
+            waiting=_of_lane(load.waiting, lane),
+            waiting_prefill_tokens=_of_lane(load.waiting_prefill_tokens, lane),
             unseen_requests=len(unseen),
-            unseen_prefill_tokens=sum(job.prompt_tokens for job in unseen),
+            unseen_prefill_tokens=sum(job.prefill_tokens for job in unseen),
             in_flight=self.in_flight,
             max_sequences=self.hello.max_sequences,
             max_waiting=self._max_waiting,
+            free_kv_tokens=_of_lane(load.free_blocks, lane) * self.hello.block_tokens,
             snapshot_age_s=age_s,
             step_ms=load.step_ms,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
+            step_ms_per_sequence=self._step_fit.ms_per_sequence,
+            idle_power_w=load.idle_power_w,
+            active_power_w=load.active_power_w,
+            attached_age_s=self._clock_s() - self.attached_at_s,
         )
+
+
+def _of_lane(values: Sequence[int], lane: int) -> int:
+    return values[lane] if lane < len(values) else 0

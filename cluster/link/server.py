@@ -22,6 +22,7 @@ from cluster.telemetry.metrics import RouterMetrics
 from cluster.text.detokenize_worker import DetokenizeWorker
 from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
+from replicas.wire import cache_from_wire
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,8 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                 continue  # From a life that is over.
             connection.heard()
             self._book_ledger(connection, message)
+            if message.cache:
+                self._note_cache(connection, message)
             event = message.WhichOneof("event")
             self._metrics.count_link_message("up", event or "none")
             match event:
@@ -157,6 +160,16 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
         ledger = parse_ledger(message, replica_id=connection.replica_id)
         if ledger is not None:
             self._models[connection.hello.model].ledger.add(ledger, now_s=monotonic())
+
+    def _note_cache(self, connection: ReplicaConnection, message: link.FromReplica) -> None:
+        if self._pool.find(connection.replica_id) is not connection:
+            return  # A newer life has taken its place: its cache is another one.
+        for change in cache_from_wire(message.cache):
+            owner = (connection.replica_id, change.lane)
+            if change.is_snapshot:
+                self._pool.prefixes.replace(owner, change.added)
+            else:
+                self._pool.prefixes.update(owner, added=change.added, removed=change.removed)
 
     async def _write(self, connection: ReplicaConnection, context: LinkContext) -> None:
         while True:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from cluster.router.balancer import UNKNOWN_PREFILL_TOKENS_PER_S, LaneView
+from cluster.router.balancing.lane_view import LaneView
+from cluster.router.balancing.prediction import prefill_rate
 
 MIN_RETRY_MS = 50
 MAX_RETRY_MS = 5000
@@ -46,10 +47,6 @@ def decide(*, is_stopping: bool, in_flight: int, max_streams: int, lanes: Sequen
 
 def retry_after_ms(lanes: Sequence[LaneView]) -> int:
     """When the least loaded lane will have worked off half of the prefill that waits there."""
-    waits_s = [
-        (lane.waiting_prefill_tokens + lane.unseen_prefill_tokens)
-        / (lane.prefill_tokens_per_s or UNKNOWN_PREFILL_TOKENS_PER_S)
-        for lane in lanes
-    ]
+    waits_s = [lane.num_prefill_tokens / prefill_rate(lane) for lane in lanes]
     wait_ms = int(500 * min(waits_s, default=1.0))
     return max(MIN_RETRY_MS, min(MAX_RETRY_MS, wait_ms))

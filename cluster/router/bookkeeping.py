@@ -47,6 +47,8 @@ class Books:
         model = run.model
         model.prompt_tokens_total += usage.prompt_tokens
         model.output_tokens_total += usage.completion_tokens
+        if isinstance(run.outcome, FinishReason):
+            model.output_estimate.add(usage.completion_tokens)
         self._metrics.count_tokens(model.name, usage)
         closed = _closed(run, usage, timing, account)
         is_met = self._journal.add(closed)

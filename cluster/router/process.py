@@ -44,6 +44,7 @@ from cluster.router.http_app import build_app
 from cluster.router.http_server import HttpServer
 from cluster.router.journal import Journal, Objective
 from cluster.router.resumption import Resumption
+from cluster.router.route_finder import RouteFinder
 from cluster.router.rpc import RpcGuard
 from cluster.router.served_model import ServedModel
 from cluster.router.service import InferenceServicer
@@ -79,7 +80,8 @@ class Router:
         self._telemetry = Telemetry(config.telemetry, router_id=self.router_id, version=release)
         self._worker = DetokenizeWorker(asyncio.get_running_loop())
         self._tokenizing = ThreadPoolExecutor(section.tokenizer_threads, thread_name_prefix="tokenize")
-        self._pool = ReplicaPool(random=Random(self.router_id), on_change=lambda: self._health.changed())
+        self._pool = ReplicaPool(on_change=lambda: self._health.changed())
+        finder = RouteFinder(pool=self._pool, random=Random(self.router_id))
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
         self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool))
         record = EnergyRecord(section.energy_record_count)
@@ -89,9 +91,10 @@ class Router:
             section=section,
             models=self._models,
             pool=self._pool,
+            finder=finder,
             tokenizing=self._tokenizing,
             books=Books(record=record, journal=journal, metrics=self._metrics, telemetry=self._telemetry),
-            resumption=Resumption(section=section.failover, pool=self._pool, metrics=self._metrics),
+            resumption=Resumption(section=section.failover, finder=finder, metrics=self._metrics),
         )
         guard = RpcGuard(telemetry=self._telemetry, metrics=self._metrics)
         self._inference = InferenceServicer(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cluster.config import ModelSection
+from cluster.router.balancing.output_estimate import OutputEstimate
 from cluster.router.energy_account import RequestEnergy
 from cluster.router.ledger_book import LedgerBook
 from cluster.router.rates import EnergyRate, TokenRate
@@ -31,6 +32,7 @@ class ServedModel:
         self.prompt_tokens_total = 0
         self.output_tokens_total = 0
         self.energy_mj_total = 0
+        self.output_estimate = OutputEstimate()
         self.token_rate = TokenRate()
         self.energy_rate = EnergyRate()
         self.ledger = LedgerBook()

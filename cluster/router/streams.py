@@ -22,7 +22,6 @@ from time import monotonic
 
 from cluster.config import RouterSection
 from cluster.link.engine_job import EngineJob
-from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.token_stream import Finished
 from cluster.router.admission import Verdict, decide
@@ -39,6 +38,7 @@ from cluster.router.errors import (
     SlowConsumer,
 )
 from cluster.router.resumption import Resumption
+from cluster.router.route_finder import Errand, Place, RouteFinder
 from cluster.router.run import Attempt, Run
 from cluster.router.served_model import ServedModel
 from cluster.router.validation import output_tokens_allowed
@@ -51,6 +51,7 @@ DEFAULT_ENERGY_WAIT_SHARE = 0.1
 """Of the time the answer took: a short answer is not held long for its joules."""
 DEADLINE_MARGIN_S = 0.010
 """Left to bring the last message to a caller with a deadline."""
+FULL_RETRY_MS = 250
 NOT_READY = "no replica of this model is attached and ready"
 STOP_WAIT_S = 2.0
 """How long an engine may take to end a sequence whose answer is complete."""
@@ -60,10 +61,10 @@ STOP_WAIT_S = 2.0
 class Route:
     """Where a request goes, and its size there."""
 
-    connection: ReplicaConnection
-    lane: int
+    place: Place
     prompt_ids: tuple[int, ...]
     max_tokens: int
+    cache_salt: bytes
 
 
 class Streams:
@@ -75,6 +76,7 @@ class Streams:
         section: RouterSection,
         models: Mapping[str, ServedModel],
         pool: ReplicaPool,
+        finder: RouteFinder,
         tokenizing: Executor,
         books: Books,
         resumption: Resumption,
@@ -82,6 +84,7 @@ class Streams:
         self._section = section
         self._models = models
         self._pool = pool
+        self._finder = finder
         self._tokenizing = tokenizing
         self._books = books
         self._resumption = resumption
@@ -187,15 +190,23 @@ class Streams:
             context_tokens=min(contexts),
             max_output=model.bounds.max_output_tokens,
         )
-        connection, lane = self._pool.choose(model.name, prompt_tokens=len(prompt_ids))
-        return Route(connection=connection, lane=lane, prompt_ids=prompt_ids, max_tokens=max_tokens)
+        errand = Errand(
+            prompt_ids=prompt_ids,
+            output_tokens=model.output_estimate.tokens(max_tokens=max_tokens),
+            cache_salt=cache_salt(DEFAULT_TENANT),
+            session_id=completion.session_id,
+        )
+        place = self._finder.find(model.section, errand)
+        if place is None:
+            raise Overloaded("all replicas of this model are full", retry_after_ms=FULL_RETRY_MS)
+        return Route(place=place, prompt_ids=prompt_ids, max_tokens=max_tokens, cache_salt=errand.cache_salt)
 
     def _submit(self, model: ServedModel, completion: Completion, caller: Caller, route: Route) -> Run:
-        deadline_s = caller.deadline_s()
+        place, deadline_s = route.place, caller.deadline_s()
         span = caller.span.start_inference(
             completion, request_id=caller.request_id, max_tokens=route.max_tokens
         )
-        ends = frozenset() if completion.ignore_eos else frozenset(route.connection.hello.eos_token_ids)
+        ends = frozenset() if completion.ignore_eos else frozenset(place.connection.hello.eos_token_ids)
         stop_token_ids = completion.stop_token_ids | ends
         limit_bytes = self._section.stall_buffer_bytes
         job = EngineJob(
@@ -205,16 +216,17 @@ class Streams:
             stop_token_ids=stop_token_ids,
             priority=completion.priority,
             deadline_s=deadline_s,
-            lane=route.lane,
-            cache_salt=cache_salt(DEFAULT_TENANT),
+            lane=place.lane,
+            cache_salt=route.cache_salt,
+            cached_tokens=place.cached_tokens,
             traceparent=span.traceparent,
             text=AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=stop_token_ids),
             buffer_bytes=limit_bytes,
             on_overflow=lambda: caller.interrupt(SlowConsumer(limit_bytes=limit_bytes)),
         )
-        stream, account = route.connection.submit(job)
+        stream, account = place.connection.submit(job)
         attempt = Attempt(
-            connection=route.connection,
+            connection=place.connection,
             stream=stream,
             account=account,
             first_offset=0,
