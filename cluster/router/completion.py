@@ -57,6 +57,7 @@ class Completion:
     priority: int = 0
     energy_wait_ms: int | None = None
     session_id: str = ""
+    num_choices: int = 1
 
     @property
     def operation(self) -> Operation:

@@ -74,6 +74,7 @@ class Resumption:
                 connection=place.connection,
                 stream=stream,
                 account=account,
+                lane=place.lane,
                 first_offset=offset,
                 prompt_tokens=len(job.prompt_ids),
             )

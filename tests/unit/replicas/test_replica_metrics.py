@@ -38,11 +38,11 @@ def test_lanes_are_added_up_and_steps_observed() -> None:
     member = StepMember(request_id=1, new_tokens=1, context_tokens=0, is_prefill=False)
     metrics.observe_step(StepRecord(step=1, start_ns=0, end_ns=4_000_000, members=(member, member)))
     values = scrape(metrics)
-    assert values["wattline_kv_blocks_free"] == 11
-    assert values["wattline_kv_blocks_total"] == 16
+    assert values["wattline_engine_kv_blocks_free"] == 11
+    assert values["wattline_engine_kv_blocks"] == 16
     assert values["wattline_engine_steps_total"] == 3
     assert values["wattline_prefix_cached_tokens_total"] == 16
-    assert values['wattline_tokens_total{kind="wasted"}'] == 2
+    assert values['wattline_engine_tokens_total{kind="wasted"}'] == 2
     assert values['wattline_step_seconds_bucket{le="0.005"}'] == 1
     assert values["wattline_step_sequences_sum"] == 2
 
