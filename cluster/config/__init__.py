@@ -16,6 +16,7 @@ from cluster.config.model import (
 )
 from cluster.config.router import FailoverSection, RouterSection
 from cluster.config.section import ConfigError, Section
+from cluster.config.tenants import TenantSection
 
 __all__ = [
     "Config",
@@ -32,6 +33,7 @@ __all__ = [
     "Section",
     "SloSection",
     "TelemetrySection",
+    "TenantSection",
     "default_runtime_dir",
     "load_config",
     "parse_config",

@@ -14,11 +14,13 @@ from cluster.config.host import EnergySection, RaySection, TelemetrySection
 from cluster.config.model import ModelSection
 from cluster.config.router import RouterSection
 from cluster.config.section import ConfigError, Section
+from cluster.config.tenants import TenantSection
 
 
 class Config(Section):
     models: tuple[ModelSection, ...] = Field(min_length=1, max_length=64)
     router: RouterSection = RouterSection()
+    tenants: tuple[TenantSection, ...] = Field((), max_length=256)
     telemetry: TelemetrySection = TelemetrySection()
     energy: EnergySection = EnergySection()
     ray: RaySection = RaySection()
@@ -32,6 +34,14 @@ class Config(Section):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"models: name {doubled[0]!r} is used twice; give each model its own")
+        return self
+
+    @model_validator(mode="after")
+    def _tenants_are_unique(self) -> Config:
+        names = [tenant.name for tenant in self.tenants]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"tenants: name {doubled[0]!r} is used twice; give each tenant one section")
         return self
 
     def model(self, name: str) -> ModelSection:

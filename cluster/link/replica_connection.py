@@ -30,6 +30,8 @@ STALL_S = 2.0
 """Without a word for this long a replica gets no new work: its heartbeat comes several times a second."""
 MAX_OUTGOING = 4096
 """Commands waiting for a replica that does not read them."""
+NEVER_SEEN = 2**63
+"""The snapshot number of a request that is not submitted yet."""
 MAX_OPEN_ACCOUNTS = 8192
 """Requests whose final joules are awaited; beyond it the oldest stays at what is known."""
 
@@ -81,6 +83,7 @@ class ReplicaConnection:
         self._is_fenced = False
         self._is_draining = False
         self._last_link_id = 0
+        self._last_hold = 0
         self._streams: dict[int, TokenStream] = {}
         self._unseen: dict[int, UnseenJob] = {}
         self._accounts: dict[int, EnergyAccount] = {}
@@ -148,6 +151,15 @@ class ReplicaConnection:
         )
         self._open_account(stream.link_id, account)
         return stream, account
+
+    def hold(self, lane: int, *, prefill_tokens: int) -> int:
+        """Count a request that will be submitted in a moment. Drop the hold when it is, or will not be."""
+        self._last_hold -= 1
+        self._unseen[self._last_hold] = UnseenJob(NEVER_SEEN, prefill_tokens, lane)
+        return self._last_hold
+
+    def drop_hold(self, hold: int) -> None:
+        self._unseen.pop(hold, None)
 
     def stop(self, stream: TokenStream) -> None:
         """The answer is complete: let the engine finish it now, if it has not."""

@@ -17,6 +17,8 @@ class ReplicaPool:
         self.prefixes = PrefixIndex()
         """What the attached replicas hold in their prefix caches."""
         self._on_change = on_change
+        self.on_load: Callable[[str], None] = lambda model: None
+        """Called with the model whenever a replica of it told its load."""
         self._connections: dict[str, ReplicaConnection] = {}
 
     def __iter__(self) -> Iterator[ReplicaConnection]:

@@ -142,8 +142,10 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                     num_tokens = connection.take_step(message.step)
                     if num_tokens:
                         self._models[connection.hello.model].token_rate.add(num_tokens, now_s=monotonic())
+                    self._pool.on_load(connection.hello.model)
                 case "heartbeat":
                     connection.take_load(message.heartbeat.load)
+                    self._pool.on_load(connection.hello.model)
                 case "energy":
                     connection.take_energy(message.energy)
                 case "draining":

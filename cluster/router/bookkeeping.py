@@ -10,13 +10,16 @@ from time import monotonic
 from cluster.router.answer import Timing, Usage, join_timing, sum_usage
 from cluster.router.energy_account import EnergyAccount, joined, summed
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
-from cluster.router.errors import RouterError, status_of
+from cluster.router.errors import LimitReached, NoReplica, RouterError, status_of
 from cluster.router.journal import ClosedRequest, Journal
 from cluster.router.run import Run
 from cluster.router.served_model import ServedModel
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from replicas.request import FinishReason
+
+REFUSALS: dict[type[RouterError], str] = {LimitReached: "tenant_limit", NoReplica: "no_replica"}
+"""Labels of those that are not about load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,13 @@ class Books:
         self._journal = journal
         self._metrics = metrics
         self._telemetry = telemetry
+
+    def count_admission(self, model: ServedModel, *, tenant: str, refusal: RouterError | None) -> None:
+        """Called once per request that was valid; `tenant` is a label."""
+        if refusal is not None:
+            model.refused_total += 1
+        outcome = "admitted" if refusal is None else REFUSALS.get(type(refusal), "overloaded")
+        self._metrics.count_admission(model.name, tenant, outcome)
 
     def close(self, runs: Sequence[Run]) -> ClosedBooks:
         """Called once per request, however it ended, with its choices that were begun.
@@ -155,7 +165,7 @@ def _timing(run: Run) -> Timing:
     engine = run.attempt.timing
     first_s = run.first_token_s
     return Timing(
-        queue_ms=engine.queue_us / 1e3 if engine else 0.0,
+        queue_ms=run.queued_s * 1e3 + (engine.queue_us / 1e3 if engine else 0.0),
         prefill_ms=engine.prefill_us / 1e3 if engine else 0.0,
         decode_ms=engine.decode_us / 1e3 if engine else 0.0,
         ttft_ms=(first_s - run.arrived_s) * 1e3 if first_s is not None else 0.0,

@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import grpc
@@ -36,9 +36,11 @@ from cluster.link.replica_pool import ReplicaPool
 from cluster.link.server import LinkServicer
 from cluster.monitoring.targets import target_routes
 from cluster.router import cluster_service, service
+from cluster.router.admission.energy_lease import LocalLeases
 from cluster.router.bookkeeping import Books
 from cluster.router.cluster_service import ClusterServicer
 from cluster.router.energy_record import EnergyRecord
+from cluster.router.gate import Gate
 from cluster.router.grpc_servers import bind, client_server, link_server
 from cluster.router.health import HealthBoard
 from cluster.router.http_app import build_app
@@ -50,6 +52,7 @@ from cluster.router.rpc import RpcGuard
 from cluster.router.served_model import ServedModel
 from cluster.router.service import InferenceServicer
 from cluster.router.streams import Streams
+from cluster.router.tenants import Tenants
 from cluster.telemetry.gauges import read_gauges
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
@@ -83,6 +86,8 @@ class Router:
         self._tokenizing = ThreadPoolExecutor(section.tokenizer_threads, thread_name_prefix="tokenize")
         self._pool = ReplicaPool(on_change=lambda: self._health.changed())
         finder = RouteFinder(pool=self._pool, random=Random(self.router_id))
+        gates = _open_gates(self._models, self._pool, finder)
+        self._tenants = _new_tenants(config)
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
         self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool))
         record = EnergyRecord(section.energy_record_count)
@@ -92,7 +97,8 @@ class Router:
             section=section,
             models=self._models,
             pool=self._pool,
-            finder=finder,
+            gates=gates,
+            tenants=self._tenants,
             tokenizing=self._tokenizing,
             books=Books(record=record, journal=journal, metrics=self._metrics, telemetry=self._telemetry),
             resumption=Resumption(section=section.failover, finder=finder, metrics=self._metrics),
@@ -114,17 +120,11 @@ class Router:
             router_id=self.router_id,
             version=release,
         )
-        self._links = LinkServicer(
-            router_id=self.router_id,
-            models=self._models,
-            pool=self._pool,
-            worker=self._worker,
-            metrics=self._metrics,
-            freeze_s=section.failover.freeze_s,
-        )
+        self._links = self._new_links(section.failover.freeze_s)
         self._closing = AsyncExitStack()
         """What has to be closed, in the reverse order of its start."""
         self._closing.push_async_callback(self._telemetry.close)
+        self._closing.push_async_callback(self._tenants.close)
         self._closing.callback(self._worker.close)
         self._closing.callback(self._tokenizing.shutdown, wait=False, cancel_futures=True)
 
@@ -174,6 +174,16 @@ class Router:
         logger.info("router_closing id=%s streams_cut=%d", self.router_id, self._streams.in_flight)
         await self._closing.aclose()
 
+    def _new_links(self, freeze_s: float) -> LinkServicer:
+        return LinkServicer(
+            router_id=self.router_id,
+            models=self._models,
+            pool=self._pool,
+            worker=self._worker,
+            metrics=self._metrics,
+            freeze_s=freeze_s,
+        )
+
     def _snapshot(self) -> dict[str, Any]:
         return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
 
@@ -185,6 +195,20 @@ class Router:
         names = (service.SERVICE, cluster_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         return server
+
+
+def _open_gates(models: Mapping[str, ServedModel], pool: ReplicaPool, finder: RouteFinder) -> dict[str, Gate]:
+    """One per model; each looks again whenever a replica of its model tells its load."""
+    gates = {name: Gate(model, pool=pool, finder=finder) for name, model in models.items()}
+    pool.on_load = lambda model: gates[model].pump()
+    return gates
+
+
+def _new_tenants(config: Config) -> Tenants:
+    """Their joules come from this process alone, as long as no ledger store leases them."""
+    tenants = [section.to_tenant() for section in config.tenants]
+    budgets_j = {one.name: one.joules_per_day for one in tenants if one.joules_per_day is not None}
+    return Tenants(tenants, leases=LocalLeases(budgets_j, wall_s=time))
 
 
 def _new_journal(config: Config) -> Journal:

@@ -14,6 +14,7 @@ import grpc
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router import wire
 from cluster.router.answer import Completed, TextDelta
+from cluster.router.cache_salt import DEFAULT_TENANT
 from cluster.router.caller import Caller
 from cluster.router.completion import Completion
 from cluster.router.energy_record import EnergyRecord
@@ -118,6 +119,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         """Write every delta, then the one final message."""
         caller = Caller(
             request_id=rpc.request_id,
+            tenant=DEFAULT_TENANT,
             span=rpc.span,
             time_remaining_s=rpc.time_remaining_s,
             accept=lambda: context.send_initial_metadata(rpc.id_metadata),
