@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -35,12 +35,19 @@ class Books:
     """Where all that is remembered of a request goes."""
 
     def __init__(
-        self, *, record: EnergyRecord, journal: Journal, metrics: RouterMetrics, telemetry: Telemetry
+        self,
+        *,
+        record: EnergyRecord,
+        journal: Journal,
+        metrics: RouterMetrics,
+        telemetry: Telemetry,
+        clock_s: Callable[[], float] = monotonic,
     ) -> None:
         self._record = record
         self._journal = journal
         self._metrics = metrics
         self._telemetry = telemetry
+        self._clock_s = clock_s
 
     def count_admission(self, model: ServedModel, *, tenant: str, refusal: RouterError | None) -> None:
         """Called once per request that was valid; `tenant` is a label."""
@@ -65,7 +72,7 @@ class Books:
         model.prompt_tokens_total += whole.usage.prompt_tokens
         model.output_tokens_total += whole.usage.completion_tokens
         self._metrics.count_tokens(model.name, whole.usage)
-        closed = _closed(runs, whole)
+        closed = _closed(runs, whole, now_s=self._clock_s())
         is_met = self._journal.add(closed)
         self._metrics.observe_request(closed, is_met=is_met)
         self._record.add(
@@ -98,7 +105,7 @@ class Books:
         self._telemetry.hold_for_energy(run.span, account)
         for attempt in run.attempts:
             attempt.account.when_settled(partial(self._count_energy, run.model, attempt.account))
-        return ClosedBooks(usage=usage, timing=_timing(run), account=account)
+        return ClosedBooks(usage=usage, timing=_timing(run, now_s=self._clock_s()), account=account)
 
     def _count_energy(self, model: ServedModel, account: EnergyAccount) -> None:
         if account.energy is not None:
@@ -110,18 +117,18 @@ class Books:
             return
         model.add_energy(energy, output_tokens=whole.usage.completion_tokens)
         self._journal.of_model(model.name).add_bill(
-            energy_mj=energy.total_mj, usage=whole.usage, source=energy.source, now_s=monotonic()
+            energy_mj=energy.total_mj, usage=whole.usage, source=energy.source, now_s=self._clock_s()
         )
 
 
-def _closed(runs: Sequence[Run], whole: ClosedBooks) -> ClosedRequest:
+def _closed(runs: Sequence[Run], whole: ClosedBooks, *, now_s: float) -> ClosedRequest:
     """The first token is the earliest of all choices; the pace is that of the slowest."""
     first = runs[0]
     return ClosedRequest(
         request_id=first.request_id,
         trace_id=first.span.trace_id,
         model=first.model.name,
-        ended_s=monotonic(),
+        ended_s=now_s,
         usage=whole.usage,
         timing=whole.timing,
         ttft_ms=None if first.first_token_s is None else whole.timing.ttft_ms,
@@ -160,7 +167,7 @@ def _usage(run: Run) -> Usage:
     )
 
 
-def _timing(run: Run) -> Timing:
+def _timing(run: Run, *, now_s: float) -> Timing:
     """The engine's part is that of the last attempt: a replica that is lost says nothing of its own."""
     engine = run.attempt.timing
     first_s = run.first_token_s
@@ -169,5 +176,5 @@ def _timing(run: Run) -> Timing:
         prefill_ms=engine.prefill_us / 1e3 if engine else 0.0,
         decode_ms=engine.decode_us / 1e3 if engine else 0.0,
         ttft_ms=(first_s - run.arrived_s) * 1e3 if first_s is not None else 0.0,
-        total_ms=(monotonic() - run.arrived_s) * 1e3,
+        total_ms=(now_s - run.arrived_s) * 1e3,
     )

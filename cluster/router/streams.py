@@ -14,7 +14,7 @@ that iteration, at any point, frees everything: the engine is told within one me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -76,6 +76,7 @@ class Streams:
         tokenizing: Executor,
         books: Books,
         resumption: Resumption,
+        clock_s: Callable[[], float] = monotonic,
     ) -> None:
         self._section = section
         self._models = models
@@ -85,6 +86,7 @@ class Streams:
         self._tokenizing = tokenizing
         self._books = books
         self._resumption = resumption
+        self._clock_s = clock_s
         self.is_stopping = False
         """Set once: nothing new is admitted, what is under way goes on."""
         self.idle = asyncio.Event()
@@ -136,7 +138,7 @@ class Streams:
                     run.release()
                 closed = self._books.close(runs)
                 self._settle(model, charge, order, closed)
-            await closed.account.wait(_energy_wait_s(completion, caller))
+            await closed.account.wait(_energy_wait_s(completion, caller, now_s=self._clock_s()))
             yield Completed(
                 request_id=caller.request_id,
                 trace_id=caller.span.trace_id,
@@ -194,7 +196,7 @@ class Streams:
                 in_flight=self.in_flight,
                 max_streams=self._section.max_streams,
                 has_replica=bool(self._pool.ready(model.name)),
-                tenant_limit=account.limit_hit(now_s=monotonic()),
+                tenant_limit=account.limit_hit(now_s=self._clock_s()),
             )
         )
         if decision.verdict is not Verdict.ADMIT:
@@ -224,14 +226,14 @@ class Streams:
         self, model: ServedModel, completion: Completion, caller: Caller, tenant: Tenant, order: Order
     ) -> tuple[Route, Run]:
         """Wait for a place, and submit the first choice there."""
-        since_s = monotonic()
+        since_s = self._clock_s()
         gate, deadline_s = self._gates[model.name], caller.deadline_s()
         async with gate.place(
             order.errand, tenant=tenant, priority=order.priority, deadline_s=deadline_s
         ) as place:
             route = route_to(place, order)
             run = self._submit(model, completion, caller, route)
-            run.queued_s = monotonic() - since_s
+            run.queued_s = self._clock_s() - since_s
             return route, run
 
     def _submit_beside(
@@ -324,10 +326,10 @@ async def _await_end(attempt: Attempt) -> None:
         attempt.timing = end.timing
 
 
-def _energy_wait_s(completion: Completion, caller: Caller) -> float:
+def _energy_wait_s(completion: Completion, caller: Caller, *, now_s: float) -> float:
     """How long the last message may wait for final joules."""
     if completion.energy_wait_ms is None:
-        elapsed_s = monotonic() - caller.arrived_s
+        elapsed_s = now_s - caller.arrived_s
         wait_s = min(MAX_DEFAULT_ENERGY_WAIT_S, DEFAULT_ENERGY_WAIT_SHARE * elapsed_s)
     else:
         wait_s = completion.energy_wait_ms / 1e3
