@@ -1,4 +1,4 @@
-"""A router without sockets and its simulated replicas: whatever decides, queues or counts is the real code."""
+"""A router without sockets and its simulated replicas: all that decides is the real code."""
 
 from __future__ import annotations
 

@@ -44,12 +44,13 @@ class Held:
         self.place.connection.drop_hold(self.hold)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Ticket:
-    """Who waits, and how it is told."""
+    """Who waits, and how it is told. A caller that goes cancels the future before it leaves the queue."""
 
     errand: Errand
     place: asyncio.Future[Held]
+    is_queued: bool = True
 
 
 class Gate:
@@ -118,14 +119,16 @@ class Gate:
     def pump(self) -> None:
         """Let through whom a lane can begin now, in their order. Cheap while nobody waits."""
         while (head := self._queue.head()) is not None:
+            if head.item.place.done():
+                self._take_out(head)
+                continue
             held = self._hold(head.item.errand)
             if held is None:
                 break
-            self._queue.serve(head)
+            self._take_out(head)
+            self._queue.count(head.tenant, head.cost)
             self._pace.left(head.tokens, now_s=self._clock_s())
             head.item.place.set_result(held)
-        if not self._queue:
-            self._pace.ran_empty()
 
     async def _wait(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Held:
         decision = self._judge(waiting, deadline_s)
@@ -210,15 +213,20 @@ class Gate:
             self._keep_ticking()
 
     def _fail(self, waiting: Waiting[Ticket], error: RouterError) -> None:
-        self._queue.remove(waiting)
-        waiting.item.place.set_exception(error)
+        self._take_out(waiting)
+        if not waiting.item.place.done():
+            waiting.item.place.set_exception(error)
 
     def _leave(self, waiting: Waiting[Ticket]) -> None:
         """Its caller has gone, or it waited too long; a place that came in this very moment is given up."""
         future = waiting.item.place
-        if not future.done() or future.cancelled():
-            self._queue.remove(waiting)
-            if not self._queue:
-                self._pace.ran_empty()
-        elif future.exception() is None:
+        if waiting.item.is_queued:
+            self._take_out(waiting)
+        elif not future.cancelled() and future.exception() is None:
             future.result().drop()
+
+    def _take_out(self, waiting: Waiting[Ticket]) -> None:
+        waiting.item.is_queued = False
+        self._queue.remove(waiting)
+        if not self._queue:
+            self._pace.ran_empty()

@@ -19,7 +19,8 @@ def make_waiting(tenant: Tenant, item: int = 0, *, priority: int = 0, tokens: in
 def serve_next(queue: FairQueue[int]) -> Waiting[int]:
     head = queue.head()
     assert head is not None
-    queue.serve(head)
+    queue.remove(head)
+    queue.count(head.tenant, head.cost)
     return head
 
 

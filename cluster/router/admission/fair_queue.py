@@ -98,13 +98,8 @@ class FairQueue(Generic[ItemT]):
         name = min(lines, key=lambda each: (self._counters[each], each))
         return lines[name].requests[0]
 
-    def serve(self, waiting: Waiting[ItemT]) -> None:
-        """Its turn has come: out of the queue, and on its tenant's account."""
-        self.remove(waiting)
-        self.count(waiting.tenant, waiting.cost)
-
     def remove(self, waiting: Waiting[ItemT]) -> None:
-        """It is refused, or its caller is gone."""
+        """It is served, which `count` is told next, or refused, or its caller is gone."""
         lines = self._classes[waiting.priority]
         line = lines[waiting.tenant.name]
         line.remove(waiting)
