@@ -19,6 +19,7 @@ MARKS = re.compile(r"\b(TODO(?!\(#\d+\))|FIXME|XXX|HACK)\b")
 # Where bytes become domain objects. A new name here needs a reason.
 PROTOBUF_EDGES = {
     "cluster/client.py",
+    "cluster/resuming.py",
     "cluster/status_replies.py",
     "cluster/router/cluster_service.py",
     "cluster/router/errors.py",

@@ -38,6 +38,7 @@ class TextDelta:
     """New text and tokens; `finish` (STOP or LENGTH) is set on the last one alone.
 
     `logprobs` is parallel to `token_ids` where asked for, else empty. `index`: of the choice.
+    `resume_token`: on the first of an answer that another router could go on with.
     """
 
     text: str
@@ -45,6 +46,7 @@ class TextDelta:
     finish: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()
     index: int = 0
+    resume_token: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

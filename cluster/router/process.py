@@ -41,6 +41,7 @@ from cluster.router.bookkeeping import Books
 from cluster.router.cache_salt import CacheSalts
 from cluster.router.certificates import CertificateFiles
 from cluster.router.cluster_service import ClusterServicer
+from cluster.router.continuation import Continuations
 from cluster.router.energy_record import EnergyRecord
 from cluster.router.grpc_servers import Port, bind, bind_socket, client_server, link_server
 from cluster.router.health import HealthBoard
@@ -48,6 +49,7 @@ from cluster.router.http_app import build_app
 from cluster.router.http_guard import HttpGuard
 from cluster.router.http_server import HttpServer
 from cluster.router.journal import Journal, Objective
+from cluster.router.resume_token import ResumeSeal
 from cluster.router.resumption import Resumption
 from cluster.router.rpc import RpcGuard
 from cluster.router.secret import RouterSecret, draw_secret, read_secret
@@ -193,6 +195,7 @@ class Router:
 
     def _new_streams(self, books: Books) -> Streams:
         section = self._config.router
+        secret = _secret_of(section)
         return Streams(
             section=section,
             models=self._models,
@@ -200,7 +203,8 @@ class Router:
             tokenizing=self._tokenizing,
             books=books,
             resumption=Resumption(section=section.failover, pool=self._pool, metrics=self._metrics),
-            salts=CacheSalts(_secret_of(section).derive("cache salt")),
+            salts=CacheSalts(secret.derive("cache salt")),
+            continuations=Continuations(seal=ResumeSeal(secret.derive("resume token")), pool=self._pool),
         )
 
     def _client_server(self) -> grpc.aio.Server:

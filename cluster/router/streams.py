@@ -14,10 +14,12 @@ that iteration, at any point, frees everything: the engine is told within one me
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from time import monotonic
 
 from cluster.config import RouterSection
@@ -32,10 +34,12 @@ from cluster.router.cache_salt import CacheSalts
 from cluster.router.caller import Caller
 from cluster.router.choices import choice_seed, deliver_choices
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
+from cluster.router.continuation import Continuations
 from cluster.router.errors import (
     InvalidRequest,
     NoReplica,
     Overloaded,
+    ResumeRefused,
     RouterError,
     SlowConsumer,
 )
@@ -59,12 +63,13 @@ STOP_WAIT_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """Where a request goes, and its size there."""
+    """Where a request goes, its size there, and the tokens that end it there."""
 
     connection: ReplicaConnection
     lane: int
     prompt_ids: tuple[int, ...]
     max_tokens: int
+    stop_token_ids: frozenset[int]
 
 
 class Streams:
@@ -80,6 +85,7 @@ class Streams:
         books: Books,
         resumption: Resumption,
         salts: CacheSalts,
+        continuations: Continuations,
     ) -> None:
         self._section = section
         self._models = models
@@ -88,6 +94,7 @@ class Streams:
         self._books = books
         self._resumption = resumption
         self._salts = salts
+        self._continuations = continuations
         self.is_stopping = False
         """Set once: nothing new is admitted, what is under way goes on."""
         self.idle = asyncio.Event()
@@ -110,9 +117,14 @@ class Streams:
             with caller.span.stage(semconv.TOKENIZE):
                 prompt_ids = await self.tokenize(model, completion.prompt)
             self._resumption.admit(model.name, prompt_ids)
+            completion = self._continuations.recall(completion, prompt_ids, tenant=caller.tenant)
             with caller.span.stage(semconv.ROUTE):
                 route = self._route(model, completion, prompt_ids)
-            runs = [self._submit(model, completion, caller, route)]
+            text = await self._text_so_far(model, completion, route)
+            runs = [self._submit(model, completion, caller, route, text)]
+            token = self._continuations.token(
+                completion, prompt_ids, route.connection.identity, tenant=caller.tenant
+            )
             deltas = deliver_choices(
                 runs,
                 completion.num_choices,
@@ -123,7 +135,8 @@ class Streams:
                 await caller.accept()
                 async with aclosing(deltas):
                     async for delta in deltas:
-                        yield delta
+                        yield replace(delta, resume_token=token) if token else delta
+                        token = b""
             except RouterError as error:
                 for run in runs:
                     run.outcome = run.outcome or error
@@ -200,8 +213,30 @@ class Streams:
             context_tokens=min(contexts),
             max_output=model.bounds.max_output_tokens,
         )
-        connection, lane = self._pool.choose(model.name, prompt_tokens=len(prompt_ids))
-        return Route(connection=connection, lane=lane, prompt_ids=prompt_ids, max_tokens=max_tokens)
+        if completion.resume:
+            connection, lane = self._continuations.place(
+                completion, prompt_tokens=len(prompt_ids), max_tokens=max_tokens
+            )
+        else:
+            connection, lane = self._pool.choose(model.name, prompt_tokens=len(prompt_ids))
+        ends = frozenset() if completion.ignore_eos else frozenset(connection.hello.eos_token_ids)
+        return Route(
+            connection=connection,
+            lane=lane,
+            prompt_ids=prompt_ids,
+            max_tokens=max_tokens,
+            stop_token_ids=completion.stop_token_ids | ends,
+        )
+
+    async def _text_so_far(self, model: ServedModel, completion: Completion, route: Route) -> AnswerText:
+        """The text side of an answer, which has seen what the caller has. Raises ResumeRefused."""
+        text = _new_text(model, completion, route)
+        if completion.delivered_ids:
+            feed = partial(text.feed, completion.delivered_ids, is_last=False)
+            piece = await asyncio.get_running_loop().run_in_executor(self._tokenizing, feed)
+            if piece.is_stopped:
+                raise ResumeRefused("the answer ended with these tokens; nothing is left to resume")
+        return text
 
     def _submit_beside(
         self, first: Run, completion: Completion, caller: Caller, route: Route, index: int
@@ -211,40 +246,52 @@ class Streams:
         if connection.state is ReplicaState.STALLED:
             connection, lane = self._pool.choose(first.model.name, prompt_tokens=len(route.prompt_ids))
         route = replace(route, connection=connection, lane=lane)
-        return self._submit(first.model, completion, caller, route, index=index)
+        text = _new_text(first.model, completion, route)
+        return self._submit(first.model, completion, caller, route, text, index=index)
 
     def _submit(
-        self, model: ServedModel, completion: Completion, caller: Caller, route: Route, *, index: int = 0
+        self,
+        model: ServedModel,
+        completion: Completion,
+        caller: Caller,
+        route: Route,
+        text: AnswerText,
+        *,
+        index: int = 0,
     ) -> Run:
         deadline_s = caller.deadline_s()
         span = caller.span.start_inference(
             completion, request_id=caller.request_id, max_tokens=route.max_tokens
         )
-        ends = frozenset() if completion.ignore_eos else frozenset(route.connection.hello.eos_token_ids)
-        stop_token_ids = completion.stop_token_ids | ends
         limit_bytes = self._section.stall_buffer_bytes
         job = EngineJob(
             prompt_ids=route.prompt_ids,
             sampling=replace(completion.sampling, seed=choice_seed(completion.sampling.seed, index)),
             max_tokens=route.max_tokens,
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=route.stop_token_ids,
             priority=completion.priority,
             deadline_s=deadline_s,
             lane=route.lane,
             cache_salt=self._salts.of(caller.tenant),
             traceparent=span.traceparent,
-            text=AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=stop_token_ids),
+            text=text,
             buffer_bytes=limit_bytes // completion.num_choices,
             on_overflow=lambda: caller.interrupt(SlowConsumer(limit_bytes=limit_bytes)),
         )
-        stream, account = route.connection.submit(job)
+        delivered_ids = completion.delivered_ids
+        rest = (
+            job.resumed(delivered_ids, attempt=0, lane=route.lane, deadline_s=deadline_s)
+            if delivered_ids
+            else job
+        )
+        stream, account = route.connection.submit(rest)
         attempt = Attempt(
             connection=route.connection,
             stream=stream,
             account=account,
             lane=route.lane,
-            first_offset=0,
-            prompt_tokens=len(route.prompt_ids),
+            first_offset=rest.first_offset,
+            prompt_tokens=len(rest.prompt_ids),
         )
         return Run(
             request_id=caller.request_id,
@@ -254,6 +301,7 @@ class Streams:
             span=span,
             attempts=[attempt],
             index=index,
+            delivered_ids=array("I", delivered_ids),
         )
 
     async def _deliver(self, run: Run, caller: Caller) -> AsyncGenerator[TextDelta, None]:
@@ -278,6 +326,10 @@ class Streams:
             else:
                 await self._resumption.resume(run, caller, batch.end)
         await _await_end(run.attempt)
+
+
+def _new_text(model: ServedModel, completion: Completion, route: Route) -> AnswerText:
+    return AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=route.stop_token_ids)
 
 
 async def _await_end(attempt: Attempt) -> None:
