@@ -36,7 +36,6 @@ def open_channel(address: str, access: Access) -> grpc.Channel:
         ("grpc.enable_http_proxy", 0),
         # A router that is started again is found soon.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),
     ]
     if not access.ca or address.startswith("unix:"):

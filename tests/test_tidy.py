@@ -30,6 +30,7 @@ PROTOBUF_EDGES = {
     "cluster/router/validation.py",
     "cluster/router/process.py",
     "cluster/router/service.py",
+    "cluster/router/siblings.py",
     "cluster/router/wire.py",
     "replicas/energy/agent.py",
     "replicas/energy/agent_client.py",

@@ -55,6 +55,7 @@ from cluster.router.rpc import RpcGuard
 from cluster.router.secret import RouterSecret, draw_secret, read_secret
 from cluster.router.served_model import ServedModel
 from cluster.router.service import InferenceServicer
+from cluster.router.siblings import Siblings
 from cluster.router.streams import Streams
 from cluster.telemetry.gauges import read_gauges
 from cluster.telemetry.metrics import RouterMetrics
@@ -68,7 +69,11 @@ from replicas.strict_messages import add_strictly
 logger = logging.getLogger(__name__)
 
 ADDRESSES_FILE = "router.json"
-LOCAL_SOCKET = "router-0.sock"
+LEAVE_S = 0.2
+"""From closing a shared port to refusing work: calls that came in meanwhile are served."""
+ATTACH_WAIT_S = 10.0
+"""For replicas to find a router that was started again, before clients do."""
+ATTACH_POLL_S = 0.05
 CUT_S = 1.0
 """After the streams' own time is over: what is left is cut."""
 
@@ -81,12 +86,17 @@ class Router:
         config: Config,
         *,
         tokenizers: Mapping[str, Tokenizer],
-        local_socket: Path | None = None,
+        index: int = 0,
+        folder: Path | None = None,
     ) -> None:
-        """`local_socket`: also serve operators of this machine there; its folder is private to this user."""
+        """Router `index` of `router.processes`.
+
+        `folder`: private to this user; operators of this machine and sibling routers find a socket there.
+        """
         self._config = config
-        self._local_socket = local_socket
         section = config.router
+        siblings = Siblings(folder=folder, index=index, count=section.processes)
+        self._local_socket = siblings.own_socket
         self._authenticator = Authenticator(section.auth)
         self.router_id = f"router-{secrets.token_hex(4)}"
         release = version("wattline")
@@ -99,12 +109,15 @@ class Router:
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
         self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool))
         record = EnergyRecord(section.energy_record_count)
-        self._journal = journal = _new_journal(config)
+        self._journal = _new_journal(config)
         self._dashboard = DashboardFeed(read=self._snapshot, router_id=self.router_id, version=release)
-        self._streams = self._new_streams(
-            Books(record=record, journal=journal, metrics=self._metrics, telemetry=self._telemetry)
+        self._streams = self._new_streams(record)
+        guard = RpcGuard(
+            telemetry=self._telemetry,
+            metrics=self._metrics,
+            authenticator=self._authenticator,
+            id_prefix=siblings.id_prefix,
         )
-        guard = RpcGuard(telemetry=self._telemetry, metrics=self._metrics, authenticator=self._authenticator)
         self._inference = InferenceServicer(
             guard=guard,
             models=self._models,
@@ -112,42 +125,91 @@ class Router:
             streams=self._streams,
             record=record,
             tokenizing=self._tokenizing,
+            siblings=siblings,
         )
-        self._cluster = ClusterServicer(
-            guard=guard,
-            models=self._models,
-            pool=self._pool,
-            journal=journal,
-            router_id=self.router_id,
-            version=release,
-        )
-        self._links = LinkServicer(
-            router_id=self.router_id,
-            models=self._models,
-            pool=self._pool,
-            worker=self._worker,
-            metrics=self._metrics,
-            freeze_s=section.failover.freeze_s,
-        )
+        self._cluster = self._cluster_servicer(guard, release)
+        self._clients = self._client_server()
+        self._pages: list[HttpServer] = []
         self._closing = AsyncExitStack()
         """What has to be closed, in the reverse order of its start."""
         self._closing.push_async_callback(self._telemetry.close)
         self._closing.callback(self._worker.close)
         self._closing.callback(self._tokenizing.shutdown, wait=False, cancel_futures=True)
 
-    async def start(self) -> RouterAddresses:
-        """Bind every port, then serve. Raises PortInUse; `stop` is due all the same."""
+    async def start(self, *, is_again: bool = False) -> RouterAddresses:
+        """Bind every port, then serve. Raises PortInUse; `stop` is due all the same.
+
+        `is_again`: there was one before, and its siblings serve; clients come in when replicas have.
+        """
         section = self._config.router
         links = link_server()
-        add_strictly(wattline_link_pb2_grpc.add_ReplicaLinkServicer_to_server, self._links, links)
+        servicer = self._link_servicer()
+        add_strictly(wattline_link_pb2_grpc.add_ReplicaLinkServicer_to_server, servicer, links)
         link_port = Port(key="router.link_port", host=section.link_host, port=section.link_port)
         link_address = bind(links, link_port, tls=_link_tls(section))
         self._closing.push_async_callback(links.stop, grace=None)
-        clients = self._client_server()
+        await links.start()
+        if is_again:
+            await self._await_replicas()
+        clients = self._clients
         grpc_port = Port(key="router.grpc_port", host=section.host, port=section.grpc_port)
         grpc_address = bind(clients, grpc_port, tls=_client_tls(section))
         bind_socket(clients, self._local_socket)
         self._closing.push_async_callback(clients.stop, grace=CUT_S)
+        self._make_pages()
+        await self._health.refresh()
+        await clients.start()
+        for pages in self._pages:
+            await pages.start()
+        self._dashboard.start()
+        watching = asyncio.create_task(self._health.watch())
+        self._closing.callback(watching.cancel)
+        return RouterAddresses(
+            router_id=self.router_id,
+            pid=os.getpid(),
+            grpc=grpc_address,
+            link=link_address,
+            http=join_host_port(section.host, self._pages[0].port),
+            metrics=join_host_port(section.host, self._pages[-1].port),
+        )
+
+    async def stop(self, *, drain_s: float, hurry: asyncio.Event | None = None) -> None:
+        """Let streams end for at most `drain_s` or until `hurry`; what is left fails with UNAVAILABLE."""
+        leaving: set[asyncio.Task[None]] = set()
+        if self._config.router.processes > 1:
+            leaving.add(asyncio.create_task(self._leave(drain_s)))
+            await asyncio.sleep(LEAVE_S)
+        self._streams.is_stopping = True
+        await self._health.stop()
+        hurry = hurry or asyncio.Event()
+        drained = asyncio.create_task(self._streams.idle.wait())
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait((drained, hurried), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()
+        hurried.cancel()
+        logger.info("router_closing id=%s streams_cut=%d", self.router_id, self._streams.in_flight)
+        await self._closing.aclose()
+        await asyncio.gather(*leaving)
+
+    async def _leave(self, drain_s: float) -> None:
+        """New connections go to the siblings, callers are told to make one; calls under way go on."""
+        for pages in self._pages:
+            pages.stop_accepting()
+        await self._clients.stop(grace=drain_s + CUT_S)
+
+    async def _await_replicas(self) -> None:
+        """Until a replica of every model that always has one came back, or it takes too long."""
+        wanted = [model.name for model in self._config.models if model.replicas.min > 0]
+        try:
+            async with asyncio.timeout(ATTACH_WAIT_S):
+                while not all(self._pool.ready(name) for name in wanted):  # noqa: ASYNC110
+                    await asyncio.sleep(ATTACH_POLL_S)
+        except TimeoutError:
+            logger.warning("router_starts_without_replicas id=%s", self.router_id)
+
+    def _make_pages(self) -> None:
+        """The HTTP servers: one; or the shared one, and one for what is this process's own."""
+        section = self._config.router
         app = build_app(
             metrics=self._metrics,
             health=self._health,
@@ -159,41 +221,22 @@ class Router:
             protect_pages=section.auth.protect_pages,
             max_body_bytes=section.max_body_bytes,
         )
-        http = HttpServer(guarded, host=section.host, port=section.http_port, tls=_client_tls(section))
-        self._closing.push_async_callback(http.stop)
+        is_shared = section.processes > 1
+        tls = _client_tls(section)
+        self._pages = [
+            HttpServer(guarded, host=section.host, port=section.http_port, tls=tls, is_shared=is_shared)
+        ]
+        if is_shared:
+            self._pages.append(HttpServer(guarded, host=section.host, port=section.metrics_port, tls=tls))
+        for pages in self._pages:
+            self._closing.push_async_callback(pages.stop)
         # Pages hold their connection as long as there is news: without this, HTTP could not stop in time.
         self._closing.callback(self._dashboard.close)
-        await self._health.refresh()
-        for server in (links, clients, http):
-            await server.start()
-        self._dashboard.start()
-        watching = asyncio.create_task(self._health.watch())
-        self._closing.callback(watching.cancel)
-        return RouterAddresses(
-            router_id=self.router_id,
-            pid=os.getpid(),
-            grpc=grpc_address,
-            link=link_address,
-            http=join_host_port(section.host, http.port),
-        )
-
-    async def stop(self, *, drain_s: float, hurry: asyncio.Event | None = None) -> None:
-        """Let streams end for at most `drain_s` or until `hurry`; what is left fails with UNAVAILABLE."""
-        self._streams.is_stopping = True
-        await self._health.stop()
-        hurry = hurry or asyncio.Event()
-        drained = asyncio.create_task(self._streams.idle.wait())
-        hurried = asyncio.create_task(hurry.wait())
-        await asyncio.wait((drained, hurried), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
-        drained.cancel()
-        hurried.cancel()
-        logger.info("router_closing id=%s streams_cut=%d", self.router_id, self._streams.in_flight)
-        await self._closing.aclose()
 
     def _snapshot(self) -> dict[str, Any]:
         return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
 
-    def _new_streams(self, books: Books) -> Streams:
+    def _new_streams(self, record: EnergyRecord) -> Streams:
         section = self._config.router
         secret = _secret_of(section)
         return Streams(
@@ -201,10 +244,32 @@ class Router:
             models=self._models,
             pool=self._pool,
             tokenizing=self._tokenizing,
-            books=books,
+            books=Books(
+                record=record, journal=self._journal, metrics=self._metrics, telemetry=self._telemetry
+            ),
             resumption=Resumption(section=section.failover, pool=self._pool, metrics=self._metrics),
             salts=CacheSalts(secret.derive("cache salt")),
             continuations=Continuations(seal=ResumeSeal(secret.derive("resume token")), pool=self._pool),
+        )
+
+    def _cluster_servicer(self, guard: RpcGuard, release: str) -> ClusterServicer:
+        return ClusterServicer(
+            guard=guard,
+            models=self._models,
+            pool=self._pool,
+            journal=self._journal,
+            router_id=self.router_id,
+            version=release,
+        )
+
+    def _link_servicer(self) -> LinkServicer:
+        return LinkServicer(
+            router_id=self.router_id,
+            models=self._models,
+            pool=self._pool,
+            worker=self._worker,
+            metrics=self._metrics,
+            freeze_s=self._config.router.failover.freeze_s,
         )
 
     def _client_server(self) -> grpc.aio.Server:
@@ -254,7 +319,9 @@ def _new_journal(config: Config) -> Journal:
     )
 
 
-async def run_router(config: Config, *, addresses_path: Path | None = None) -> None:
+async def run_router(
+    config: Config, *, addresses_path: Path | None = None, index: int = 0, is_again: bool = False
+) -> None:
     """Serve until SIGTERM or SIGINT; a second signal cuts the streams that are left.
 
     Once every port is open, the addresses are written to `addresses_path`, default `runtime_dir`/router.json.
@@ -270,9 +337,9 @@ async def run_router(config: Config, *, addresses_path: Path | None = None) -> N
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    router = Router(config, tokenizers=tokenizers, local_socket=path.with_name(LOCAL_SOCKET))
+    router = Router(config, tokenizers=tokenizers, index=index, folder=path.parent)
     try:
-        addresses = await router.start()
+        addresses = await router.start(is_again=is_again)
         addresses.write(path)
         logger.info("router_ready grpc=%s link=%s http=%s", addresses.grpc, addresses.link, addresses.http)
         await stopping.wait()
@@ -288,10 +355,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--addresses", type=Path, help=f"where to write {ADDRESSES_FILE}; default: runtime_dir"
     )
+    parser.add_argument("--index", type=int, default=0, help="which of router.processes it is; default: 0")
+    parser.add_argument("--again", action="store_true", help="let clients in when replicas are back")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        asyncio.run(run_router(load_config(given.config), addresses_path=given.addresses))
+        asyncio.run(
+            run_router(
+                load_config(given.config),
+                addresses_path=given.addresses,
+                index=given.index,
+                is_again=given.again,
+            )
+        )
     except (ConfigError, CommandError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

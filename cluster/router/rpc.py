@@ -26,14 +26,17 @@ logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
+ID_BYTES = 11
 Trailers: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 
 class Rpc:
     """A call under way. `model` is set once it is known to be a configured one, `identity` by the guard."""
 
-    def __init__(self, *, span: RpcSpan, context: grpc.aio.ServicerContext[RequestT, ResponseT]) -> None:
-        self.request_id = secrets.token_hex(12)
+    def __init__(
+        self, *, request_id: str, span: RpcSpan, context: grpc.aio.ServicerContext[RequestT, ResponseT]
+    ) -> None:
+        self.request_id = request_id
         self.span = span
         self.model = ""
         self.identity = ANYBODY
@@ -63,8 +66,16 @@ class Rpc:
 class RpcGuard:
     """Opens an `Rpc` around each handler."""
 
-    def __init__(self, *, telemetry: Telemetry, metrics: RouterMetrics, authenticator: Authenticator) -> None:
+    def __init__(
+        self,
+        *,
+        telemetry: Telemetry,
+        metrics: RouterMetrics,
+        authenticator: Authenticator,
+        id_prefix: str,
+    ) -> None:
         self._authenticator = authenticator
+        self._id_prefix = id_prefix
         self._telemetry = telemetry
         self._metrics = metrics
 
@@ -79,7 +90,9 @@ class RpcGuard:
     ) -> AsyncIterator[Rpc]:
         """The body runs inside, for callers who may; whatever it raises ends the call with its status."""
         rpc = Rpc(
-            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()), context=context
+            request_id=self._id_prefix + secrets.token_hex(ID_BYTES),
+            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()),
+            context=context,
         )
         code = grpc.StatusCode.OK
         try:
