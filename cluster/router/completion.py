@@ -68,6 +68,7 @@ class Completion:
     energy_wait_ms: int | None = None
     resume: Resume | None = None
     num_choices: int = 1
+    wants_prompt_logprobs: bool = False
 
     @property
     def delivered_ids(self) -> tuple[int, ...]:

@@ -6,35 +6,37 @@ servers close, links last.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
 import secrets
-import signal
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from starlette.routing import BaseRoute
 
 from cluster.addresses import RouterAddresses, join_host_port
-from cluster.command_error import CommandError
-from cluster.config import Config, ConfigError, RouterSection, default_runtime_dir, load_config
+from cluster.config import Config, RouterSection
 from cluster.dashboard.feed import DashboardFeed
 from cluster.dashboard.routes import dashboard_routes
 from cluster.dashboard.snapshot import take_snapshot
+from cluster.ledger.location import ledger_address
+from cluster.ledger.recorder import LedgerRecorder
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.server import LinkServicer
 from cluster.monitoring.targets import target_routes
+from cluster.oip.service import OipServicer, add_oip
+from cluster.openai.exchange import ExchangeGuard
+from cluster.openai.routes import OpenAIRoutes
 from cluster.router import cluster_service, service
 from cluster.router.auth import Authenticator
 from cluster.router.bookkeeping import Books
@@ -43,12 +45,20 @@ from cluster.router.certificates import CertificateFiles
 from cluster.router.cluster_service import ClusterServicer
 from cluster.router.continuation import Continuations
 from cluster.router.energy_record import EnergyRecord
-from cluster.router.grpc_servers import Port, bind, bind_socket, client_server, link_server
+from cluster.router.grpc_servers import (
+    Port,
+    bind,
+    bind_socket,
+    client_server,
+    link_server,
+    request_limit_bytes,
+)
 from cluster.router.health import HealthBoard
 from cluster.router.http_app import build_app
 from cluster.router.http_guard import HttpGuard
 from cluster.router.http_server import HttpServer
 from cluster.router.journal import Journal, Objective
+from cluster.router.ledger_entries import replica_sums
 from cluster.router.resume_token import ResumeSeal
 from cluster.router.resumption import Resumption
 from cluster.router.rpc import RpcGuard
@@ -57,18 +67,16 @@ from cluster.router.served_model import ServedModel
 from cluster.router.service import InferenceServicer
 from cluster.router.siblings import Siblings
 from cluster.router.streams import Streams
-from cluster.telemetry.gauges import read_gauges
+from cluster.telemetry.gauges import read_gauges, read_recorder
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from cluster.text.detokenize_worker import DetokenizeWorker
 from cluster.text.tokenizer import Tokenizer
-from cluster.text.tokenizers import load_tokenizer
 from protos import wattline_cluster_pb2_grpc, wattline_inference_pb2_grpc, wattline_link_pb2_grpc
 from replicas.strict_messages import add_strictly
 
 logger = logging.getLogger(__name__)
 
-ADDRESSES_FILE = "router.json"
 LEAVE_S = 0.2
 """From closing a shared port to refusing work: calls that came in meanwhile are served."""
 ATTACH_WAIT_S = 10.0
@@ -95,8 +103,7 @@ class Router:
         """
         self._config = config
         section = config.router
-        siblings = Siblings(folder=folder, index=index, count=section.processes)
-        self._local_socket = siblings.own_socket
+        self._siblings = siblings = Siblings(folder=folder, index=index, count=section.processes)
         self._authenticator = Authenticator(section.auth)
         self.router_id = f"router-{secrets.token_hex(4)}"
         release = version("wattline")
@@ -111,12 +118,13 @@ class Router:
         record = EnergyRecord(section.energy_record_count)
         self._journal = _new_journal(config)
         self._dashboard = DashboardFeed(read=self._snapshot, router_id=self.router_id, version=release)
+        self._ledger = self._new_ledger()
         self._streams = self._new_streams(record)
         guard = RpcGuard(
             telemetry=self._telemetry,
             metrics=self._metrics,
             authenticator=self._authenticator,
-            id_prefix=siblings.id_prefix,
+            draw_id=siblings.draw_id,
         )
         self._inference = InferenceServicer(
             guard=guard,
@@ -127,12 +135,15 @@ class Router:
             tokenizing=self._tokenizing,
             siblings=siblings,
         )
+        self._oip = OipServicer(guard=guard, models=self._models, pool=self._pool, streams=self._streams)
         self._cluster = self._cluster_servicer(guard, release)
         self._clients = self._client_server()
         self._pages: list[HttpServer] = []
         self._closing = AsyncExitStack()
         """What has to be closed, in the reverse order of its start."""
         self._closing.push_async_callback(self._telemetry.close)
+        if self._ledger is not None:
+            self._closing.push_async_callback(self._ledger.close)
         self._closing.callback(self._worker.close)
         self._closing.callback(self._tokenizing.shutdown, wait=False, cancel_futures=True)
 
@@ -154,7 +165,7 @@ class Router:
         clients = self._clients
         grpc_port = Port(key="router.grpc_port", host=section.host, port=section.grpc_port)
         grpc_address = bind(clients, grpc_port, tls=_client_tls(section))
-        bind_socket(clients, self._local_socket)
+        bind_socket(clients, self._siblings.own_socket)
         self._closing.push_async_callback(clients.stop, grace=CUT_S)
         self._make_pages()
         await self._health.refresh()
@@ -162,6 +173,8 @@ class Router:
         for pages in self._pages:
             await pages.start()
         self._dashboard.start()
+        if self._ledger is not None:
+            self._ledger.start()
         watching = asyncio.create_task(self._health.watch())
         self._closing.callback(watching.cancel)
         return RouterAddresses(
@@ -213,7 +226,11 @@ class Router:
         app = build_app(
             metrics=self._metrics,
             health=self._health,
-            extra_routes=(*target_routes(self._pool), *dashboard_routes(self._dashboard)),
+            extra_routes=(
+                *target_routes(self._pool),
+                *dashboard_routes(self._dashboard),
+                *self._foreign_routes(),
+            ),
         )
         guarded = HttpGuard(
             app,
@@ -236,6 +253,17 @@ class Router:
     def _snapshot(self) -> dict[str, Any]:
         return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
 
+    def _new_ledger(self) -> LedgerRecorder | None:
+        if not self._config.ledger.enabled:
+            return None
+        recorder = LedgerRecorder(
+            ledger_address(self._config),
+            router_id=self.router_id,
+            read_sums=lambda: replica_sums(self._models.values(), at_s=time()),
+        )
+        self._metrics.add_gauges(lambda: read_recorder(recorder))
+        return recorder
+
     def _new_streams(self, record: EnergyRecord) -> Streams:
         section = self._config.router
         secret = _secret_of(section)
@@ -245,7 +273,11 @@ class Router:
             pool=self._pool,
             tokenizing=self._tokenizing,
             books=Books(
-                record=record, journal=self._journal, metrics=self._metrics, telemetry=self._telemetry
+                record=record,
+                journal=self._journal,
+                metrics=self._metrics,
+                telemetry=self._telemetry,
+                ledger=self._ledger,
             ),
             resumption=Resumption(section=section.failover, pool=self._pool, metrics=self._metrics),
             salts=CacheSalts(secret.derive("cache salt")),
@@ -272,10 +304,30 @@ class Router:
             freeze_s=self._config.router.failover.freeze_s,
         )
 
+    def _foreign_routes(self) -> tuple[BaseRoute, ...]:
+        section = self._config.router
+        if not section.protocols.openai:
+            return ()
+        guard = ExchangeGuard(
+            telemetry=self._telemetry,
+            metrics=self._metrics,
+            max_body_bytes=request_limit_bytes(section),
+            draw_id=self._siblings.draw_id,
+        )
+        return OpenAIRoutes(
+            guard=guard,
+            models=self._models,
+            pool=self._pool,
+            streams=self._streams,
+            executor=self._tokenizing,
+        ).routes()
+
     def _client_server(self) -> grpc.aio.Server:
         server = client_server(self._config.router)
         add_strictly(wattline_inference_pb2_grpc.add_InferenceServicer_to_server, self._inference, server)
         add_strictly(wattline_cluster_pb2_grpc.add_ClusterServicer_to_server, self._cluster, server)
+        if self._config.router.protocols.oip:
+            add_strictly(add_oip, self._oip, server)
         add_strictly(health_pb2_grpc.add_HealthServicer_to_server, self._health.servicer, server)
         names = (service.SERVICE, cluster_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         if self._config.router.has_reflection:
@@ -317,61 +369,3 @@ def _new_journal(config: Config) -> Journal:
         (model.name, Objective(ttft_ms=model.slo.ttft_ms, tpot_ms=model.slo.tpot_ms))
         for model in config.models
     )
-
-
-async def run_router(
-    config: Config, *, addresses_path: Path | None = None, index: int = 0, is_again: bool = False
-) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal cuts the streams that are left.
-
-    Once every port is open, the addresses are written to `addresses_path`, default `runtime_dir`/router.json.
-    Raises ConfigError for a tokenizer that cannot be read or a port that is taken.
-    """
-    tokenizers = {section.name: await asyncio.to_thread(load_tokenizer, section) for section in config.models}
-    path = addresses_path or Path(config.runtime_dir or default_runtime_dir()) / ADDRESSES_FILE
-    stopping, hurry = asyncio.Event(), asyncio.Event()
-
-    def on_signal() -> None:
-        (hurry if stopping.is_set() else stopping).set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    router = Router(config, tokenizers=tokenizers, index=index, folder=path.parent)
-    try:
-        addresses = await router.start(is_again=is_again)
-        addresses.write(path)
-        logger.info("router_ready grpc=%s link=%s http=%s", addresses.grpc, addresses.link, addresses.http)
-        await stopping.wait()
-        path.unlink(missing_ok=True)
-    finally:
-        await router.stop(drain_s=max(section.limits.drain_s for section in config.models), hurry=hurry)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m cluster.router --config FILE`: a router and nothing else."""
-    parser = argparse.ArgumentParser(prog="wattline router", description="Serve clients; replicas dial in.")
-    parser.add_argument("-f", "--config", type=Path, required=True, help="wattline.yaml")
-    parser.add_argument(
-        "--addresses", type=Path, help=f"where to write {ADDRESSES_FILE}; default: runtime_dir"
-    )
-    parser.add_argument("--index", type=int, default=0, help="which of router.processes it is; default: 0")
-    parser.add_argument("--again", action="store_true", help="let clients in when replicas are back")
-    given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    try:
-        asyncio.run(
-            run_router(
-                load_config(given.config),
-                addresses_path=given.addresses,
-                index=given.index,
-                is_again=given.again,
-            )
-        )
-    except (ConfigError, CommandError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

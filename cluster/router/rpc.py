@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
 
-from cluster.router.auth import ANYBODY, Authenticator, Need, credential_of_call
+from cluster.router.auth import ANYBODY, Authenticator, Identity, Need, credential_of_call
 from cluster.router.errors import RouterError, status_of
 from cluster.telemetry import semconv
 from cluster.telemetry.metrics import RouterMetrics
@@ -26,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
-ID_BYTES = 11
 Trailers: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 
@@ -72,10 +70,10 @@ class RpcGuard:
         telemetry: Telemetry,
         metrics: RouterMetrics,
         authenticator: Authenticator,
-        id_prefix: str,
+        draw_id: Callable[[], str],
     ) -> None:
         self._authenticator = authenticator
-        self._id_prefix = id_prefix
+        self._draw_id = draw_id
         self._telemetry = telemetry
         self._metrics = metrics
 
@@ -90,7 +88,7 @@ class RpcGuard:
     ) -> AsyncIterator[Rpc]:
         """The body runs inside, for callers who may; whatever it raises ends the call with its status."""
         rpc = Rpc(
-            request_id=self._id_prefix + secrets.token_hex(ID_BYTES),
+            request_id=self._draw_id(),
             span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()),
             context=context,
         )
@@ -122,6 +120,46 @@ class RpcGuard:
             rpc.span.end(code.name)
             if is_inference:
                 self._metrics.count_request(rpc.model, code.name)
+
+    @asynccontextmanager
+    async def part(
+        self,
+        context: grpc.aio.ServicerContext[RequestT, ResponseT],
+        method: str,
+        tell: Callable[[str], Awaitable[None]],
+        *,
+        identity: Identity,
+    ) -> AsyncIterator[Rpc]:
+        """One of several requests in a call of `identity`: its error is told, and the call goes on."""
+        rpc = Rpc(
+            request_id=self._draw_id(),
+            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()),
+            context=context,
+        )
+        rpc.identity = identity
+        code = grpc.StatusCode.OK
+        try:
+            yield rpc
+        except RouterError as error:
+            code = status_of(error).code
+            await tell(str(error))
+        except asyncio.CancelledError:
+            if rpc.interruption is None:
+                code = _cancel_code(context)
+                raise
+            code = status_of(rpc.interruption).code
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]
+            await tell(str(rpc.interruption))
+        except Exception:
+            if context.cancelled() or context.done():
+                code = _cancel_code(context)
+                raise
+            code = grpc.StatusCode.INTERNAL
+            logger.exception("rpc_failed method=%s request_id=%s", method, rpc.request_id)
+            await tell(f"internal error; its id is {rpc.request_id}")
+        finally:
+            rpc.span.end(code.name)
+            self._metrics.count_request(rpc.model, code.name)
 
 
 async def _abort(

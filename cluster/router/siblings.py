@@ -6,6 +6,7 @@ the run folder. Owns no connection: it is asked rarely.
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import grpc
@@ -14,6 +15,7 @@ from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as rpc
 
 INDEX_CHARS = 2
+ID_BYTES = 11
 ASK_TIMEOUT_S = 1.0
 
 
@@ -48,10 +50,9 @@ class Siblings:
         """Where this router is found by them; None: it is not."""
         return self._folder / socket_name(self._index) if self._folder else None
 
-    @property
-    def id_prefix(self) -> str:
-        """What the ids of this router's requests begin with."""
-        return f"{self._index:0{INDEX_CHARS}x}"
+    def draw_id(self) -> str:
+        """The id of a request that came to this router."""
+        return f"{self._index:0{INDEX_CHARS}x}{secrets.token_hex(ID_BYTES)}"
 
     async def get_energy(self, request: pb.GetEnergyRequest) -> pb.GetEnergyResponse | None:
         """What the sibling says that had the request; None: there is none, or it does not know either."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -105,7 +105,9 @@ class Streams:
     def in_flight(self) -> int:
         return sum(model.active_requests for model in self._models.values())
 
-    async def run(self, completion: Completion, caller: Caller) -> AsyncIterator[TextDelta | Completed]:
+    async def run(
+        self, completion: Completion, caller: Caller
+    ) -> AsyncGenerator[TextDelta | Completed, None]:
         """Serve one request: text deltas, the last with a finish reason, then one `Completed`.
 
         Raises RouterError instead of `Completed` where the request fails.
@@ -295,6 +297,7 @@ class Streams:
         )
         return Run(
             request_id=caller.request_id,
+            tenant=caller.tenant,
             arrived_s=caller.arrived_s,
             model=model,
             job=job,

@@ -19,6 +19,7 @@ from cluster.command_error import CommandError
 from cluster.config import Config
 from cluster.replies import RouterState
 from cluster.serving.deployments import Deployments
+from cluster.serving.ledger_process import LedgerProcess
 from cluster.serving.loading_note import Loading, read_loading
 from cluster.serving.ray_session import RaySession, node_address
 from cluster.serving.router_group import RouterGroup
@@ -74,6 +75,7 @@ class Stack:
         self._config = config
         self._ray = RaySession(config, folder)
         self._routers = RouterGroup(config, folder)
+        self._ledger = LedgerProcess(config, folder)
         self._deployments: Deployments | None = None
         self._client: Client | None = None
         self._state = UpState(pid=os.getpid(), created_s=psutil.Process().create_time())
@@ -92,6 +94,7 @@ class Stack:
     def start(self) -> None:
         """Start router and Ray, and hand the models to Serve. Raises CommandError."""
         self._folder.write_state(self._state)
+        self._ledger.start()
         self._routers.start()
         self._ray.start()
         while (routers := self._routers.poll_addresses()) is None:
@@ -150,6 +153,7 @@ class Stack:
     def tend(self) -> None:
         """Call often: starts dead routers again. Raises CommandError when one cannot live."""
         self._routers.tend()
+        self._ledger.tend()
 
     def roll_routers(self) -> None:
         """Replace the routers one after another; `tend` goes on with it. One alone has nobody to stand in."""
@@ -169,6 +173,7 @@ class Stack:
                 logger.warning("drain_cut_short")
         finally:
             self._routers.stop()
+            self._ledger.stop()
             self._ray.stop()
             if self._client:
                 self._client.close()
