@@ -81,15 +81,6 @@ class Submission:
             if delivered_ids
             else job
         )
-        stream, account = route.connection.submit(rest)
-        attempt = Attempt(
-            connection=route.connection,
-            stream=stream,
-            account=account,
-            lane=route.lane,
-            first_offset=rest.first_offset,
-            prompt_tokens=len(rest.prompt_ids),
-        )
         return Run(
             request_id=caller.request_id,
             tenant=caller.tenant,
@@ -97,10 +88,23 @@ class Submission:
             model=model,
             job=job,
             span=span,
-            attempts=[attempt],
+            attempts=[first_attempt(route, rest)],
             index=index,
             delivered_ids=array("I", delivered_ids),
         )
+
+
+def first_attempt(route: Route, job: EngineJob) -> Attempt:
+    """The job on its way. Raises Overloaded, ReplicaStopped."""
+    stream, account = route.connection.submit(job)
+    return Attempt(
+        connection=route.connection,
+        stream=stream,
+        account=account,
+        lane=route.lane,
+        first_offset=job.first_offset,
+        prompt_tokens=len(job.prompt_ids),
+    )
 
 
 def stop_token_ids(completion: Completion, route: Route) -> frozenset[int]:
