@@ -34,6 +34,9 @@ from replicas.request import (
     TokenLogprobs,
 )
 
+PACKED_TOKENS_CPU = 128
+"""Prompt tokens after which a step on a CPU takes no further prompt: more rows make it no faster, and all of
+them wait for the last. A single prompt still gets the whole budget."""
 NO_TOKEN = -1
 """A runner's answer for a row whose logits were not finite."""
 
@@ -59,6 +62,8 @@ class Scheduler:
         )
         """The most tokens, prompt and output, of one sequence; as many as fit when it is alone."""
         self._sequences: dict[int, Sequence] = {}
+        is_cpu = shape.device == "cpu"
+        self._packed_tokens = PACKED_TOKENS_CPU if is_cpu else limits.step_tokens
         self._free_rows = list(range(limits.max_sequences))
         self._freed_rows: list[int] = []
         self._deltas: list[SequenceDelta] = []
@@ -258,7 +263,8 @@ class Scheduler:
     ) -> None:
         """Prompt chunks: of what runs already, then of what can be admitted."""
         candidates = chain(tuple(lane.prefilling), self._admit(lane, new_rows, now_ns))
-        while budget > 0 and (sequence := next(candidates, None)) is not None:
+        least_budget = budget - self._packed_tokens
+        while budget > max(least_budget, 0) and (sequence := next(candidates, None)) is not None:
             count = min(sequence.num_uncomputed, budget)
             prefills.append(plan_row(sequence, count, is_prefill=True))
             lane.chunk_planned(sequence)
