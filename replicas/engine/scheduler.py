@@ -21,7 +21,7 @@ from replicas.config import EngineLimits
 from replicas.engine.lane import Lane
 from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.request_check import check_request
-from replicas.engine.scheduled_step import ScheduledRow, ScheduledStep, plan_row
+from replicas.engine.scheduled_step import ScheduledRow, ScheduledStep, plan_row, take_scores
 from replicas.engine.sequence import Sequence, SequenceState
 from replicas.errors import BadRequest
 from replicas.plan import EngineShape, NewRow, StepOutcome, StepPlan
@@ -36,6 +36,9 @@ from replicas.request import (
 
 MAX_SCORED_TOKENS = 256
 """Of prompts that are scored, per step and lane: each takes a row of logits over the whole vocabulary."""
+PACKED_TOKENS_CPU = 128
+"""Prompt tokens after which a step on a CPU takes no further prompt: more rows make it no faster, and all of
+them wait for the last. A single prompt still gets the whole budget."""
 NO_TOKEN = -1
 """A runner's answer for a row whose logits were not finite."""
 
@@ -61,6 +64,8 @@ class Scheduler:
         )
         """The most tokens, prompt and output, of one sequence; as many as fit when it is alone."""
         self._sequences: dict[int, Sequence] = {}
+        is_cpu = shape.device == "cpu"
+        self._packed_tokens = PACKED_TOKENS_CPU if is_cpu else limits.step_tokens
         self._free_rows = list(range(limits.max_sequences))
         self._freed_rows: list[int] = []
         self._deltas: list[SequenceDelta] = []
@@ -171,20 +176,12 @@ class Scheduler:
         """Take in what the oldest step under way sampled; says who was in it, for the energy ledger."""
         sampled = zip(outcome.sampled_ids, outcome.logprobs or repeat(None), strict=False)
         if step.scored:
-            _take_scores(step, outcome)
+            take_scores(step, outcome)
         members = []
         for row in step.rows:
             sequence, num_tokens = row.sequence, len(row.planned.token_ids)
             has_ended = sequence.state is SequenceState.FINISHED
-            members.append(
-                StepMember(
-                    request_id=sequence.request.request_id,
-                    new_tokens=num_tokens,
-                    context_tokens=row.planned.start_pos,
-                    is_prefill=row.is_prefill,
-                    wasted_tokens=num_tokens if has_ended else row.repeated,
-                )
-            )
+            members.append(row.member())
             token = next(sampled) if row.planned.samples else None
             if has_ended:
                 continue
@@ -265,8 +262,8 @@ class Scheduler:
     ) -> None:
         """Prompt chunks: of what runs already, then of what can be admitted."""
         candidates = chain(tuple(lane.prefilling), self._admit(lane, new_rows, now_ns))
-        to_score = MAX_SCORED_TOKENS
-        while budget > 0 and (sequence := next(candidates, None)) is not None:
+        to_score, least_budget = MAX_SCORED_TOKENS, max(budget - self._packed_tokens, 0)
+        while budget > least_budget and (sequence := next(candidates, None)) is not None:
             count = min(sequence.num_uncomputed, budget)
             if sequence.is_scoring:
                 count = min(count, to_score)
@@ -395,14 +392,3 @@ class Scheduler:
                 self._finish(sequence, FinishReason.DEADLINE, now_ns)
         deadlines = (sequence.request.deadline_ns for sequence in self._sequences.values())
         self._next_deadline_ns = min((at for at in deadlines if at is not None), default=math.inf)
-
-
-def _take_scores(step: ScheduledStep, outcome: StepOutcome) -> None:
-    """Hand each scored row its part of the scores, also one that was preempted meanwhile: they hold."""
-    at = 0
-    for row, scored in zip(step.scored, step.plan.scored, strict=True):
-        end = at + len(scored.targets(row.planned.token_ids))
-        if row.sequence.state is not SequenceState.FINISHED:
-            row.sequence.take_scores(row.planned, list(outcome.scores[at:end]))
-        at = end
-    assert at == len(outcome.scores), "a runner scores what it is asked to"
