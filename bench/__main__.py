@@ -205,5 +205,24 @@ def recovery(
     run_recovery_suite(config, repeats, json)
 
 
+@app.command()
+def balance(json: JsonOption = None) -> None:
+    """Balancing policies against each other, over simulated replicas: TTFT, tokens/s, joules per token."""
+    from bench.balance import run_balance
+
+    run_balance(json)
+
+
+@app.command()
+def overload(
+    seconds: Annotated[float, typer.Option(help="how long each load is offered to real replicas")] = 8.0,
+    json: JsonOption = None,
+) -> None:
+    """Up to five times what there is room for: simulated, then a real router with null-engine replicas."""
+    from bench.overload import run_overload
+
+    run_overload(seconds, json)
+
+
 if __name__ == "__main__":
     app()

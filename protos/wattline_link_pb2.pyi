@@ -61,6 +61,7 @@ class FromReplica(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts the lives of this replica's rank group; set on every message."""
     @_builtins.property
@@ -81,6 +82,12 @@ class FromReplica(_message.Message):
         a second has passed since the last one on this link; empty while no meter spoke.
         """
 
+    @_builtins.property
+    def cache(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheChange]:
+        """What the prefix caches filed and let go since the last message with such news. On any message; the first
+        on a stream brings a snapshot of every lane that holds something.
+        """
+
     def __init__(
         self,
         *,
@@ -92,16 +99,48 @@ class FromReplica(_message.Message):
         draining: Global___Draining | None = ...,
         goodbye: Global___Goodbye | None = ...,
         ledger: _abc.Iterable[Global___LedgerTotals] | None = ...,
+        cache: _abc.Iterable[Global___CacheChange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "energy", b"energy", "event", b"event", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "step", "heartbeat", "energy", "draining", "goodbye"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___FromReplica: _TypeAlias = FromReplica  # noqa: Y015
+
+@_typing.final
+class CacheChange(_message.Message):
+    """Full KV blocks that can be found by what they hold. Hashes are 16 bytes each, one after another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LANE_FIELD_NUMBER: _builtins.int
+    ADDED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    IS_SNAPSHOT_FIELD_NUMBER: _builtins.int
+    lane: _builtins.int
+    added: _builtins.bytes
+    removed: _builtins.bytes
+    is_snapshot: _builtins.bool
+    """`added` is all the lane holds."""
+    def __init__(
+        self,
+        *,
+        lane: _builtins.int = ...,
+        added: _builtins.bytes = ...,
+        removed: _builtins.bytes = ...,
+        is_snapshot: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "is_snapshot", b"is_snapshot", "lane", b"lane", "removed", b"removed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheChange: _TypeAlias = CacheChange  # noqa: Y015
 
 @_typing.final
 class ToReplica(_message.Message):
@@ -675,6 +714,8 @@ class LoadSnapshot(_message.Message):
     GENERATED_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     POWER_W_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
+    IDLE_POWER_W_FIELD_NUMBER: _builtins.int
+    ACTIVE_POWER_W_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     step_ms: _builtins.float
     """Exponential averages."""
@@ -686,6 +727,9 @@ class LoadSnapshot(_message.Message):
     power_w: _builtins.float
     cached_tokens_total: _builtins.int
     """Of prompt_tokens_total: found in the prefix cache."""
+    idle_power_w: _builtins.float
+    """Of the devices while no step runs, and while steps run; 0: unknown."""
+    active_power_w: _builtins.float
     @_builtins.property
     def running(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -715,10 +759,12 @@ class LoadSnapshot(_message.Message):
         generated_tokens_total: _builtins.int = ...,
         power_w: _builtins.float = ...,
         cached_tokens_total: _builtins.int = ...,
+        idle_power_w: _builtins.float = ...,
+        active_power_w: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens_total", b"cached_tokens_total", "decode_tokens_per_s", b"decode_tokens_per_s", "free_blocks", b"free_blocks", "generated_tokens_total", b"generated_tokens_total", "joules_per_token", b"joules_per_token", "power_w", b"power_w", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prompt_tokens_total", b"prompt_tokens_total", "running", b"running", "step", b"step", "step_ms", b"step_ms", "total_blocks", b"total_blocks", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_power_w", b"active_power_w", "cached_tokens_total", b"cached_tokens_total", "decode_tokens_per_s", b"decode_tokens_per_s", "free_blocks", b"free_blocks", "generated_tokens_total", b"generated_tokens_total", "idle_power_w", b"idle_power_w", "joules_per_token", b"joules_per_token", "power_w", b"power_w", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prompt_tokens_total", b"prompt_tokens_total", "running", b"running", "step", b"step", "step_ms", b"step_ms", "total_blocks", b"total_blocks", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

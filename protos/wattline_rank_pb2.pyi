@@ -239,19 +239,25 @@ class StepFrame(_message.Message):
 
     OUTPUT_FIELD_NUMBER: _builtins.int
     RECORD_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def output(self) -> _wattline_link_pb2.StepOutput: ...
     @_builtins.property
     def record(self) -> Global___StepRecord: ...
+    @_builtins.property
+    def cache(self) -> _containers.RepeatedCompositeFieldContainer[_wattline_link_pb2.CacheChange]:
+        """What the step changed in the prefix caches, one entry per lane with news."""
+
     def __init__(
         self,
         *,
         output: _wattline_link_pb2.StepOutput | None = ...,
         record: Global___StepRecord | None = ...,
+        cache: _abc.Iterable[_wattline_link_pb2.CacheChange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "output", b"output", "record", b"record"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -152,6 +152,19 @@ class LoadSnapshot:
 
 
 @record
+class CacheChange:
+    """Hashes of full KV blocks that can be found in a lane's prefix cache from now on, and no more.
+
+    `is_snapshot`: `added` is all there is.
+    """
+
+    lane: int
+    added: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+    is_snapshot: bool = False
+
+
+@record
 class StepMember:
     """One sequence's part in one forward pass.
 
@@ -231,3 +244,4 @@ class StepResult:
     deltas: tuple[SequenceDelta, ...]
     load: LoadSnapshot
     record: StepRecord | None
+    cache: tuple[CacheChange, ...] = ()

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 
 from protos import wattline_link_pb2 as link_pb2
 from protos import wattline_rank_pb2 as rank_pb2
+from replicas.engine.prefix_hash import HASH_BYTES
 from replicas.request import (
+    CacheChange,
     EngineCosts,
     EngineReady,
     FinishReason,
@@ -266,6 +268,7 @@ def result_to_wire(result: StepResult) -> rank_pb2.StepFrame:
             load=load_to_wire(result.load),
         ),
         record=None if result.record is None else record_to_wire(result.record),
+        cache=cache_to_wire(result.cache),
     )
 
 
@@ -275,7 +278,40 @@ def result_from_wire(message: rank_pb2.StepFrame) -> StepResult:
         deltas=tuple(delta_from_wire(delta) for delta in message.output.deltas),
         load=load_from_wire(message.output.load),
         record=record_from_wire(message.record) if message.HasField("record") else None,
+        cache=cache_from_wire(message.cache),
     )
+
+
+def cache_to_wire(changes: Iterable[CacheChange]) -> list[link_pb2.CacheChange]:
+    return [
+        link_pb2.CacheChange(
+            lane=change.lane,
+            added=b"".join(change.added),
+            removed=b"".join(change.removed),
+            is_snapshot=change.is_snapshot,
+        )
+        for change in changes
+    ]
+
+
+def cache_from_wire(messages: Iterable[link_pb2.CacheChange]) -> tuple[CacheChange, ...]:
+    """A hash that is cut short is left out: it could match nothing."""
+    return tuple(
+        [
+            CacheChange(
+                lane=message.lane,
+                added=_split_hashes(message.added),
+                removed=_split_hashes(message.removed),
+                is_snapshot=message.is_snapshot,
+            )
+            for message in messages
+        ]
+    )
+
+
+def _split_hashes(joined: bytes) -> tuple[bytes, ...]:
+    ends = range(HASH_BYTES, len(joined) + 1, HASH_BYTES)
+    return tuple([joined[end - HASH_BYTES : end] for end in ends])
 
 
 def ready_to_wire(ready: EngineReady) -> rank_pb2.EngineReady:

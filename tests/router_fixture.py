@@ -27,8 +27,17 @@ VOCAB_SIZE = 1000
 def make_config(
     *, model: dict[str, Any] | None = None, router: dict[str, Any] | None = None, **rest: Any
 ) -> Config:
-    """One null model on free ports; the arguments override keys of its sections."""
-    section = {"name": MODEL, "source": "null", "null_engine": {"vocab_size": VOCAB_SIZE}, **(model or {})}
+    """One null model on free ports; the arguments override keys of its sections.
+
+    Requests are spread over the replicas: tests that want them packed say so.
+    """
+    section = {
+        "name": MODEL,
+        "source": "null",
+        "null_engine": {"vocab_size": VOCAB_SIZE},
+        "balancing": "least_loaded",
+        **(model or {}),
+    }
     ports = {"grpc_port": 0, "http_port": 0, "link_port": 0, **(router or {})}
     return parse_config({"models": [section, {"name": "absent", "source": "null"}], "router": ports, **rest})
 

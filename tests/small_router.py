@@ -31,6 +31,7 @@ class AttachedReplica:
         self.energy: dict[int, list[link_pb2.RequestEnergy]] = defaultdict(list)
         self.loads: list[link_pb2.LoadSnapshot] = []
         self.steps: list[int] = []
+        self.cache: list[link_pb2.CacheChange] = []
         self.num_heartbeats = 0
         self.epochs = {hello.epoch}
         self.draining: str | None = None
@@ -117,6 +118,7 @@ class AttachedReplica:
 
     def _record(self, message: link_pb2.FromReplica) -> None:
         self.epochs.add(message.epoch)
+        self.cache.extend(message.cache)
         match message.WhichOneof("event"):
             case "step":
                 self.steps.append(message.step.step)

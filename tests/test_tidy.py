@@ -30,6 +30,7 @@ PROTOBUF_EDGES = {
     "cluster/router/cluster_service.py",
     "cluster/router/errors.py",
     "cluster/router/health.py",
+    "cluster/ledger/leases.py",
     "cluster/ledger/process.py",
     "cluster/ledger/reading.py",
     "cluster/ledger/recorder.py",

@@ -17,6 +17,7 @@ from cluster.config.model import (
 from cluster.config.router import FailoverSection, ProtocolsSection, RouterSection
 from cluster.config.section import ConfigError, Section
 from cluster.config.security import AuthSection, LinkTlsSection, TlsSection
+from cluster.config.tenants import TenantSection
 
 __all__ = [
     "AuthSection",
@@ -36,6 +37,7 @@ __all__ = [
     "Section",
     "SloSection",
     "TelemetrySection",
+    "TenantSection",
     "TlsSection",
     "default_runtime_dir",
     "load_config",

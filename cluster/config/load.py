@@ -15,6 +15,7 @@ from cluster.config.ledger import LedgerSection
 from cluster.config.model import ModelSection
 from cluster.config.router import RouterSection
 from cluster.config.section import ConfigError, Section
+from cluster.config.tenants import TenantSection
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -22,6 +23,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 class Config(Section):
     models: tuple[ModelSection, ...] = Field(min_length=1, max_length=64)
     router: RouterSection = RouterSection()
+    tenants: tuple[TenantSection, ...] = Field((), max_length=256)
     telemetry: TelemetrySection = TelemetrySection()
     energy: EnergySection = EnergySection()
     ledger: LedgerSection = LedgerSection()
@@ -36,6 +38,14 @@ class Config(Section):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"models: name {doubled[0]!r} is used twice; give each model its own")
+        return self
+
+    @model_validator(mode="after")
+    def _tenants_are_unique(self) -> Config:
+        names = [tenant.name for tenant in self.tenants]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"tenants: name {doubled[0]!r} is used twice; give each tenant one section")
         return self
 
     def with_router(self, **changes: Any) -> Config:

@@ -46,6 +46,8 @@ class LimitsSection(Section):
 
     max_sequences: int = Field(64, ge=1, le=4096)
     max_waiting: int = Field(1024, ge=1, le=65536)
+    max_queued: int = Field(1024, ge=1, le=65536, description="waiting in a router; more are refused")
+    max_queue_s: float = Field(30.0, gt=0.0, le=3600.0, description="how long one may wait there")
     step_tokens: int = Field(512, ge=16, le=65536)
     block_tokens: int = Field(16, ge=1, le=1024)
     num_blocks: int = Field(0, ge=0)
@@ -83,10 +85,13 @@ class LimitsSection(Section):
 
 
 class SloSection(Section):
-    """What an answer should keep. Only reported: nothing is refused for it."""
+    """What an answer should keep: the balancer plans for it, and routers refuse what would miss it."""
 
     ttft_ms: float | None = Field(None, gt=0.0, description="arrival to first token")
     tpot_ms: float | None = Field(None, gt=0.0, description="mean time of each later token")
+    refuse_late: bool = Field(
+        True, description="refuse at once what would wait too long for ttft_ms; false: only report"
+    )
 
 
 class NullSection(Section):
@@ -120,6 +125,9 @@ class ModelSection(Section):
     replicas: ReplicasSection = ReplicasSection()
     limits: LimitsSection = LimitsSection()
     slo: SloSection = SloSection()
+    balancing: Literal["energy", "prefix", "least_loaded", "p2c", "round_robin"] = Field(
+        "energy", description="which replica takes a request; see cluster/router/balancing/decision.py"
+    )
     null_engine: NullSection = NullSection()
     threads_per_rank: int = Field(1, ge=1, le=256)
     kernels: Literal["auto", "float32", "off"] = Field(

@@ -13,6 +13,7 @@ from replicas.request import SamplingParams
 class EngineJob:
     """What an engine is asked for, and the text side that stays here. `deadline_s`: time left; None: none.
 
+    `cached_tokens` of the prompt are believed to be cached where it goes.
     `first_offset` is the number of tokens at the end of `prompt_ids` that the caller has already.
     """
 
@@ -31,9 +32,16 @@ class EngineJob:
     scores_prompt: bool = False
     attempt: int = 0
     first_offset: int = 0
+    cached_tokens: int = 0
 
     def resumed(
-        self, delivered_ids: Sequence[int], *, attempt: int, lane: int, deadline_s: float | None
+        self,
+        delivered_ids: Sequence[int],
+        *,
+        attempt: int,
+        lane: int,
+        deadline_s: float | None,
+        cached_tokens: int = 0,
     ) -> EngineJob:
         """The rest of this job, for another engine. `self` is the first attempt's.
 
@@ -50,4 +58,5 @@ class EngineJob:
             deadline_s=deadline_s,
             # What is said of the prompt comes with the first token.
             scores_prompt=self.scores_prompt and len(delivered_ids) == 0,
+            cached_tokens=cached_tokens,
         )

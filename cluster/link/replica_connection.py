@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from cluster.link.engine_job import EngineJob
 from cluster.link.messages import parse_end, parse_energy, submit_command
 from cluster.link.token_stream import End, TokenStream
-from cluster.router.balancer import LaneView
+from cluster.router.balancing.lane_view import LaneView
+from cluster.router.balancing.step_fit import StepFit
 from cluster.router.energy_account import EnergyAccount
 from cluster.router.errors import EngineFault, Overloaded, ReplicaStopped
 from cluster.router.failover import LossReason, ReplicaIdentity
@@ -29,6 +30,8 @@ STALL_S = 2.0
 """Without a word for this long a replica gets no new work: its heartbeat comes several times a second."""
 MAX_OUTGOING = 4096
 """Commands waiting for a replica that does not read them."""
+NEVER_SEEN = 2**63
+"""The snapshot number of a request that is not submitted yet."""
 MAX_OPEN_ACCOUNTS = 8192
 """Requests whose final joules are awaited; beyond it the oldest stays at what is known."""
 
@@ -44,7 +47,7 @@ class UnseenJob:
     """A submitted request that the load snapshots may not count yet."""
 
     snapshot_count: int
-    prompt_tokens: int
+    prefill_tokens: int
     lane: int
 
 
@@ -75,10 +78,12 @@ class ReplicaConnection:
         self._heard_at_s = self.attached_at_s
         self._load_at_s = self.attached_at_s
         self._snapshot_count = 0
+        self._step_fit = StepFit()
         self._watch = StepWatch(floor_s=freeze_s)
         self._is_fenced = False
         self._is_draining = False
         self._last_link_id = 0
+        self._last_hold = 0
         self._streams: dict[int, TokenStream] = {}
         self._unseen: dict[int, UnseenJob] = {}
         self._accounts: dict[int, EnergyAccount] = {}
@@ -141,9 +146,20 @@ class ReplicaConnection:
             raise Overloaded("the replica does not take commands", retry_after_ms=250) from None
         account = EnergyAccount()
         self._streams[stream.link_id] = stream
-        self._unseen[stream.link_id] = UnseenJob(self._snapshot_count, len(job.prompt_ids), job.lane)
+        self._unseen[stream.link_id] = UnseenJob(
+            self._snapshot_count, len(job.prompt_ids) - job.cached_tokens, job.lane
+        )
         self._open_account(stream.link_id, account)
         return stream, account
+
+    def hold(self, lane: int, *, prefill_tokens: int) -> int:
+        """Count a request that will be submitted in a moment. Drop the hold when it is, or will not be."""
+        self._last_hold -= 1
+        self._unseen[self._last_hold] = UnseenJob(NEVER_SEEN, prefill_tokens, lane)
+        return self._last_hold
+
+    def drop_hold(self, hold: int) -> None:
+        self._unseen.pop(hold, None)
 
     def stop(self, stream: TokenStream) -> None:
         """The answer is complete: let the engine finish it now, if it has not."""
@@ -187,6 +203,8 @@ class ReplicaConnection:
         self.load = load
         self._load_at_s = self._clock_s()
         self._snapshot_count += 1
+        if load.step_ms and any(load.running):
+            self._step_fit.add(num_running=sum(load.running), step_ms=load.step_ms)
         if self._unseen:
             seen = [
                 key for key, job in self._unseen.items() if self._snapshot_count - job.snapshot_count >= 2
@@ -294,17 +312,24 @@ class ReplicaConnection:
         return LaneView(
             replica_id=self.replica_id,
             lane=lane,
-            running=load.running[lane] if lane < len(load.running) else 0,
-            waiting=load.waiting[lane] if lane < len(load.waiting) else 0,
-            waiting_prefill_tokens=(
-                load.waiting_prefill_tokens[lane] if lane < len(load.waiting_prefill_tokens) else 0
-            ),
+            running=_of_lane(load.running, lane),
+            waiting=_of_lane(load.waiting, lane),
+            waiting_prefill_tokens=_of_lane(load.waiting_prefill_tokens, lane),
             unseen_requests=len(unseen),
-            unseen_prefill_tokens=sum(job.prompt_tokens for job in unseen),
+            unseen_prefill_tokens=sum(job.prefill_tokens for job in unseen),
             in_flight=self.in_flight,
             max_sequences=self.hello.max_sequences,
             max_waiting=self._max_waiting,
+            free_kv_tokens=_of_lane(load.free_blocks, lane) * self.hello.block_tokens,
             snapshot_age_s=age_s,
             step_ms=load.step_ms,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
+            step_ms_per_sequence=self._step_fit.ms_per_sequence,
+            idle_power_w=load.idle_power_w,
+            active_power_w=load.active_power_w,
+            attached_age_s=self._clock_s() - self.attached_at_s,
         )
+
+
+def _of_lane(values: Sequence[int], lane: int) -> int:
+    return values[lane] if lane < len(values) else 0

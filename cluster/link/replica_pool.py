@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from random import Random
 
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
-from cluster.router.balancer import LaneView, choose_lane
-from cluster.router.errors import Overloaded, UnknownReplica
-from cluster.router.failover import ReplicaIdentity
-
-FULL_RETRY_MS = 250
+from cluster.router.balancing.lane_view import LaneView
+from cluster.router.balancing.prefix_index import PrefixIndex
+from cluster.router.errors import UnknownReplica
 
 
 class ReplicaPool:
     """Mutable; owned by the event loop. One connection per replica id: the newest life wins."""
 
-    def __init__(self, *, random: Random, on_change: Callable[[], None]) -> None:
-        self._random = random
+    def __init__(self, *, on_change: Callable[[], None]) -> None:
+        self.prefixes = PrefixIndex()
+        """What the attached replicas hold in their prefix caches."""
         self._on_change = on_change
+        self.on_load: Callable[[str], None] = lambda model: None
+        """Called with the model whenever a replica of it told its load."""
         self._connections: dict[str, ReplicaConnection] = {}
 
     def __iter__(self) -> Iterator[ReplicaConnection]:
@@ -34,6 +34,7 @@ class ReplicaPool:
         """Take it in. An older connection of the same replica is closed: its link or its process is gone."""
         older = self._connections.get(connection.replica_id)
         self._connections[connection.replica_id] = connection
+        self.prefixes.forget(connection.replica_id)
         if older is not None:
             assert older.epoch <= connection.epoch
             older.close()
@@ -44,6 +45,7 @@ class ReplicaPool:
         connection.close()
         if self._connections.get(connection.replica_id) is connection:
             del self._connections[connection.replica_id]
+            self.prefixes.forget(connection.replica_id)
         self._on_change()
 
     def drain(self, replica_id: str, *, reason: str) -> None:
@@ -68,30 +70,3 @@ class ReplicaPool:
     def lanes(self, model: str) -> list[LaneView]:
         """All lanes of a model that take new work."""
         return [lane for connection in self.ready(model) for lane in connection.lane_views()]
-
-    def choose(self, model: str, *, prompt_tokens: int) -> tuple[ReplicaConnection, int]:
-        """The replica and lane for a request. Raises Overloaded where none has room (any more)."""
-        lane = choose_lane(self.lanes(model), prompt_tokens=prompt_tokens, random=self._random)
-        if lane is None:
-            raise Overloaded("all replicas of this model are full", retry_after_ms=FULL_RETRY_MS)
-        return self._connections[lane.replica_id], lane.lane
-
-    def choose_like(
-        self,
-        identity: ReplicaIdentity,
-        *,
-        prompt_tokens: int,
-        context_tokens: int,
-        excluded: ReplicaConnection | None,
-    ) -> tuple[ReplicaConnection, int] | None:
-        """A place at a replica of equal weights and tokens with that context; None: there is none."""
-        lanes = [
-            lane
-            for connection in self.ready(identity.model)
-            if connection is not excluded
-            and connection.identity == identity
-            and connection.hello.context_tokens >= context_tokens
-            for lane in connection.lane_views()
-        ]
-        lane = choose_lane(lanes, prompt_tokens=prompt_tokens, random=self._random)
-        return None if lane is None else (self._connections[lane.replica_id], lane.lane)

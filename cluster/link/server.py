@@ -23,6 +23,7 @@ from cluster.text.detokenize_worker import DetokenizeWorker
 from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
 from replicas.strict_messages import MalformedMessage
+from replicas.wire import cache_from_wire
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,8 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                 continue  # From a life that is over.
             connection.heard()
             self._book_ledger(connection, message)
+            if message.cache:
+                self._note_cache(connection, message)
             event = message.WhichOneof("event")
             self._metrics.count_link_message("up", event or "none")
             match event:
@@ -148,8 +151,10 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                     num_tokens = connection.take_step(message.step)
                     if num_tokens:
                         self._models[connection.hello.model].token_rate.add(num_tokens, now_s=monotonic())
+                    self._pool.on_load(connection.hello.model)
                 case "heartbeat":
                     connection.take_load(message.heartbeat.load)
+                    self._pool.on_load(connection.hello.model)
                 case "energy":
                     connection.take_energy(message.energy)
                 case "draining":
@@ -166,6 +171,16 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
         ledger = parse_ledger(message, replica_id=connection.replica_id)
         if ledger is not None:
             self._models[connection.hello.model].ledger.add(ledger, now_s=monotonic())
+
+    def _note_cache(self, connection: ReplicaConnection, message: link.FromReplica) -> None:
+        if self._pool.find(connection.replica_id) is not connection:
+            return  # A newer life has taken its place: its cache is another one.
+        for change in cache_from_wire(message.cache):
+            owner = (connection.replica_id, change.lane)
+            if change.is_snapshot:
+                self._pool.prefixes.replace(owner, change.added)
+            else:
+                self._pool.prefixes.update(owner, added=change.added, removed=change.removed)
 
     async def _write(self, connection: ReplicaConnection, context: LinkContext) -> None:
         while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic, time
@@ -11,7 +11,7 @@ from cluster.ledger.recorder import LedgerRecorder
 from cluster.router.answer import Timing, Usage, join_timing, sum_usage
 from cluster.router.energy_account import EnergyAccount, joined, summed
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
-from cluster.router.errors import RouterError, status_of
+from cluster.router.errors import LimitReached, NoReplica, RouterError, status_of
 from cluster.router.journal import ClosedRequest, Journal
 from cluster.router.ledger_entries import entry_of
 from cluster.router.run import Run
@@ -19,6 +19,9 @@ from cluster.router.served_model import ServedModel
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from replicas.request import FinishReason
+
+REFUSALS: dict[type[RouterError], str] = {LimitReached: "tenant_limit", NoReplica: "no_replica"}
+"""Labels of those that are not about load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,7 @@ class Books:
         metrics: RouterMetrics,
         telemetry: Telemetry,
         ledger: LedgerRecorder | None,
+        clock_s: Callable[[], float] = monotonic,
     ) -> None:
         """`ledger` None: what requests cost is forgotten with this process."""
         self._ledger = ledger
@@ -48,6 +52,14 @@ class Books:
         self._journal = journal
         self._metrics = metrics
         self._telemetry = telemetry
+        self._clock_s = clock_s
+
+    def count_admission(self, model: ServedModel, *, tenant: str, refusal: RouterError | None) -> None:
+        """Called once per request that was valid; `tenant` is a label."""
+        if refusal is not None:
+            model.refused_total += 1
+        outcome = "admitted" if refusal is None else REFUSALS.get(type(refusal), "overloaded")
+        self._metrics.count_admission(model.name, tenant, outcome)
 
     def close(self, runs: Sequence[Run]) -> ClosedBooks:
         """Called once per request, however it ended, with its choices that were begun.
@@ -65,7 +77,7 @@ class Books:
         model.prompt_tokens_total += whole.usage.prompt_tokens
         model.output_tokens_total += whole.usage.completion_tokens
         self._metrics.count_tokens(model.name, whole.usage)
-        closed = _closed(runs, whole)
+        closed = _closed(runs, whole, now_s=self._clock_s())
         is_met = self._journal.add(closed)
         self._metrics.observe_request(closed, is_met=is_met)
         self._record.add(
@@ -84,6 +96,8 @@ class Books:
         Measured and estimated joules share no series.
         """
         usage = _usage(run)
+        if isinstance(run.outcome, FinishReason):
+            run.model.output_estimate.add(usage.completion_tokens)
         account = joined(
             [attempt.account for attempt in run.attempts],
             repeated=[attempt.is_repeated for attempt in run.attempts],
@@ -98,7 +112,7 @@ class Books:
         self._telemetry.hold_for_energy(run.span, account)
         for attempt in run.attempts:
             attempt.account.when_settled(partial(self._count_energy, run.model, attempt.account))
-        return ClosedBooks(usage=usage, timing=_timing(run), account=account)
+        return ClosedBooks(usage=usage, timing=_timing(run, now_s=self._clock_s()), account=account)
 
     def _count_energy(self, model: ServedModel, account: EnergyAccount) -> None:
         if account.energy is not None:
@@ -113,11 +127,11 @@ class Books:
             return
         model.add_energy(energy, output_tokens=whole.usage.completion_tokens)
         self._journal.of_model(model.name).add_bill(
-            energy_mj=energy.total_mj, usage=whole.usage, source=energy.source, now_s=monotonic()
+            energy_mj=energy.total_mj, usage=whole.usage, source=energy.source, now_s=self._clock_s()
         )
 
 
-def _closed(runs: Sequence[Run], whole: ClosedBooks) -> ClosedRequest:
+def _closed(runs: Sequence[Run], whole: ClosedBooks, *, now_s: float) -> ClosedRequest:
     """The first token is the earliest of all choices; the pace is that of the slowest."""
     first = runs[0]
     return ClosedRequest(
@@ -125,7 +139,7 @@ def _closed(runs: Sequence[Run], whole: ClosedBooks) -> ClosedRequest:
         trace_id=first.span.trace_id,
         tenant=first.tenant,
         model=first.model.name,
-        ended_s=monotonic(),
+        ended_s=now_s,
         usage=whole.usage,
         timing=whole.timing,
         ttft_ms=None if first.first_token_s is None else whole.timing.ttft_ms,
@@ -164,14 +178,14 @@ def _usage(run: Run) -> Usage:
     )
 
 
-def _timing(run: Run) -> Timing:
+def _timing(run: Run, *, now_s: float) -> Timing:
     """The engine's part is that of the last attempt: a replica that is lost says nothing of its own."""
     engine = run.attempt.timing
     first_s = run.first_token_s
     return Timing(
-        queue_ms=engine.queue_us / 1e3 if engine else 0.0,
+        queue_ms=run.queued_s * 1e3 + (engine.queue_us / 1e3 if engine else 0.0),
         prefill_ms=engine.prefill_us / 1e3 if engine else 0.0,
         decode_ms=engine.decode_us / 1e3 if engine else 0.0,
         ttft_ms=(first_s - run.arrived_s) * 1e3 if first_s is not None else 0.0,
-        total_ms=(monotonic() - run.arrived_s) * 1e3,
+        total_ms=(now_s - run.arrived_s) * 1e3,
     )

@@ -43,7 +43,9 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One request. `max_tokens` None: what the context leaves; `energy_wait_ms` None: server's default."""
+    """One request. `max_tokens` None: what the context leaves; `energy_wait_ms` None: server's default.
+
+    `session_id` empty: no session."""
 
     model: str
     prompt: Prompt
@@ -54,6 +56,7 @@ class Completion:
     ignore_eos: bool = False
     priority: int = 0
     energy_wait_ms: int | None = None
+    session_id: str = ""
     num_choices: int = 1
     wants_prompt_logprobs: bool = False
 

@@ -8,6 +8,7 @@
     ├── UnknownRequest      GetEnergy of a request that left the record, or never was
     ├── UnknownReplica      DrainReplica of a replica that is not attached
     ├── Overloaded          refused now rather than late; says when to come back
+    ├── LimitReached        a limit of the tenant is reached; named, with when there is room again
     ├── SlowConsumer        the caller does not read, and its buffer is full
     ├── NoReplica           nothing attached can take it, or the router is stopping
     ├── ReplicaStopped      the replica went away under the stream
@@ -84,6 +85,15 @@ class Overloaded(RouterError):
         self.retry_after_ms = retry_after_ms
 
 
+class LimitReached(RouterError):
+    """One of the tenant's own limits keeps the request out."""
+
+    def __init__(self, reason: str, *, tenant: str, retry_after_ms: int) -> None:
+        super().__init__(f"{reason}; retry after {retry_after_ms} ms")
+        self.retry_after_ms = retry_after_ms
+        self.tenant = tenant
+
+
 class SlowConsumer(RouterError):
     """The caller stopped reading."""
 
@@ -144,6 +154,7 @@ STATUS_CODES: dict[type[RouterError], grpc.StatusCode] = {
     UnknownRequest: grpc.StatusCode.NOT_FOUND,
     UnknownReplica: grpc.StatusCode.NOT_FOUND,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    LimitReached: grpc.StatusCode.RESOURCE_EXHAUSTED,
     SlowConsumer: grpc.StatusCode.RESOURCE_EXHAUSTED,
     NoReplica: grpc.StatusCode.UNAVAILABLE,
     ReplicaStopped: grpc.StatusCode.UNAVAILABLE,
@@ -172,6 +183,11 @@ def status_of(error: RouterError) -> ErrorStatus:
     if isinstance(error, InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, LimitReached):
+        quota = error_details_pb2.QuotaFailure.Violation(
+            subject=f"tenant:{error.tenant}", description=message
+        )
+        status.details.add().Pack(error_details_pb2.QuotaFailure(violations=[quota]))
     if error.retry_after_ms is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(error.retry_after_ms)

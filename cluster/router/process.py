@@ -33,6 +33,7 @@ from cluster.config import Config, ConfigError, RouterSection, default_runtime_d
 from cluster.dashboard.feed import DashboardFeed
 from cluster.dashboard.routes import dashboard_routes
 from cluster.dashboard.snapshot import take_snapshot
+from cluster.ledger.leases import StoreLeases
 from cluster.ledger.location import ledger_address
 from cluster.ledger.recorder import LedgerRecorder
 from cluster.link.replica_pool import ReplicaPool
@@ -42,12 +43,14 @@ from cluster.oip.service import OipServicer, add_oip
 from cluster.openai.exchange import ExchangeGuard
 from cluster.openai.routes import OpenAIRoutes
 from cluster.router import cluster_service, service
+from cluster.router.admission.energy_lease import LocalLeases
 from cluster.router.auth import Authenticator
 from cluster.router.bookkeeping import Books
 from cluster.router.cache_salt import CacheSalts
 from cluster.router.certificates import CertificateFiles
 from cluster.router.cluster_service import ClusterServicer
 from cluster.router.energy_record import EnergyRecord
+from cluster.router.gate import Gate
 from cluster.router.grpc_servers import (
     Port,
     bind,
@@ -63,11 +66,13 @@ from cluster.router.http_server import HttpServer
 from cluster.router.journal import Journal, Objective
 from cluster.router.ledger_entries import replica_sums
 from cluster.router.resumption import Resumption
+from cluster.router.route_finder import RouteFinder
 from cluster.router.rpc import RpcGuard
 from cluster.router.secret import RouterSecret, draw_secret, read_secret
 from cluster.router.served_model import ServedModel
 from cluster.router.service import InferenceServicer
 from cluster.router.streams import Streams
+from cluster.router.tenants import Tenants
 from cluster.telemetry.gauges import read_gauges, read_recorder
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
@@ -107,7 +112,10 @@ class Router:
         self._telemetry = Telemetry(config.telemetry, router_id=self.router_id, version=release)
         self._worker = DetokenizeWorker(asyncio.get_running_loop())
         self._tokenizing = ThreadPoolExecutor(section.tokenizer_threads, thread_name_prefix="tokenize")
-        self._pool = ReplicaPool(random=Random(self.router_id), on_change=lambda: self._health.changed())
+        self._pool = ReplicaPool(on_change=lambda: self._health.changed())
+        finder = RouteFinder(pool=self._pool, random=Random(self.router_id))
+        gates = _open_gates(self._models, self._pool, finder)
+        self._tenants = _new_tenants(config)
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
         self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool))
         record = EnergyRecord(section.energy_record_count)
@@ -121,7 +129,9 @@ class Router:
                 metrics=self._metrics,
                 telemetry=self._telemetry,
                 ledger=self._ledger,
-            )
+            ),
+            gates,
+            finder,
         )
         guard = RpcGuard(telemetry=self._telemetry, metrics=self._metrics, authenticator=self._authenticator)
         self._inference = InferenceServicer(
@@ -141,19 +151,13 @@ class Router:
             router_id=self.router_id,
             version=release,
         )
-        self._links = LinkServicer(
-            router_id=self.router_id,
-            models=self._models,
-            pool=self._pool,
-            worker=self._worker,
-            metrics=self._metrics,
-            freeze_s=section.failover.freeze_s,
-        )
+        self._links = self._new_links(section.failover.freeze_s)
         self._closing = AsyncExitStack()
         """What has to be closed, in the reverse order of its start."""
         self._closing.push_async_callback(self._telemetry.close)
         if self._ledger is not None:
             self._closing.push_async_callback(self._ledger.close)
+        self._closing.push_async_callback(self._tenants.close)
         self._closing.callback(self._worker.close)
         self._closing.callback(self._tokenizing.shutdown, wait=False, cancel_futures=True)
 
@@ -218,6 +222,16 @@ class Router:
         logger.info("router_closing id=%s streams_cut=%d", self.router_id, self._streams.in_flight)
         await self._closing.aclose()
 
+    def _new_links(self, freeze_s: float) -> LinkServicer:
+        return LinkServicer(
+            router_id=self.router_id,
+            models=self._models,
+            pool=self._pool,
+            worker=self._worker,
+            metrics=self._metrics,
+            freeze_s=freeze_s,
+        )
+
     def _snapshot(self) -> dict[str, Any]:
         return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
 
@@ -232,15 +246,17 @@ class Router:
         self._metrics.add_gauges(lambda: read_recorder(recorder))
         return recorder
 
-    def _new_streams(self, books: Books) -> Streams:
+    def _new_streams(self, books: Books, gates: Mapping[str, Gate], finder: RouteFinder) -> Streams:
         section = self._config.router
         return Streams(
             section=section,
             models=self._models,
             pool=self._pool,
+            gates=gates,
+            tenants=self._tenants,
             tokenizing=self._tokenizing,
             books=books,
-            resumption=Resumption(section=section.failover, pool=self._pool, metrics=self._metrics),
+            resumption=Resumption(section=section.failover, finder=finder, metrics=self._metrics),
             salts=CacheSalts(_secret_of(section).derive("cache salt")),
         )
 
@@ -301,6 +317,22 @@ def _link_tls(section: RouterSection) -> CertificateFiles | None:
     return CertificateFiles(
         owner="router.link_tls", cert=Path(tls.cert), key=Path(tls.key), peer_ca=Path(tls.ca)
     )
+
+
+def _open_gates(models: Mapping[str, ServedModel], pool: ReplicaPool, finder: RouteFinder) -> dict[str, Gate]:
+    """One per model; each looks again whenever a replica of its model tells its load."""
+    gates = {name: Gate(model, pool=pool, finder=finder) for name, model in models.items()}
+    pool.on_load = lambda model: gates[model].pump()
+    return gates
+
+
+def _new_tenants(config: Config) -> Tenants:
+    """Their joules are leased from the ledger store; without one each router has the whole budgets."""
+    tenants = [section.to_tenant() for section in config.tenants]
+    budgets_j = {one.name: one.joules_per_day for one in tenants if one.joules_per_day is not None}
+    if config.ledger.enabled:
+        return Tenants(tenants, leases=StoreLeases(ledger_address(config), budgets_j))
+    return Tenants(tenants, leases=LocalLeases(budgets_j, wall_s=time))
 
 
 def _new_journal(config: Config) -> Journal:

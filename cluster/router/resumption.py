@@ -11,11 +11,10 @@ from time import monotonic
 from typing import NoReturn
 
 from cluster.config import FailoverSection
-from cluster.link.replica_connection import ReplicaConnection
-from cluster.link.replica_pool import ReplicaPool
 from cluster.router.caller import Caller
 from cluster.router.errors import FailoverSpent, Overloaded, Quarantined, ReplicaStopped, RouterError
 from cluster.router.failover import FailoverBudget, LossReason, Quarantine, Verdict, decide
+from cluster.router.route_finder import Errand, Place, RouteFinder
 from cluster.router.run import Attempt, Run
 from cluster.telemetry.metrics import RouterMetrics
 
@@ -30,12 +29,12 @@ class Resumption:
         self,
         *,
         section: FailoverSection,
-        pool: ReplicaPool,
+        finder: RouteFinder,
         metrics: RouterMetrics,
         clock_s: Callable[[], float] = monotonic,
     ) -> None:
         self._section = section
-        self._pool = pool
+        self._finder = finder
         self._metrics = metrics
         self._clock_s = clock_s
         self._budget = FailoverBudget(ratio=section.budget_ratio, burst=section.burst)
@@ -54,24 +53,28 @@ class Resumption:
         """
         run.losses.append(_loss_of(run, error))
         self._judge(run)
-        connection, lane = await self._find_place(run, caller, error)
+        place = await self._find_place(run, caller, error)
         self._judge(run)  # Others may have spent the budget while this one waited.
         lost, offset = run.attempt, len(run.delivered_ids)
         lost.connection.release(lost.stream)
         job = run.job.resumed(
-            run.delivered_ids, attempt=len(run.attempts), lane=lane, deadline_s=caller.deadline_s()
+            run.delivered_ids,
+            attempt=len(run.attempts),
+            lane=place.lane,
+            deadline_s=caller.deadline_s(),
+            cached_tokens=place.cached_tokens,
         )
         try:
-            stream, account = connection.submit(job)
+            stream, account = place.connection.submit(job)
         except Overloaded:
             raise error from None
         self._budget.spend()
         run.attempts.append(
             Attempt(
-                connection=connection,
+                connection=place.connection,
                 stream=stream,
                 account=account,
-                lane=lane,
+                lane=place.lane,
                 first_offset=offset,
                 prompt_tokens=len(job.prompt_ids),
             )
@@ -82,7 +85,7 @@ class Resumption:
             reason=reason,
             offset=offset,
             from_replica=lost.connection.replica_id,
-            to_replica=connection.replica_id,
+            to_replica=place.connection.replica_id,
         )
 
     def _judge(self, run: Run) -> None:
@@ -100,20 +103,26 @@ class Resumption:
             case _:
                 raise FailoverSpent("this router moves no more streams for now")
 
-    async def _find_place(
-        self, run: Run, caller: Caller, error: RouterError
-    ) -> tuple[ReplicaConnection, int]:
+    async def _find_place(self, run: Run, caller: Caller, error: RouterError) -> Place:
         """Where it may go on. Raises `error` if there is no such place in time."""
         job, lost = run.job, run.attempt.connection
-        prompt_tokens = len(job.prompt_ids) + len(run.delivered_ids)
+        context_tokens = len(job.prompt_ids) + job.max_tokens
+        # Its word that it is draining may still be on the way.
+        excluded = lost if run.losses[-1] is LossReason.REFUSED else None
+        errand = Errand(
+            prompt_ids=(*job.prompt_ids, *run.delivered_ids),
+            output_tokens=run.model.output_estimate.tokens(
+                max_tokens=job.max_tokens - len(run.delivered_ids)
+            ),
+            cache_salt=job.cache_salt,
+        )
         give_up_s = self._clock_s() + self._section.wait_s
         while True:
-            place = self._pool.choose_like(
-                lost.identity,
-                prompt_tokens=prompt_tokens,
-                context_tokens=len(job.prompt_ids) + job.max_tokens,
-                # Its word that it is draining may still be on the way.
-                excluded=lost if run.losses[-1] is LossReason.REFUSED else None,
+            place = self._finder.find(
+                run.model.section,
+                errand,
+                identity=lost.identity,
+                accepts=lambda one: one is not excluded and one.hello.context_tokens >= context_tokens,
             )
             if place is not None:
                 return place

@@ -64,6 +64,8 @@ class Run:
     span: InferenceSpan
     attempts: list[Attempt]
     index: int = 0
+    queued_s: float = 0.0
+    """In this router, before a replica could begin it."""
     losses: list[LossReason] = field(default_factory=list)
     delivered_ids: array[int] = field(default_factory=lambda: array("I"))
     outcome: FinishReason | RouterError | None = None

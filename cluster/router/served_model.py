@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from cluster.config import ModelSection
 from cluster.router.auth import Identity
+from cluster.router.balancing.output_estimate import OutputEstimate
 from cluster.router.energy_account import RequestEnergy
 from cluster.router.errors import NotAllowed, UnknownModel
 from cluster.router.ledger_book import LedgerBook
@@ -33,6 +34,7 @@ class ServedModel:
         self.prompt_tokens_total = 0
         self.output_tokens_total = 0
         self.energy_mj_total = 0
+        self.output_estimate = OutputEstimate()
         self.token_rate = TokenRate()
         self.energy_rate = EnergyRate()
         self.ledger = LedgerBook()

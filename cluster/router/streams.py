@@ -2,7 +2,7 @@
 
     admit      refuse now what would fail later
     tokenise   off the event loop
-    route      the replica that can start soonest
+    route      at once, or after a wait in the model's queue, to the replica that suits it best
     submit     down the link; tokens come back step by step, text is made beside the event loop
     deliver    to the caller, as fast as it reads; where the replica is lost, the rest comes from another
     account    usage, timing, spans; joules when the replica's meter windows have closed
@@ -14,35 +14,41 @@ that iteration, at any point, frees everything: the engine is told within one me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic
 
 from cluster.config import RouterSection
 from cluster.link.engine_job import EngineJob
-from cluster.link.replica_connection import ReplicaConnection, ReplicaState
+from cluster.link.replica_connection import ReplicaState
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.token_stream import Finished
-from cluster.router.admission import Verdict, decide
+from cluster.router.admission.decision import Arrival, Verdict, decide_arrival
+from cluster.router.admission.tenant import Tenant
+from cluster.router.admission.tenant_account import TenantAccount
 from cluster.router.answer import Completed, TextDelta
-from cluster.router.bookkeeping import Books
+from cluster.router.bookkeeping import Books, ClosedBooks
 from cluster.router.cache_salt import CacheSalts
 from cluster.router.caller import Caller
 from cluster.router.choices import choice_seed, deliver_choices
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
 from cluster.router.errors import (
     InvalidRequest,
+    LimitReached,
     NoReplica,
     Overloaded,
     RouterError,
     SlowConsumer,
 )
+from cluster.router.gate import Gate
+from cluster.router.order import Order, Route, route_to, size_order
+from cluster.router.refusal import refusal_of
 from cluster.router.resumption import Resumption
 from cluster.router.run import Attempt, Run
 from cluster.router.served_model import ServedModel
-from cluster.router.validation import output_tokens_allowed
+from cluster.router.tenants import Charge, Tenants
 from cluster.telemetry import semconv
 from cluster.text.answer_text import AnswerText
 from replicas.request import FinishReason
@@ -57,16 +63,6 @@ STOP_WAIT_S = 2.0
 """How long an engine may take to end a sequence whose answer is complete."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """Where a request goes, and its size there."""
-
-    connection: ReplicaConnection
-    lane: int
-    prompt_ids: tuple[int, ...]
-    max_tokens: int
-
-
 class Streams:
     """All requests under way. Owned by the event loop."""
 
@@ -76,18 +72,24 @@ class Streams:
         section: RouterSection,
         models: Mapping[str, ServedModel],
         pool: ReplicaPool,
+        gates: Mapping[str, Gate],
+        tenants: Tenants,
         tokenizing: Executor,
         books: Books,
         resumption: Resumption,
         salts: CacheSalts,
+        clock_s: Callable[[], float] = monotonic,
     ) -> None:
         self._section = section
         self._models = models
         self._pool = pool
+        self._gates = gates
+        self._tenants = tenants
         self._tokenizing = tokenizing
         self._books = books
         self._resumption = resumption
         self._salts = salts
+        self._clock_s = clock_s
         self.is_stopping = False
         """Set once: nothing new is admitted, what is under way goes on."""
         self.idle = asyncio.Event()
@@ -106,15 +108,21 @@ class Streams:
         Raises RouterError instead of `Completed` where the request fails.
         """
         model = self._models[completion.model]
+        account = self._tenants.account(caller.tenant)
         with caller.span.stage(semconv.ADMISSION):
-            self._admit(model)
-        with self._under_way(model):
+            await self._tenants.lease_joules(account)
+            with self._counted(model, account):
+                self._admit(model, account)
+        with self._under_way(model), self._tenants.charging(account) as charge:
             with caller.span.stage(semconv.TOKENIZE):
                 prompt_ids = await self.tokenize(model, completion.prompt)
             self._resumption.admit(model.name, prompt_ids)
             with caller.span.stage(semconv.ROUTE):
-                route = self._route(model, completion, prompt_ids)
-            runs = [self._submit(model, completion, caller, route)]
+                order = self._size(model, completion, caller, charge.tenant, prompt_ids)
+                charge.expect(tokens=order.expected_tokens, energy_mj=order.expected_mj(model))
+                with self._counted(model, account, is_last=True):
+                    route, run = await self._begin(model, completion, caller, charge.tenant, order)
+            runs = [run]
             deltas = deliver_choices(
                 runs,
                 completion.num_choices,
@@ -134,7 +142,8 @@ class Streams:
                 for run in runs:
                     run.release()
                 closed = self._books.close(runs)
-            await closed.account.wait(_energy_wait_s(completion, caller))
+                self._settle(model, charge, order, closed)
+            await closed.account.wait(_energy_wait_s(completion, caller, now_s=self._clock_s()))
             yield Completed(
                 request_id=caller.request_id,
                 trace_id=caller.span.trace_id,
@@ -170,70 +179,110 @@ class Streams:
             if self.in_flight == 0:
                 self.idle.set()
 
-    def _admit(self, model: ServedModel) -> None:
-        decision = decide(
-            is_stopping=self.is_stopping,
-            in_flight=self.in_flight,
-            max_streams=self._section.max_streams,
-            lanes=self._pool.lanes(model.name),
-        )
-        if decision.verdict is Verdict.ADMIT:
-            return
-        model.refused_total += 1
-        match decision.verdict:
-            case Verdict.ROUTER_STOPPING:
-                raise NoReplica("this router is stopping; use another")
-            case Verdict.NO_REPLICA:
-                raise NoReplica(NOT_READY)
-            case Verdict.ROUTER_FULL:
-                reason = f"{self._section.max_streams} streams are in flight, the router's limit"
-            case _:
-                reason = "all replicas of this model are full"
-        raise Overloaded(reason, retry_after_ms=decision.retry_after_ms)
+    @contextmanager
+    def _counted(
+        self, model: ServedModel, account: TenantAccount, *, is_last: bool = False
+    ) -> Iterator[None]:
+        """Count the refusal that happens inside; behind the last hurdle, count an admission else."""
+        tenant = self._tenants.label(account.tenant.name)
+        try:
+            yield
+        except (Overloaded, LimitReached, NoReplica) as refusal:
+            self._books.count_admission(model, tenant=tenant, refusal=refusal)
+            raise
+        if is_last:
+            self._books.count_admission(model, tenant=tenant, refusal=None)
 
-    def _route(self, model: ServedModel, completion: Completion, prompt_ids: tuple[int, ...]) -> Route:
-        """Size the request and find it a place. Replicas of a model have one context; if not, the least."""
+    def _admit(self, model: ServedModel, account: TenantAccount) -> None:
+        """Refuse what need not be tokenised to know that it cannot be served now."""
+        decision = decide_arrival(
+            Arrival(
+                is_stopping=self.is_stopping,
+                in_flight=self.in_flight,
+                max_streams=self._section.max_streams,
+                has_replica=bool(self._pool.ready(model.name)),
+                tenant_limit=account.limit_hit(now_s=self._clock_s()),
+            )
+        )
+        if decision.verdict is not Verdict.ADMIT:
+            raise refusal_of(decision, tenant=account.tenant.name)
+
+    def _size(
+        self,
+        model: ServedModel,
+        completion: Completion,
+        caller: Caller,
+        tenant: Tenant,
+        prompt_ids: tuple[int, ...],
+    ) -> Order:
+        """Replicas of a model have one context; if not, the least counts."""
         contexts = [connection.hello.context_tokens for connection in self._pool.ready(model.name)]
         if not contexts:
             raise NoReplica(NOT_READY)
-        max_tokens = output_tokens_allowed(
+        return size_order(
             completion,
-            prompt_tokens=len(prompt_ids),
+            model,
+            prompt_ids,
+            priority_max=tenant.priority_max,
+            cache_salt=self._salts.of(caller.tenant),
             context_tokens=min(contexts),
-            max_output=model.bounds.max_output_tokens,
         )
-        connection, lane = self._pool.choose(model.name, prompt_tokens=len(prompt_ids))
-        return Route(connection=connection, lane=lane, prompt_ids=prompt_ids, max_tokens=max_tokens)
+
+    def _settle(self, model: ServedModel, charge: Charge, order: Order, closed: ClosedBooks) -> None:
+        """The tenant pays for what the request took, not for what was expected of it."""
+        usage = closed.usage
+        charge.settle(tokens=usage.prompt_tokens + usage.completion_tokens, energy=closed.account)
+        self._gates[model.name].correct(
+            charge.tenant,
+            order.errand,
+            uncached_tokens=usage.prompt_tokens - usage.cached_tokens,
+            output_tokens=usage.completion_tokens,
+        )
+
+    async def _begin(
+        self, model: ServedModel, completion: Completion, caller: Caller, tenant: Tenant, order: Order
+    ) -> tuple[Route, Run]:
+        """Wait for a place, and submit the first choice there."""
+        since_s = self._clock_s()
+        gate, deadline_s = self._gates[model.name], caller.deadline_s()
+        async with gate.place(
+            order.errand, tenant=tenant, priority=order.priority, deadline_s=deadline_s
+        ) as place:
+            route = route_to(place, order)
+            run = self._submit(model, completion, caller, route)
+            run.queued_s = self._clock_s() - since_s
+            return route, run
 
     def _submit_beside(
         self, first: Run, completion: Completion, caller: Caller, route: Route, index: int
     ) -> Run:
         """Begin another choice where the first is, since the prompt is cached there."""
         connection, lane = first.attempt.connection, first.attempt.lane
+        beside = route.beside(connection, lane)
         if connection.state is ReplicaState.STALLED:
-            connection, lane = self._pool.choose(first.model.name, prompt_tokens=len(route.prompt_ids))
-        route = replace(route, connection=connection, lane=lane)
-        return self._submit(first.model, completion, caller, route, index=index)
+            beside = route_to(self._gates[first.model.name].place_now(route.order.errand), route.order)
+        return self._submit(first.model, completion, caller, beside, index=index)
 
     def _submit(
         self, model: ServedModel, completion: Completion, caller: Caller, route: Route, *, index: int = 0
     ) -> Run:
-        deadline_s = caller.deadline_s()
+        order, deadline_s = route.order, caller.deadline_s()
         span = caller.span.start_inference(
-            completion, request_id=caller.request_id, max_tokens=route.max_tokens
+            completion, request_id=caller.request_id, max_tokens=order.max_tokens
         )
         ends = frozenset() if completion.ignore_eos else frozenset(route.connection.hello.eos_token_ids)
         stop_token_ids = completion.stop_token_ids | ends
         limit_bytes = self._section.stall_buffer_bytes
         job = EngineJob(
-            prompt_ids=route.prompt_ids,
+            prompt_ids=order.prompt_ids,
             sampling=replace(completion.sampling, seed=choice_seed(completion.sampling.seed, index)),
-            max_tokens=route.max_tokens,
+            max_tokens=order.max_tokens,
             stop_token_ids=stop_token_ids,
-            priority=completion.priority,
+            priority=order.priority,
             deadline_s=deadline_s,
             lane=route.lane,
-            cache_salt=self._salts.of(caller.tenant),
+            cache_salt=order.errand.cache_salt,
+            cached_tokens=route.cached_tokens,
             traceparent=span.traceparent,
             text=AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=stop_token_ids),
             buffer_bytes=limit_bytes // completion.num_choices,
@@ -247,7 +296,7 @@ class Streams:
             account=account,
             lane=route.lane,
             first_offset=0,
-            prompt_tokens=len(route.prompt_ids),
+            prompt_tokens=len(order.prompt_ids),
         )
         return Run(
             request_id=caller.request_id,
@@ -298,10 +347,10 @@ async def _await_end(attempt: Attempt) -> None:
         attempt.timing = end.timing
 
 
-def _energy_wait_s(completion: Completion, caller: Caller) -> float:
+def _energy_wait_s(completion: Completion, caller: Caller, *, now_s: float) -> float:
     """How long the last message may wait for final joules."""
     if completion.energy_wait_ms is None:
-        elapsed_s = monotonic() - caller.arrived_s
+        elapsed_s = now_s - caller.arrived_s
         wait_s = min(MAX_DEFAULT_ENERGY_WAIT_S, DEFAULT_ENERGY_WAIT_SHARE * elapsed_s)
     else:
         wait_s = completion.energy_wait_ms / 1e3

@@ -32,6 +32,7 @@ MAX_TEMPERATURE = 2.0
 MAX_TOP_K = 2**31 - 1
 MAX_PRIORITY = 100
 MAX_ENERGY_WAIT_MS = 1000
+MAX_SESSION_ID_BYTES = 128
 MAX_CHOICES = 8
 
 
@@ -112,6 +113,19 @@ def parse_turns(messages: Sequence[pb.Message], bounds: RequestBounds) -> ChatPr
     return ChatPrompt(turns=tuple(Turn(role=message.role, content=message.content) for message in messages))
 
 
+def parse_session_id(session_id: str) -> str:
+    """Any short text; a router keeps none of it."""
+    size_bytes = len(session_id.encode())
+    if size_bytes > MAX_SESSION_ID_BYTES:
+        raise InvalidRequest(
+            field="session_id",
+            got=f"{size_bytes} bytes",
+            limit=f"{MAX_SESSION_ID_BYTES} bytes",
+            fix="use a shorter id",
+        )
+    return session_id
+
+
 def output_tokens_allowed(
     completion: Completion, *, prompt_tokens: int, context_tokens: int, max_output: int
 ) -> int:
@@ -150,6 +164,7 @@ def _completion(
         ignore_eos=limits.ignore_eos,
         priority=request.priority,
         energy_wait_ms=energy_wait_ms,
+        session_id=parse_session_id(request.session_id),
         num_choices=_parse_num_choices(request.sampling),
     )
 

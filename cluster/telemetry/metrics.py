@@ -33,6 +33,9 @@ class RouterMetrics:
             return Histogram(name, text, ("model",), buckets=buckets, registry=self.registry)
 
         self._requests = counter("wattline_requests", "Requests ended, by gRPC status.", "model", "code")
+        self._admissions = counter(
+            "wattline_admissions", "Requests admitted or refused, by tenant.", "model", "tenant", "outcome"
+        )
         self._slo = counter(
             "wattline_slo_answers", "Answers by whether they kept the model's objective.", "model", "slo"
         )
@@ -66,6 +69,9 @@ class RouterMetrics:
 
     def count_request(self, model: str, code: str) -> None:
         self._requests.labels(model or UNKNOWN_MODEL, code).inc()
+
+    def count_admission(self, model: str, tenant: str, outcome: str) -> None:
+        self._admissions.labels(model, tenant, outcome).inc()
 
     def count_failover(self, model: str, reason: str) -> None:
         self._failovers.labels(model, reason).inc()

@@ -46,14 +46,14 @@ class DetokenizeWorker:
 
     def _run(self) -> None:
         while (step := self._jobs.get()) is not None:
-            pieces = [_detokenize(*entry) for entry in step]
+            pieces = [detokenize(*entry) for entry in step]
             try:
-                self._loop.call_soon_threadsafe(_deliver, pieces)
+                self._loop.call_soon_threadsafe(deliver, pieces)
             except RuntimeError:
                 return  # The loop is closed: nobody is left to read.
 
 
-def _detokenize(
+def detokenize(
     stream: TokenStream, token_ids: tuple[int, ...], logprobs: Logprobs, end: End | None
 ) -> StreamPiece:
     """Logprobs go with the tokens that are sent: those behind a stop are dropped as they are."""
@@ -68,6 +68,6 @@ def _detokenize(
         return stream, NOTHING, (), EngineFault("the answer could not be turned into text")
 
 
-def _deliver(pieces: Sequence[StreamPiece]) -> None:
+def deliver(pieces: Sequence[StreamPiece]) -> None:
     for stream, piece, logprobs, end in pieces:
         stream.deliver(piece, end, logprobs)

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from replicas.engine.cache_log import CacheLog
+
 SCRATCH_BLOCK = 0
 
 
@@ -29,6 +31,7 @@ class BlockPool:
         """Free blocks that are filed, least recently used first."""
         self._block_by_hash: dict[bytes, int] = {}
         self._hash_by_block: dict[int, bytes] = {}
+        self._log = CacheLog()
 
     @property
     def num_total(self) -> int:
@@ -85,12 +88,17 @@ class BlockPool:
         if block_hash not in self._block_by_hash and block not in self._hash_by_block:
             self._block_by_hash[block_hash] = block
             self._hash_by_block[block] = block_hash
+            self._log.note(block_hash, is_filed=True)
 
     def forget(self, blocks: Iterable[int]) -> None:
         """What these held blocks hold is not to be trusted: nobody shall find them any more."""
         for block in blocks:
             assert self._references[block] > 0, f"block {block} is free; only held blocks are forgotten"
             self._unfile(block)
+
+    def take_changes(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """Hashes that can be found since the last call, and hashes that cannot be any more."""
+        return self._log.take()
 
     def num_held(self, blocks: Iterable[int]) -> int:
         """How many of these somebody holds; sharing them takes nothing from `num_free`."""
@@ -132,3 +140,4 @@ class BlockPool:
         block_hash = self._hash_by_block.pop(block, None)
         if block_hash is not None:
             del self._block_by_hash[block_hash]
+            self._log.note(block_hash, is_filed=False)

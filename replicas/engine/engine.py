@@ -143,4 +143,5 @@ class Engine:
             deltas=self._scheduler.take_deltas(),
             load=self.load,
             record=record,
+            cache=self._scheduler.take_cache_changes(),
         )

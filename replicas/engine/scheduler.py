@@ -26,6 +26,7 @@ from replicas.engine.sequence import Sequence, SequenceState
 from replicas.errors import BadRequest
 from replicas.plan import EngineShape, NewRow, StepOutcome, StepPlan
 from replicas.request import (
+    CacheChange,
     FinishReason,
     GenerationRequest,
     LoadSnapshot,
@@ -198,6 +199,17 @@ class Scheduler:
     def take_deltas(self) -> tuple[SequenceDelta, ...]:
         deltas, self._deltas = tuple(self._deltas), []
         return deltas
+
+    def take_cache_changes(self) -> tuple[CacheChange, ...]:
+        """What the prefix caches filed and let go since the last call; lanes without news are left out."""
+        changes = [(index, *lane.pool.take_changes()) for index, lane in enumerate(self._lanes)]
+        return tuple(
+            [
+                CacheChange(lane=index, added=added, removed=removed)
+                for index, added, removed in changes
+                if added or removed
+            ]
+        )
 
     def load(
         self, *, step_ms: float, prefill_tokens_per_s: float, decode_tokens_per_s: float

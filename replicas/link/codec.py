@@ -100,6 +100,8 @@ def encode_load(load: ReplicaLoad) -> link_pb2.LoadSnapshot:
     message = load_to_wire(load.engine)
     message.joules_per_token = load.joules_per_token or 0.0
     message.power_w = load.power_w or 0.0
+    message.idle_power_w = load.idle_power_w or 0.0
+    message.active_power_w = load.active_power_w or 0.0
     return message
 
 

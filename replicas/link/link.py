@@ -30,6 +30,8 @@ from replicas.link.codec import (
 from replicas.link.dial import dial
 from replicas.link.messages import ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
+from replicas.request import CacheChange
+from replicas.wire import cache_to_wire
 
 HEARTBEAT_S = 0.25
 LEDGER_S = 1.0
@@ -88,6 +90,9 @@ class LinkHandler(Protocol):
 
     def load(self) -> ReplicaLoad:
         """The load now."""
+
+    def cache(self) -> tuple[CacheChange, ...]:
+        """A snapshot of what the prefix caches hold."""
 
     def on_attached(self, session: LinkSession) -> None:
         """A router said Welcome."""
@@ -232,6 +237,8 @@ class RouterLink:
             if is_last or time.monotonic() >= ledger_due_s:
                 messages[0].ledger.extend(encode_ledger(load.ledger))
                 ledger_due_s = time.monotonic() + LEDGER_S
+            news = session.outbox.cache.take()
+            messages[0].cache.extend(cache_to_wire(handler.cache() if news is None else news))
             for message in messages:
                 await _write(call, message)
             if is_last:

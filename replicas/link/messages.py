@@ -42,6 +42,8 @@ class ReplicaLoad:
     energy_source: str = ""
     joules_per_token: float | None = None
     power_w: float | None = None
+    idle_power_w: float | None = None
+    active_power_w: float | None = None
     ledger: LedgerState | None = None
 
 

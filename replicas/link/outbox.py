@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from replicas.link.cache_news import CacheNews
 from replicas.link.messages import EnergyStatement
 from replicas.request import SequenceDelta
 
@@ -39,6 +40,8 @@ class Outbox:
     ) -> None:
         self._max_pending_tokens = max_pending_tokens
         self._max_pending_entries = max_pending_entries
+        self.cache = CacheNews()
+        """Goes along with whatever is sent next; wakes nobody."""
         self._step = 0
         self._deltas: dict[tuple[int, int], SequenceDelta] = {}
         self._pending_tokens = 0

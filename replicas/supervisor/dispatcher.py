@@ -23,7 +23,8 @@ from replicas.link.messages import (
     ReplicaLoad,
     RouterCommand,
 )
-from replicas.request import FinishReason, GenerationRequest, SequenceDelta, StepResult
+from replicas.request import CacheChange, FinishReason, GenerationRequest, SequenceDelta, StepResult
+from replicas.supervisor.cache_mirror import CacheMirror
 from replicas.supervisor.energy_account import EnergyAccount
 from replicas.supervisor.in_flight import Flight, InFlight
 
@@ -51,6 +52,7 @@ class Dispatcher:
         self._clock = clock
         self._max_in_flight = limits.max_sequences + limits.max_waiting
         self._load = card.engine.load
+        self._mirror = CacheMirror()
         self._in_flight: InFlight[LinkSession] = InFlight()
         self._sessions: set[LinkSession] = set()
         self._draining: str | None = None
@@ -85,8 +87,13 @@ class Dispatcher:
             energy_source=energy.source.value,
             joules_per_token=energy.joules_per_token,
             power_w=energy.power_w,
+            idle_power_w=energy.idle_power_w,
+            active_power_w=energy.active_power_w,
             ledger=LedgerState(until_ns=energy.divided_until_ns, sums=energy.sums),
         )
+
+    def cache(self) -> tuple[CacheChange, ...]:
+        return self._mirror.snapshot()
 
     # From the links.
 
@@ -126,6 +133,10 @@ class Dispatcher:
         if self._is_fenced:
             return
         self._load = result.load
+        if result.cache:
+            self._mirror.apply(result.cache)
+            for session in self._sessions:
+                session.outbox.cache.add(result.cache)
         if self._energy is not None:
             self._energy.add_step(result)
         ended = self._deliver(result)

@@ -19,6 +19,8 @@ POWER_TIME_CONSTANT_S = 1.0
 COST_WINDOW_NS = 1_000_000_000
 """The joules per token are averaged over windows at least this wide."""
 COST_WEIGHT = 0.3
+MIN_BUSY_SHARE = 0.2
+"""Of a window; with fewer steps in it, what they draw is lost in what is drawn anyway."""
 
 Clock = Callable[[], int]
 
@@ -64,7 +66,8 @@ class EnergyAccount:
     """Steps and meter readings in, bills and rates out.
 
     `power_w` and `joules_per_token` (request energy by generated token) are running averages; None until
-    the meter spoke. All calls are cheap enough for the step path.
+    the meter spoke. `idle_power_w` and `active_power_w` are the devices' without and with a step under way;
+    None until both kinds of time were seen. All calls are cheap enough for the step path.
     """
 
     def __init__(self, ledger: Ledger, *, clock: Clock) -> None:
@@ -74,10 +77,14 @@ class EnergyAccount:
         self._sums: dict[Source, EnergySums] = {}
         self._generated_tokens = 0
         self._cost_since: tuple[int, int, int] | None = None
+        self._busy_ns = 0
+        self._power_since: tuple[int, int, int] | None = None
         self.divided_until_ns = 0
         """Up to here the meter's energy is in `sums`, on the host's monotonic clock."""
         self.power_w: float | None = None
         self.joules_per_token: float | None = None
+        self.idle_power_w: float | None = None
+        self.active_power_w: float | None = None
 
     @property
     def source(self) -> Source | None:
@@ -97,6 +104,7 @@ class EnergyAccount:
         """A step came up, with the requests it ended."""
         if result.record is not None:
             self._ledger.add_step(result.record)
+            self._busy_ns += result.record.end_ns - result.record.start_ns
         now_ns = self._clock()
         for delta in result.deltas:
             self._generated_tokens += len(delta.token_ids)
@@ -106,6 +114,8 @@ class EnergyAccount:
 
     def add_reading(self, reading: Reading) -> None:
         last, self._last_reading = self._last_reading, reading
+        if reading.gap:
+            self._power_since = None
         self._ledger.add_reading(reading)
         self._advance()
         if last is not None and reading.t_ns > last.t_ns and not reading.gap:
@@ -115,6 +125,7 @@ class EnergyAccount:
         """Time passed. Call it several times a second, also when nothing runs."""
         self._advance()
         self._note_cost()
+        self._note_active_power()
 
     def provisional(self, engine_id: int) -> RequestJoules | None:
         """What is known of a request now; None if nothing is."""
@@ -152,6 +163,26 @@ class EnergyAccount:
         power_w = (reading.energy_mj - last.energy_mj) / 1e3 / seconds
         keep = math.exp(-seconds / POWER_TIME_CONSTANT_S)
         self.power_w = power_w if self.power_w is None else keep * self.power_w + (1.0 - keep) * power_w
+
+    def _note_active_power(self) -> None:
+        """The meter's energy of a window, less what was drawn between its steps, by the time of these."""
+        self.idle_power_w = self._ledger.totals().warm_power_w
+        if self._last_reading is None or self.idle_power_w is None:
+            return
+        now_ns, energy_mj = self._last_reading.t_ns, self._last_reading.energy_mj
+        since = self._power_since or (now_ns, energy_mj, self._busy_ns)
+        self._power_since = since
+        window_ns, busy_ns = now_ns - since[0], self._busy_ns - since[2]
+        if window_ns < COST_WINDOW_NS:
+            return
+        self._power_since = (now_ns, energy_mj, self._busy_ns)
+        busy_ns = min(busy_ns, window_ns)
+        if busy_ns < MIN_BUSY_SHARE * window_ns:
+            return
+        idle_j = self.idle_power_w * (window_ns - busy_ns) / 1e9
+        active_w = max(self.idle_power_w, ((energy_mj - since[1]) / 1e3 - idle_j) / (busy_ns / 1e9))
+        last_w = self.active_power_w
+        self.active_power_w = active_w if last_w is None else last_w + COST_WEIGHT * (active_w - last_w)
 
     def _note_cost(self) -> None:
         """Request energy by generated token since the last window. A window without tokens says nothing."""

@@ -47,6 +47,7 @@ def make_config(folder: Path, **router: object) -> dict[str, object]:
                 "name": "pair",
                 "source": "null",
                 "replicas": {"min": 2, "max": 2},
+                "balancing": "least_loaded",
                 "limits": {"drain_s": 12},
                 "null_engine": {"step_ms": 10},
                 "cpus_per_rank": 0.5,

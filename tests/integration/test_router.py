@@ -211,13 +211,24 @@ async def test_over_the_stream_limit_is_refused_with_a_pushback() -> None:
     assert error_details(error)["RetryInfo"].retry_delay.ToMilliseconds() >= 50
 
 
+async def fail_first(*calls: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]) -> Any:
+    """The error of the call that fails first; the others are cancelled."""
+    failing = [asyncio.ensure_future(fail(call)) for call in calls]
+    done, left = await asyncio.wait(failing, return_when=asyncio.FIRST_COMPLETED)
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    return done.pop().result()
+
+
 async def test_full_replicas_refuse() -> None:
-    config = make_config(model={"limits": {"max_waiting": 1}})
+    """One runs, one is next in the engine, one waits in the router: no more."""
+    config = make_config(model={"limits": {"max_queued": 1}})
     async with run_test_router(config) as router, router.replica(max_sequences=1) as replica:
         replica.running.clear()
         calls = [router.inference.Generate(make_request()) for _ in range(2)]
         await replica.wait_command("submit", count=2)
-        error = await fail(router.inference.Generate(make_request()))
+        error = await fail_first(*(router.inference.Generate(make_request()) for _ in range(2)))
         for call in calls:
             call.cancel()
         await replica.wait_command("cancel", count=2)

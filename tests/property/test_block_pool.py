@@ -22,6 +22,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(num_blocks=2)
         self.tables: list[list[int]] = []
         self.contents: dict[int, bytes] = {}
+        self.told: set[bytes] = set()
 
     @initialize(num_blocks=st.integers(2, 12))
     def open_pool(self, num_blocks: int) -> None:
@@ -83,6 +84,13 @@ class BlockPoolMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0))
     def release_table(self, pick: int) -> None:
         self.pool.release(self.tables.pop(pick % len(self.tables)))
+
+    @rule()
+    def tell_changes(self) -> None:
+        added, removed = self.pool.take_changes()
+        assert not self.told & set(added) and set(removed) <= self.told
+        self.told = (self.told - set(removed)) | set(added)
+        assert self.told == set(self.contents.values()), "who hears every change knows what can be found"
 
     def take(self, count: int) -> list[int]:
         """Allocate: nobody else holds what comes, and it can be found no more."""

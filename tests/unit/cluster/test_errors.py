@@ -19,6 +19,7 @@ def make_errors() -> list[RouterError]:
         errors.UnknownRequest("gone"),
         errors.UnknownReplica("gone"),
         errors.Overloaded("full", retry_after_ms=70),
+        errors.LimitReached("spent", tenant="t", retry_after_ms=70),
         errors.SlowConsumer(limit_bytes=10),
         errors.NoReplica("none"),
         errors.ReplicaStopped(),

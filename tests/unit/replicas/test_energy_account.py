@@ -65,6 +65,20 @@ def test_power_is_the_slope_of_the_meter() -> None:
     assert account.power_w == pytest.approx(80.0)
 
 
+def test_power_with_and_without_a_step_is_told_apart() -> None:
+    clock = Clock()
+    account = EnergyAccount(Ledger(costs=COSTS, idle_power_w=80.0), clock=clock)
+    account.add_reading(Reading(t_ns=0, energy_mj=0, source=Source.FAKE))
+    account.tick()
+    clock.now_ns = 1000 * MS
+    account.add_step(make_step(start_ns=0, end_ns=500 * MS, num_tokens=50))
+    # Half a second at 400 W, half a second at 80 W.
+    account.add_reading(Reading(t_ns=1000 * MS, energy_mj=240_000, source=Source.FAKE))
+    account.tick()
+    assert account.idle_power_w == 80.0
+    assert account.active_power_w == pytest.approx(400.0)
+
+
 def test_a_gap_says_nothing_of_power() -> None:
     account = make_account(Clock())
     account.add_reading(Reading(t_ns=0, energy_mj=0, source=Source.FAKE))

@@ -18,6 +18,7 @@ from replicas.link.links import LinkPool, resolve_target
 from replicas.link.messages import Drain, ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
 from replicas.request import (
+    CacheChange,
     EngineCosts,
     EngineReady,
     FinishReason,
@@ -69,6 +70,9 @@ CARD = ReplicaCard(
 )
 
 
+BLOCK = bytes(16)
+
+
 @dataclass
 class Recorder:
     """A LinkHandler that remembers."""
@@ -78,6 +82,9 @@ class Recorder:
     commands: list[RouterCommand] = field(default_factory=list)
     lost_reasons: list[str] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def cache(self) -> tuple[CacheChange, ...]:
+        return (CacheChange(lane=0, added=(BLOCK,), is_snapshot=True),)
 
     def load(self) -> ReplicaLoad:
         return ReplicaLoad(engine=LOAD, energy_source="fake", power_w=80.0)
@@ -284,3 +291,15 @@ async def test_addresses_resolve_to_targets() -> None:
     assert await resolve_target("[::1]:50052") == ("[::1]:50052",)
     with pytest.raises(ValueError, match="is not host:port"):
         await resolve_target("router")
+
+
+async def test_a_router_learns_the_prefix_caches_whole_and_then_by_their_changes() -> None:
+    async with SmallRouter() as router, linked(router) as recorder:
+        replica = await router.attached()
+        await replica.wait(lambda: replica.cache, "a snapshot")
+        news = CacheChange(lane=0, added=(b"1" * 16,), removed=(BLOCK,))
+        recorder.sessions[0].outbox.cache.add((news,))
+        await replica.wait(lambda: len(replica.cache) == 2, "the change")
+        first, second = replica.cache
+        assert (first.is_snapshot, first.added, first.removed) == (True, BLOCK, b"")
+        assert (second.is_snapshot, second.added, second.removed) == (False, b"1" * 16, BLOCK)

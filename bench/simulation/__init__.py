@@ -1,0 +1,1 @@
+"""The router's own code over simulated replicas, in virtual time: seeded and exact."""

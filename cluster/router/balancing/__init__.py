@@ -1,0 +1,1 @@
+"""Which replica takes a request: pure functions of load, of what is cached where, and of joules."""

@@ -1,0 +1,232 @@
+"""Where requests of one model wait for a replica: the edge around the fair queue, which decides the order.
+
+A request that a lane can begin at once goes straight there, unless others wait. Else it joins the queue, or
+is refused with the reason; whenever a replica tells its load, and a few times a second, as many as lanes can
+begin are let through. Whoever leaves, for whatever reason, is out of the queue at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+
+from cluster.link.replica_pool import ReplicaPool
+from cluster.router.admission.decision import Decision, Verdict, Wait, decide_wait
+from cluster.router.admission.fair_queue import FairQueue, Waiting, virtual_tokens
+from cluster.router.admission.pace import AHEAD_S, Pace, takes_more
+from cluster.router.admission.tenant import Tenant
+from cluster.router.balancing.lane_view import LaneView
+from cluster.router.balancing.prediction import prefill_rate
+from cluster.router.errors import NoReplica, Overloaded, RouterError
+from cluster.router.refusal import refusal_of
+from cluster.router.route_finder import Errand, Place, RouteFinder
+from cluster.router.served_model import ServedModel
+
+FULL_RETRY_MS = 250
+TICK_S = 0.05
+"""How often the queue looks for room that comes without a word, and for replicas that left."""
+LANES_S = 0.1
+"""How long a list of the lanes is good enough for a forecast."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A place, kept until the request is on its way there: others would take it for free."""
+
+    place: Place
+    hold: int
+
+    def drop(self) -> None:
+        self.place.connection.drop_hold(self.hold)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """Who waits, and how it is told. A caller that goes cancels the future before it leaves the queue."""
+
+    errand: Errand
+    place: asyncio.Future[Held]
+    is_queued: bool = True
+
+
+class Gate:
+    """One per model. Owned by the event loop."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        *,
+        pool: ReplicaPool,
+        finder: RouteFinder,
+        clock_s: Callable[[], float] = monotonic,
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._finder = finder
+        self._clock_s = clock_s
+        self._queue: FairQueue[Ticket] = FairQueue()
+        self._pace = Pace()
+        self._lanes: tuple[float, list[LaneView]] = (float("-inf"), [])
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    @asynccontextmanager
+    async def place(
+        self, errand: Errand, *, tenant: Tenant, priority: int, deadline_s: float | None
+    ) -> AsyncIterator[Place]:
+        """A place for the request, held for it inside the block; submit it there.
+
+        Raises Overloaded where waiting would be in vain, NoReplica where there is nothing to wait for.
+        """
+        cost = virtual_tokens(uncached_tokens=len(errand.prompt_ids), output_tokens=errand.output_tokens)
+        held = None if self._queue else self._hold(errand)
+        if held is not None:
+            self._queue.count(tenant, cost)
+        else:
+            waiting = Waiting(
+                item=Ticket(errand, asyncio.get_running_loop().create_future()),
+                tenant=tenant,
+                priority=priority,
+                tokens=len(errand.prompt_ids) + errand.output_tokens,
+                cost=cost,
+            )
+            held = await self._wait(waiting, deadline_s)
+        try:
+            yield held.place
+        finally:
+            held.drop()
+
+    def place_now(self, errand: Errand) -> Place:
+        """For what is under way already and lost its place: whatever lane has room. Raises Overloaded."""
+        place = self._finder.find(self._model.section, errand)
+        if place is None:
+            raise Overloaded("all replicas of this model are full", retry_after_ms=FULL_RETRY_MS)
+        return place
+
+    def correct(self, tenant: Tenant, errand: Errand, *, uncached_tokens: int, output_tokens: int) -> None:
+        """What a request really took of its tenant's share."""
+        took = virtual_tokens(uncached_tokens=uncached_tokens, output_tokens=output_tokens)
+        counted = virtual_tokens(uncached_tokens=len(errand.prompt_ids), output_tokens=errand.output_tokens)
+        self._queue.correct(tenant, took - counted)
+
+    def pump(self) -> None:
+        """Let through whom a lane can begin now, in their order. Cheap while nobody waits."""
+        while (head := self._queue.head()) is not None:
+            if head.item.place.done():
+                self._take_out(head)
+                continue
+            held = self._hold(head.item.errand)
+            if held is None:
+                break
+            self._take_out(head)
+            self._queue.count(head.tenant, head.cost)
+            self._pace.left(head.tokens, now_s=self._clock_s())
+            head.item.place.set_result(held)
+
+    async def _wait(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Held:
+        decision = self._judge(waiting, deadline_s)
+        if decision.verdict is not Verdict.ADMIT:
+            raise refusal_of(decision)
+        if len(self._queue) >= self._model.section.limits.max_queued:
+            self._turn_out_last()
+        self._queue.push(waiting)
+        self._keep_ticking()
+        max_queue_s = self._model.section.limits.max_queue_s
+        held: Held | None = None
+        try:
+            async with asyncio.timeout(max_queue_s):
+                held = await waiting.item.place
+        except TimeoutError:
+            raise Overloaded(f"no replica was free for {max_queue_s:g} s", retry_after_ms=1000) from None
+        finally:
+            if held is None:
+                self._leave(waiting)
+        return held
+
+    def _judge(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Decision:
+        """The question to the pure decision."""
+        section, errand, now_s = self._model.section, waiting.item.errand, self._clock_s()
+        lanes = self._known_lanes(now_s)
+        last = self._queue.last_of_lowest()
+        ahead = self._queue.tokens_ahead(waiting.tenant, priority=waiting.priority, cost=waiting.cost)
+        prompt_tokens = len(errand.prompt_ids)
+        rate = max([prefill_rate(lane) for lane in lanes], default=1.0)
+        ttft_ms = section.slo.ttft_ms if section.slo.refuse_late else None
+        return decide_wait(
+            Wait(
+                num_queued=len(self._queue),
+                max_queued=section.limits.max_queued,
+                is_lowest=last is None or waiting.priority <= last.priority,
+                wait_s=self._pace.wait_s(
+                    ahead + waiting.tokens,
+                    lanes,
+                    prompt_tokens=prompt_tokens,
+                    output_tokens=errand.output_tokens,
+                    now_s=now_s,
+                ),
+                start_s=AHEAD_S + prompt_tokens / rate,
+                deadline_s=deadline_s,
+                target_ttft_s=None if ttft_ms is None else ttft_ms / 1e3,
+            )
+        )
+
+    def _hold(self, errand: Errand) -> Held | None:
+        """A lane that can begin this request, counted as taken; None: there is none now."""
+        can_begin = partial(
+            takes_more, uncached_tokens=len(errand.prompt_ids), output_tokens=errand.output_tokens
+        )
+        place = self._finder.find(self._model.section, errand, takes=can_begin)
+        if place is None:
+            return None
+        hold = place.connection.hold(place.lane, prefill_tokens=len(errand.prompt_ids) - place.cached_tokens)
+        return Held(place=place, hold=hold)
+
+    def _known_lanes(self, now_s: float) -> list[LaneView]:
+        if now_s - self._lanes[0] > LANES_S:
+            self._lanes = (now_s, self._pool.lanes(self._model.name))
+        return self._lanes[1]
+
+    def _turn_out_last(self) -> None:
+        """In favour of one that matters more."""
+        last = self._queue.last_of_lowest()
+        assert last is not None, "a full queue has a last"
+        self._fail(last, Overloaded("requests of higher priority took this one's place", retry_after_ms=1000))
+
+    def _keep_ticking(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self._queue and not self._pool.ready(self._model.name):
+            for waiting in list(self._queue):
+                self._fail(waiting, NoReplica("the replicas of this model are gone"))
+        self.pump()
+        if self._queue:
+            self._keep_ticking()
+
+    def _fail(self, waiting: Waiting[Ticket], error: RouterError) -> None:
+        self._take_out(waiting)
+        if not waiting.item.place.done():
+            waiting.item.place.set_exception(error)
+
+    def _leave(self, waiting: Waiting[Ticket]) -> None:
+        """Its caller has gone, or it waited too long; a place that came in this very moment is given up."""
+        future = waiting.item.place
+        if waiting.item.is_queued:
+            self._take_out(waiting)
+        elif not future.cancelled() and future.exception() is None:
+            future.result().drop()
+
+    def _take_out(self, waiting: Waiting[Ticket]) -> None:
+        waiting.item.is_queued = False
+        self._queue.remove(waiting)
+        if not self._queue:
+            self._pace.ran_empty()

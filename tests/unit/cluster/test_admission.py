@@ -1,0 +1,168 @@
+"""Whether a request comes in, when it may not, and what its tenant has left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.router.admission.decision import (
+    ADMITTED,
+    MAX_RETRY_MS,
+    MIN_RETRY_MS,
+    Arrival,
+    Verdict,
+    Wait,
+    decide_arrival,
+    decide_wait,
+)
+from cluster.router.admission.energy_lease import DAY_S, Grant, LocalLeases, Wallet
+from cluster.router.admission.pace import Pace, takes_more
+from cluster.router.admission.tenant import LimitHit, Tenant
+from cluster.router.admission.tenant_account import TenantAccount
+from cluster.router.admission.token_bucket import TokenBucket
+from tests.lanes import make_lane
+
+ARRIVAL = Arrival(is_stopping=False, in_flight=0, max_streams=2, has_replica=True, tenant_limit=None)
+WAIT = Wait(
+    num_queued=1,
+    max_queued=4,
+    is_lowest=True,
+    wait_s=0.1,
+    start_s=0.1,
+    deadline_s=None,
+    target_ttft_s=None,
+)
+
+
+def test_arrivals_are_refused_in_order_of_what_cannot_be_helped() -> None:
+    hit = LimitHit(limit="tokens_per_s", value=100.0, retry_after_s=1.5)
+    assert decide_arrival(ARRIVAL) == ADMITTED
+    worse = replace(ARRIVAL, tenant_limit=hit)
+    decision = decide_arrival(worse)
+    assert (decision.verdict, decision.retry_after_ms) == (Verdict.TENANT_LIMIT, 1500)
+    assert decision.reason == "the tenant's limit tokens_per_s=100 is reached"
+    worse = replace(worse, in_flight=2)
+    assert decide_arrival(worse).verdict is Verdict.ROUTER_FULL
+    worse = replace(worse, has_replica=False)
+    assert decide_arrival(worse).verdict is Verdict.NO_REPLICA
+    assert decide_arrival(replace(worse, is_stopping=True)).verdict is Verdict.ROUTER_STOPPING
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, Verdict.ADMIT),
+        ({"num_queued": 4}, Verdict.QUEUE_FULL),
+        ({"num_queued": 4, "is_lowest": False}, Verdict.ADMIT),
+        ({"deadline_s": 0.25}, Verdict.ADMIT),
+        ({"deadline_s": 0.15}, Verdict.DEADLINE),
+        ({"target_ttft_s": 1.0, "wait_s": 0.55}, Verdict.ADMIT),
+        ({"target_ttft_s": 1.0, "wait_s": 0.65}, Verdict.OBJECTIVE),
+        # A long prompt is late by itself: some waiting is allowed all the same.
+        ({"target_ttft_s": 1.0, "wait_s": 0.2, "start_s": 5.0}, Verdict.ADMIT),
+        ({"target_ttft_s": 1.0, "wait_s": 0.3, "start_s": 5.0}, Verdict.OBJECTIVE),
+        ({"wait_s": 100.0}, Verdict.ADMIT),
+    ],
+    ids=str,
+)
+def test_who_may_wait(changes: dict[str, float], verdict: Verdict) -> None:
+    assert decide_wait(replace(WAIT, **changes)).verdict is verdict  # type: ignore[arg-type]
+
+
+def test_the_advised_wait_is_what_the_queue_is_too_long_by_within_bounds() -> None:
+    late = replace(WAIT, deadline_s=1.0)
+    assert decide_wait(replace(late, wait_s=3.0)).retry_after_ms == pytest.approx(2100, abs=1)
+    assert decide_wait(replace(late, wait_s=1e6)).retry_after_ms == MAX_RETRY_MS
+    assert decide_wait(replace(late, wait_s=0.91)).retry_after_ms == MIN_RETRY_MS
+
+
+def test_an_engine_gets_little_more_than_it_can_begin() -> None:
+    def takes(**fields: int) -> bool:
+        return takes_more(make_lane("a", **fields), uncached_tokens=100, output_tokens=50)
+
+    assert takes()
+    assert takes(running=7)
+    assert takes(running=8)
+    assert not takes(running=9)
+    assert takes(running=1, waiting_prefill_tokens=100)
+    assert not takes(running=1, waiting_prefill_tokens=101)
+    assert not takes(running=1, free_kv_tokens=100)
+    assert takes(free_kv_tokens=0), "an idle engine knows best"
+
+
+def test_the_pace_is_measured_while_others_wait_and_computed_before() -> None:
+    pace, lanes = Pace(), [make_lane(running=8), make_lane("b", running=8)]
+
+    def wait_s(now_s: float) -> float:
+        return pace.wait_s(1500.0, lanes, prompt_tokens=100, output_tokens=50, now_s=now_s)
+
+    # Ten requests at twenty a second: each prompt takes a tenth of a second at either lane.
+    assert wait_s(0.0) == pytest.approx(0.5)
+    for number in range(11):
+        pace.left(150, now_s=number * 0.2)
+    assert wait_s(2.0) == pytest.approx(2.0)
+    pace.ran_empty()
+    assert wait_s(2.0) == pytest.approx(0.5)
+    assert pace.wait_s(0.0, lanes, prompt_tokens=1, output_tokens=1, now_s=0.0) == 0.0
+    assert pace.wait_s(9.0, [], prompt_tokens=1, output_tokens=1, now_s=0.0) == 0.0
+
+
+def test_a_bucket_lets_a_burst_through_and_then_the_rate() -> None:
+    bucket = TokenBucket(100.0, now_s=0.0)
+    bucket.take(800.0, now_s=0.0)
+    assert bucket.wait_s(now_s=0.0) == pytest.approx(3.0, abs=0.01)
+    assert bucket.wait_s(now_s=3.01) == 0.0
+    bucket.take(-10_000.0, now_s=4.0)
+    bucket.take(501.0, now_s=4.0)
+    assert bucket.wait_s(now_s=4.0) > 0.0, "giving back does not fill it beyond its size"
+
+
+def test_every_limit_of_a_tenant_is_named() -> None:
+    tenant = Tenant(name="t", requests_per_s=1.0, tokens_per_s=10.0, concurrent=1, joules_per_day=100.0)
+
+    def hit(**limits: object) -> str | None:
+        account = TenantAccount(replace(tenant, **limits), now_s=0.0)  # type: ignore[arg-type]
+        if account.wallet is not None:
+            account.wallet.add(Grant(granted_mj=1000, retry_after_s=0.0, day=1))
+            assert account.limit_hit(now_s=0.0) is None
+            account.wallet.reserve(1000)
+        for _ in range(5):
+            account.begin(now_s=0.0)
+        account.charge_tokens(50, now_s=0.0)
+        found = account.limit_hit(now_s=0.0)
+        return None if found is None else found.limit
+
+    assert hit() == "concurrent"
+    assert hit(concurrent=None) == "requests_per_s"
+    assert hit(concurrent=None, requests_per_s=None) == "tokens_per_s"
+    assert hit(concurrent=None, requests_per_s=None, tokens_per_s=None) == "joules_per_day"
+    assert hit(concurrent=None, requests_per_s=None, tokens_per_s=None, joules_per_day=None) is None
+
+
+async def test_leases_add_up_to_the_budget_of_a_day() -> None:
+    now_s = 10.0 * DAY_S
+    leases = LocalLeases({"t": 5.0}, wall_s=lambda: now_s)
+    assert (await leases.lease("t", want_mj=3000)).granted_mj == 3000
+    assert (await leases.lease("t", want_mj=3000)).granted_mj == 2000
+    now_s += 3600.0
+    denied = await leases.lease("t", want_mj=3000)
+    assert (denied.granted_mj, denied.retry_after_s) == (0, 23 * 3600.0)
+    await leases.give_back("t", unspent_mj=500, day=10)
+    assert (await leases.lease("t", want_mj=3000)).granted_mj == 500
+    now_s += DAY_S
+    await leases.give_back("t", unspent_mj=9999, day=10)
+    assert (await leases.lease("t", want_mj=9000)).granted_mj == 5000
+
+
+def test_a_wallet_carries_debts_but_no_savings_into_the_next_day() -> None:
+    wallet = Wallet(1000.0)
+    assert (wallet.has_joules, wallet.wanted_mj) == (False, 10_000)
+    wallet.add(Grant(granted_mj=10_000, retry_after_s=0.0, day=1))
+    wallet.reserve(4_000)
+    wallet.settle(4_000, spent_mj=13_000)
+    assert (wallet.balance_mj, wallet.reserved_mj, wallet.wanted_mj) == (-3_000, 0, 13_000)
+    wallet.add(Grant(granted_mj=13_000, retry_after_s=0.0, day=2))
+    assert wallet.balance_mj == 10_000
+    wallet.add(Grant(granted_mj=1_000, retry_after_s=0.0, day=3))
+    assert wallet.balance_mj == 1_000
