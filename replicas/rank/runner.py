@@ -7,6 +7,7 @@ the same plans in the same order and return the same ids. Decides nothing about 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from replicas.config import EngineLimits, RankConfig
 from replicas.errors import BadCheckpoint, RankLost
 from replicas.layers.attention import PagedKV
 from replicas.layers.kernels.layers import CpuLayers
-from replicas.layers.kernels.library import open_pool
+from replicas.layers.kernels.library import Storage, open_pool
+from replicas.layers.quantize import round_weights
 from replicas.models.checkpoint import Checkpoint
 from replicas.models.costs import costs_of
 from replicas.models.decoder import Decoder
@@ -96,7 +98,6 @@ class ModelRunner:
         dtype = weights.embedding_VH.dtype
         self.dtype = str(dtype).removeprefix("torch.")
         self.device = _device_name(self._device)
-        self.costs = costs_of(spec, config.parallel, dtype.itemsize)
         self.num_blocks = _num_blocks(spec, shard, limits, dtype.itemsize)
         self.context_tokens = _context_tokens(spec, limits)
         kv = PagedKV(
@@ -111,6 +112,11 @@ class ModelRunner:
         self._kv = kv
         self._kernels = _cpu_layers(config, spec, shard, weights, kv)
         self.kernels = TORCH_KERNELS if self._kernels is None else self._kernels.name
+        self.quantization = config.quantization
+        weight_bytes = dtype.itemsize if self._kernels is None else self._kernels.bytes_per_weight
+        self.costs = costs_of(spec, config.parallel, weight_bytes=weight_bytes, kv_bytes=dtype.itemsize)
+        if config.quantization == "int8" and self._kernels is None:
+            weights = round_weights(weights)
         self._rows = Rows(
             max_sequences=limits.max_sequences,
             max_blocks=-(-self.context_tokens // limits.block_tokens),
@@ -138,7 +144,7 @@ class ModelRunner:
         shard = shard_of(spec, config.parallel, config.rank)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             weights = load_weights(checkpoint, spec, shard, device=device, dtype=dtype, progress=progress)
-            digest = checkpoint.digest()
+            digest = _digest_of(checkpoint.digest(), config)
         runner = cls(config, collectives, spec=spec, shard=shard, weights=weights, weights_digest=digest)
         collectives.barrier(_LOAD_SKEW_S)
         runner._refuse_other_models()
@@ -244,6 +250,15 @@ def _dtype_of(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def _digest_of(checkpoint_digest: str, config: RankConfig) -> str:
+    """Rounded weights are other weights; and ranks that split rows round each part by itself."""
+    if config.quantization == "none":
+        return checkpoint_digest
+    parallel = config.parallel
+    rounded = f"{checkpoint_digest} {config.quantization} {parallel.tensor} {parallel.expert}"
+    return hashlib.blake2b(rounded.encode(), digest_size=16).hexdigest()
+
+
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -259,7 +274,10 @@ def _cpu_layers(
     pool = open_pool(config.threads)
     if pool is None:
         return None
-    layers = CpuLayers(pool, spec, shard, weights, kv, keeps_half=config.kernels == "auto")
+    storage = Storage.SMALLEST if config.kernels == "auto" else Storage.FLOAT32
+    if config.quantization == "int8":
+        storage = Storage.INT8
+    layers = CpuLayers(pool, spec, shard, weights, kv, storage=storage)
     torch.set_num_threads(1)
     return layers
 
