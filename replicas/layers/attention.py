@@ -77,6 +77,13 @@ class PagedKV:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
 
+    def resize(self, num_blocks: int) -> None:
+        """An empty cache of `num_blocks`. Only before anything holds on to the memory of the old one."""
+        for caches in (self.keys, self.values):
+            for layer, old in enumerate(caches):
+                caches[layer] = old.new_empty(0)
+                caches[layer] = torch.zeros((num_blocks, *old.shape[1:]), device=old.device, dtype=old.dtype)
+
     def write(self, layer: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, slots_T: torch.Tensor) -> None:
         """Store the tokens at `slots_T` = block * block tokens + place in the block."""
         self.keys[layer].view(-1, *k_TKD.shape[1:]).index_copy_(0, slots_T, k_TKD)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from replicas.config import EngineLimits, RankConfig
-from replicas.errors import BadCheckpoint, RankLost
+from replicas.errors import BadCheckpoint, BadParallelism, RankLost
 from replicas.layers.attention import PagedKV
 from replicas.layers.kernels.layers import CpuLayers
 from replicas.layers.kernels.library import open_pool
@@ -26,48 +25,28 @@ from replicas.models.weights import ModelWeights, Progress, load_weights
 from replicas.parallel.collectives import Collectives
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
-from replicas.rank.batch import Draw, Rows
+from replicas.rank.batch import Batch, Draw, Rows
+from replicas.rank.buckets import bucket_sizes
+from replicas.rank.device_batch import DeviceRows
+from replicas.rank.device_memory import (
+    PROBE_BLOCKS,
+    blocks_that_fit,
+    configured_blocks,
+    measure_step_bytes,
+    read_device_memory,
+)
+from replicas.rank.device_steps import DeviceSteps, DeviceSupport, StepParts
 from replicas.rank.logit_edits import LogitEdits
-from replicas.rank.logprobs import measure_logprobs, read_logprobs
-from replicas.rank.sampler import NOT_FINITE, sample
+from replicas.rank.logprobs import measure_logprobs, read_logprobs, stage_logprobs
+from replicas.rank.pending import FinishedStep
+from replicas.rank.sampler import NOT_FINITE, draw_tokens, stage_sampling
+from replicas.rank.transfer import CudaTransfer, Upload
 from replicas.request import SamplingParams
 
 _LOAD_SKEW_S = 1800.0
 """How much longer the slowest rank may take to load. A rank that dies meanwhile is noticed at once."""
 _WARMUP_DECODES = (1, 2, 8, 32)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """A step that ran on the CPU, here and now."""
-
-    outcome: StepOutcome
-
-    def result(self) -> StepOutcome:
-        return self.outcome
-
-
-class _Enqueued:
-    """A step on a CUDA device: ids, the experts hit, and logprobs, on their way into pinned memory."""
-
-    def __init__(
-        self,
-        runner: ModelRunner,
-        draws: tuple[Draw, ...],
-        words: torch.Tensor,
-        logprobs: torch.Tensor | None,
-    ) -> None:
-        self._runner = runner
-        self._draws = draws
-        self._words = _to_pinned(words)
-        self._logprobs = None if logprobs is None else _to_pinned(logprobs)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
-
-    def result(self) -> StepOutcome:
-        self._event.synchronize()
-        return self._runner.outcome(self._draws, self._words.tolist(), self._logprobs)
 
 
 class ModelRunner:
@@ -85,6 +64,7 @@ class ModelRunner:
         shard: Shard,
         weights: ModelWeights,
         weights_digest: str,
+        support: DeviceSupport | None = None,
     ) -> None:
         limits = config.limits
         self.spec = spec
@@ -97,7 +77,11 @@ class ModelRunner:
         self.dtype = str(dtype).removeprefix("torch.")
         self.device = _device_name(self._device)
         self.costs = costs_of(spec, config.parallel, dtype.itemsize)
-        self.num_blocks = _num_blocks(spec, shard, limits, dtype.itemsize)
+        self._block_bytes = kv_block_bytes(spec, shard, limits.block_tokens, dtype.itemsize)
+        is_sized_later = self._device.type == "cuda" and not limits.has_fixed_cache
+        self.num_blocks = (
+            PROBE_BLOCKS if is_sized_later else configured_blocks(limits, block_bytes=self._block_bytes)
+        )
         self.context_tokens = _context_tokens(spec, limits)
         kv = PagedKV(
             num_layers=spec.num_layers,
@@ -110,9 +94,10 @@ class ModelRunner:
         )
         self._kv = kv
         self._kernels = _cpu_layers(config, spec, shard, weights, kv)
+        max_blocks = -(-self.context_tokens // limits.block_tokens)
         self._rows = Rows(
             max_sequences=limits.max_sequences,
-            max_blocks=-(-self.context_tokens // limits.block_tokens),
+            max_blocks=max_blocks,
             block_tokens=limits.block_tokens,
             device=self._device,
             dtype=dtype,
@@ -121,13 +106,24 @@ class ModelRunner:
         self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
         self.decoder = Decoder(spec, shard, weights, kv, collectives, self._kernels)
+        self._steps = None if support is None else self._device_steps(support, max_blocks)
 
     @classmethod
-    def build(cls, config: RankConfig, collectives: Collectives, progress: Progress) -> ModelRunner:
-        """Load this rank's shard; returns when all ranks have loaded, and the same model."""
-        device = torch.device(config.device)
+    def build(
+        cls,
+        config: RankConfig,
+        collectives: Collectives,
+        progress: Progress,
+        support: DeviceSupport | None = None,
+    ) -> ModelRunner:
+        """Load this rank's shard; returns when all ranks have loaded, and the same model.
+
+        `support` None: what the device has; a CPU runs its steps here and now.
+        """
+        device = _device_of(config)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            support = support or DeviceSupport(transfer=CudaTransfer(device), graphs=None)
         else:
             torch.set_num_threads(config.threads)
             _keep_large_buffers()
@@ -138,8 +134,18 @@ class ModelRunner:
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             weights = load_weights(checkpoint, spec, shard, device=device, dtype=dtype, progress=progress)
             digest = checkpoint.digest()
-        runner = cls(config, collectives, spec=spec, shard=shard, weights=weights, weights_digest=digest)
+        runner = cls(
+            config,
+            collectives,
+            spec=spec,
+            shard=shard,
+            weights=weights,
+            weights_digest=digest,
+            support=support,
+        )
         collectives.barrier(_LOAD_SKEW_S)
+        if device.type == "cuda" and not config.limits.has_fixed_cache:
+            runner._size_cache()
         runner._refuse_other_models()
         return runner
 
@@ -153,22 +159,26 @@ class ModelRunner:
         for new in plan.new_rows:
             self._edits.set_row(new)
         if not plan.rows:
-            return _Finished(StepOutcome(sampled_ids=()))
+            return FinishedStep(StepOutcome(sampled_ids=()))
+        if self._steps is not None:
+            return self._steps.launch(plan)
         batch = self._rows.batch(plan)
         logits_SV, experts_hit = self.decoder.logits(batch)
         logprobs = None
         if batch.draws:
-            edited_SV = self._edits.apply(logits_SV, batch.draws)
-            ids_S = sample(edited_SV, batch.draws, self._shard, self._collectives)
+            upload = Upload()
+            edits = self._edits.stage(batch.draws, upload)
+            sampling = stage_sampling(batch.draws, upload)
+            asked = stage_logprobs(batch.draws, upload)
+            upload.send()
+            edited_SV = self._edits.apply(logits_SV, edits)
+            ids_S = draw_tokens(edited_SV, sampling, self._shard, self._collectives)
             self._rows.remember(batch.draws, ids_S)
-            self._edits.remember(batch.draws, ids_S)
-            logprobs = measure_logprobs(logits_SV, ids_S, batch.draws, self._collectives)
+            self._edits.remember(edits, ids_S)
+            logprobs = measure_logprobs(logits_SV, ids_S, asked, self._collectives)
         else:
             ids_S = batch.sampled_S
-        if self._device.type != "cuda":
-            return _Finished(self.outcome(batch.draws, [*ids_S.tolist(), int(experts_hit)], logprobs))
-        hit_1 = torch.as_tensor(experts_hit, dtype=torch.int64, device=self._device).view(1)
-        return _Enqueued(self, batch.draws, torch.cat((ids_S, hit_1)), logprobs)
+        return FinishedStep(self.outcome(batch.draws, [*ids_S.tolist(), int(experts_hit)], logprobs))
 
     def outcome(
         self, draws: tuple[Draw, ...], words: list[int], logprobs: torch.Tensor | None
@@ -181,11 +191,70 @@ class ModelRunner:
         said = () if logprobs is None else read_logprobs(logprobs.tolist(), draws)
         return StepOutcome(sampled_ids=tuple(ids), experts_hit=experts_hit, logprobs=said)
 
+    @torch.inference_mode()
     def warmup(self) -> None:
-        """Run a prefill chunk and a few decode batches on the scratch block, so that kernels are loaded.
+        """Run a prefill chunk and a few decode batches on the scratch block, so that kernels are loaded, and
+        record the graphs. Leaves no row behind.
 
-        All ranks call it together, before any plan. Leaves no row behind.
+        All ranks call it together, before any plan. From then on no peer may be late.
         """
+        self._run_chunk()
+        for count in _WARMUP_DECODES:
+            if count <= min(self._limits.max_sequences, self._limits.step_tokens):
+                self._run_decodes(count)
+        if self._steps is not None:
+            self._steps.capture()
+
+    def close(self) -> None:
+        """Release weights, cache and collectives. The runner cannot be used afterwards."""
+        self._collectives.close()
+        if self._kernels is not None:
+            self._kernels.close()
+        del self.decoder, self._kv, self._rows
+
+    def _device_steps(self, support: DeviceSupport, max_blocks: int) -> DeviceSteps:
+        limits = self._limits
+        device_rows = DeviceRows(
+            self._rows,
+            max_sequences=limits.max_sequences,
+            max_blocks=max_blocks,
+            block_tokens=limits.block_tokens,
+            device=self._device,
+            dtype=self._kv.keys[0].dtype,
+        )
+        parts = StepParts(
+            run=self._logits,
+            reader=self,
+            rows=self._rows,
+            device_rows=device_rows,
+            edits=self._edits,
+            shard=self._shard,
+            collectives=self._collectives,
+            has_spans=True,
+        )
+        sizes = bucket_sizes(
+            min(limits.max_sequences, limits.step_tokens), has_experts=self.spec.num_experts > 0
+        )
+        return DeviceSteps(parts, support, sizes)
+
+    def _logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
+        return self.decoder.logits(batch)
+
+    @torch.inference_mode()
+    def _size_cache(self) -> None:
+        """Take what the device has left for the KV cache: the same number of blocks on all ranks."""
+        step_bytes = measure_step_bytes(self._device, self._run_chunk)
+        most_rows = min(self._limits.max_sequences, self._limits.step_tokens)
+        graph_bytes = measure_step_bytes(self._device, lambda: self._run_decodes(most_rows))
+        memory = read_device_memory(self._device, step_bytes=step_bytes, graph_bytes=graph_bytes)
+        ratio = self._limits.gpu_memory_ratio
+        mine = blocks_that_fit(memory, ratio=ratio, block_bytes=self._block_bytes)
+        every_rank = self._collectives.all_gather(torch.tensor([mine], device=self._device))
+        self.num_blocks = int(every_rank.min())
+        self._kv.resize(self.num_blocks)
+
+    def _run_chunk(self) -> None:
+        """The longest prefill there is, into scratch."""
         num_tokens = min(self._limits.step_tokens, self.context_tokens)
         chunk = PlannedRow(
             row=0,
@@ -195,21 +264,15 @@ class ModelRunner:
             samples=True,
         )
         self._run_alone((chunk,))
-        for count in _WARMUP_DECODES:
-            if count <= min(self._limits.max_sequences, self._limits.step_tokens):
-                self._run_alone(
-                    tuple(
-                        PlannedRow(row=row, start_pos=0, token_ids=(0,), new_blocks=(0,), samples=True)
-                        for row in range(count)
-                    )
-                )
 
-    def close(self) -> None:
-        """Release weights, cache and collectives. The runner cannot be used afterwards."""
-        self._collectives.close()
-        if self._kernels is not None:
-            self._kernels.close()
-        del self.decoder, self._kv, self._rows
+    def _run_decodes(self, count: int) -> None:
+        """A decode step of `count` rows, into scratch."""
+        self._run_alone(
+            tuple(
+                PlannedRow(row=row, start_pos=0, token_ids=(0,), new_blocks=(0,), samples=True)
+                for row in range(count)
+            )
+        )
 
     def _run_alone(self, planned: tuple[PlannedRow, ...]) -> None:
         new_rows = tuple(NewRow(row=row.row, sampling=SamplingParams()) for row in planned)
@@ -230,17 +293,25 @@ class ModelRunner:
                 )
 
 
-def _to_pinned(values: torch.Tensor) -> torch.Tensor:
-    """A copy that is complete once the stream has come this far."""
-    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return pinned.copy_(values, non_blocking=True)
-
-
 def _dtype_of(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 on CUDA; float32 on CPUs, where half precision is 2 to 9 times slower."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[name]
+
+
+def _device_of(config: RankConfig) -> torch.device:
+    """Every rank of a group sees all GPUs of the group on its host, in rank order."""
+    device = torch.device(config.device)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    num_devices = torch.cuda.device_count()
+    if config.rank >= num_devices:
+        raise BadParallelism(
+            f"rank {config.rank} of {config.num_ranks} needs a GPU of its own; {num_devices} are visible; "
+            "lower parallel.tensor and parallel.expert, or check CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", config.rank)
 
 
 def _device_name(device: torch.device) -> str:
@@ -263,16 +334,9 @@ def _cpu_layers(
     return layers
 
 
-def _num_blocks(spec: ModelSpec, shard: Shard, limits: EngineLimits, itemsize: int) -> int:
-    """The configured number, or as many as fit `kv_cache_bytes`: the same on every rank of a group."""
-    block_bytes = 2 * spec.num_layers * limits.block_tokens * shard.num_kv_heads * spec.head_dim * itemsize
-    num_blocks = limits.num_blocks or limits.kv_cache_bytes // block_bytes
-    if num_blocks < 2:
-        raise BadCheckpoint(
-            f"limits give {num_blocks} KV blocks (num_blocks={limits.num_blocks}, "
-            f"kv_cache_bytes={limits.kv_cache_bytes}); at least 2 blocks of {block_bytes} bytes are needed"
-        )
-    return num_blocks
+def kv_block_bytes(spec: ModelSpec, shard: Shard, block_tokens: int, itemsize: int) -> int:
+    """Of keys and values of all layers, on one rank."""
+    return 2 * spec.num_layers * block_tokens * shard.num_kv_heads * spec.head_dim * itemsize
 
 
 def _context_tokens(spec: ModelSpec, limits: EngineLimits) -> int:
