@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from replicas.config import EngineLimits, RankConfig
-from replicas.errors import BadCheckpoint, BadParallelism, RankLost
+from replicas.errors import BadCheckpoint, RankLost
 from replicas.layers.attention import PagedKV
 from replicas.layers.kernels.layers import CpuLayers
 from replicas.layers.kernels.library import open_pool
@@ -22,7 +22,7 @@ from replicas.models.costs import costs_of
 from replicas.models.decoder import Decoder
 from replicas.models.spec import ModelSpec
 from replicas.models.weights import ModelWeights, Progress, load_weights
-from replicas.parallel.collectives import Collectives
+from replicas.parallel.collectives import Collectives, device_of
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
 from replicas.rank.batch import Batch, Draw, Rows
@@ -70,6 +70,7 @@ class ModelRunner:
         self.spec = spec
         self.weights_digest = weights_digest
         self._limits = limits
+        self._timeout_s = config.collective_timeout_s
         self._shard = shard
         self._collectives = collectives
         self._device = weights.embedding_VH.device
@@ -120,7 +121,7 @@ class ModelRunner:
 
         `support` None: what the device has; a CPU runs its steps here and now.
         """
-        device = _device_of(config)
+        device = device_of(config)
         if device.type == "cuda":
             torch.cuda.set_device(device)
             support = support or DeviceSupport(transfer=CudaTransfer(device), graphs=None)
@@ -204,6 +205,7 @@ class ModelRunner:
                 self._run_decodes(count)
         if self._steps is not None:
             self._steps.capture()
+        self._collectives.set_timeout(self._timeout_s)
 
     def close(self) -> None:
         """Release weights, cache and collectives. The runner cannot be used afterwards."""
@@ -298,20 +300,6 @@ def _dtype_of(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[name]
-
-
-def _device_of(config: RankConfig) -> torch.device:
-    """Every rank of a group sees all GPUs of the group on its host, in rank order."""
-    device = torch.device(config.device)
-    if device.type != "cuda" or device.index is not None:
-        return device
-    num_devices = torch.cuda.device_count()
-    if config.rank >= num_devices:
-        raise BadParallelism(
-            f"rank {config.rank} of {config.num_ranks} needs a GPU of its own; {num_devices} are visible; "
-            "lower parallel.tensor and parallel.expert, or check CUDA_VISIBLE_DEVICES"
-        )
-    return torch.device("cuda", config.rank)
 
 
 def _device_name(device: torch.device) -> str:

@@ -103,6 +103,9 @@ class TwoRanks:
     def barrier(self, timeout_s: float | None = None) -> None:
         pass
 
+    def set_timeout(self, timeout_s: float) -> None:
+        pass
+
     def abort(self) -> None:
         pass
 
