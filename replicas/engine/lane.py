@@ -32,6 +32,8 @@ class Lane:
         self.pool = BlockPool(num_blocks=num_blocks)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        """Of the running ones, those with more than their newest token to plan."""
         self._block_tokens = block_tokens
         self._caches_prefixes = caches_prefixes
         self._num_waiting_tokens = 0
@@ -44,9 +46,7 @@ class Lane:
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens to compute before every sequence of this lane decodes."""
-        return self._num_waiting_tokens + sum(
-            sequence.num_uncomputed for sequence in self.running if not sequence.is_decoding
-        )
+        return self._num_waiting_tokens + sum(sequence.num_uncomputed for sequence in self.prefilling)
 
     def enqueue(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
@@ -62,6 +62,13 @@ class Lane:
         sequence.blocks = cached + self.pool.allocate(self._blocks_of(sequence) - len(cached))
         sequence.reuse(num_blocks=len(cached), num_tokens=len(cached) * self._block_tokens)
         insort(self.running, sequence, key=_by_order)
+        if not sequence.is_decoding:
+            insort(self.prefilling, sequence, key=_by_order)
+
+    def chunk_planned(self, sequence: Sequence) -> None:
+        """Some of its prefill is planned; if that was the rest, it decodes from now on."""
+        if sequence.is_decoding and sequence in self.prefilling:
+            _remove(self.prefilling, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Out of its queue, and its blocks back into the pool."""
@@ -69,6 +76,8 @@ class Lane:
             self._remove_waiting(sequence)
             return
         _remove(self.running, sequence)
+        if sequence in self.prefilling:
+            _remove(self.prefilling, sequence)
         self.pool.release(sequence.blocks)
         sequence.blocks = []
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import chain, repeat
 
 from replicas.config import EngineLimits
 from replicas.engine.lane import Lane
@@ -208,6 +208,8 @@ class Scheduler:
         """Assert that queues, rows and blocks agree, by a pass over all of them; for tests."""
         for lane in self._lanes:
             lane.pool.check(block for sequence in lane.running for block in sequence.blocks)
+            prefilling = [sequence for sequence in lane.running if not sequence.is_decoding]
+            assert lane.prefilling == prefilling, "who prefills is not who says so"
             assert all(not sequence.blocks for sequence in lane.waiting), "waiting sequences hold no blocks"
         running = [sequence for lane in self._lanes for sequence in lane.running]
         rows = sorted([*self._free_rows, *(sequence.row for sequence in running if sequence.row is not None)])
@@ -238,19 +240,12 @@ class Scheduler:
         self, lane: Lane, prefills: list[ScheduledRow], new_rows: list[NewRow], budget: int, now_ns: int
     ) -> None:
         """Prompt chunks: of what runs already, then of what can be admitted."""
-        for sequence in lane.running:
-            if budget == 0:
-                return
-            if not sequence.is_decoding:
-                count = min(sequence.num_uncomputed, budget)
-                prefills.append(plan_row(sequence, count, is_prefill=True))
-                budget -= count
-        for sequence in self._admit(lane, new_rows, now_ns):
+        candidates = chain(tuple(lane.prefilling), self._admit(lane, new_rows, now_ns))
+        while budget > 0 and (sequence := next(candidates, None)) is not None:
             count = min(sequence.num_uncomputed, budget)
             prefills.append(plan_row(sequence, count, is_prefill=True))
+            lane.chunk_planned(sequence)
             budget -= count
-            if budget == 0:
-                return
 
     def _admit(self, lane: Lane, new_rows: list[NewRow], now_ns: int) -> Iterator[Sequence]:
         """Strictly in order: a long request at the head is not overtaken, so it cannot starve."""

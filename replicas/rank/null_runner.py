@@ -108,6 +108,7 @@ class NullRunner:
             dtype="int32",
             device="null",
             costs=NULL_COSTS,
+            kernels="null",
         )
 
     def launch(self, plan: StepPlan) -> _NullStep:

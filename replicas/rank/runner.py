@@ -41,7 +41,7 @@ from replicas.rank.logprobs import measure_logprobs, read_logprobs, stage_logpro
 from replicas.rank.pending import FinishedStep
 from replicas.rank.sampler import NOT_FINITE, draw_tokens, stage_sampling
 from replicas.rank.transfer import CudaTransfer, Upload
-from replicas.request import SamplingParams
+from replicas.request import TORCH_KERNELS, SamplingParams
 
 _LOAD_SKEW_S = 1800.0
 """How much longer the slowest rank may take to load. A rank that dies meanwhile is noticed at once."""
@@ -95,6 +95,7 @@ class ModelRunner:
         )
         self._kv = kv
         self._kernels = _cpu_layers(config, spec, shard, weights, kv)
+        self.kernels = TORCH_KERNELS if self._kernels is None else self._kernels.name
         max_blocks = -(-self.context_tokens // limits.block_tokens)
         self._rows = Rows(
             max_sequences=limits.max_sequences,
