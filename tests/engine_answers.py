@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from replicas.config import EngineLimits, ParallelConfig
 from replicas.engine.engine import Engine
 from replicas.engine.scheduler import Scheduler
@@ -40,11 +42,17 @@ class Answers:
         return sum(delta.timing.wasted_tokens for delta in self.last.values() if delta.timing)
 
 
-def make_runner(source: Path, limits: EngineLimits, support: DeviceSupport | None = None) -> ModelRunner:
+def make_runner(
+    source: Path,
+    limits: EngineLimits,
+    support: DeviceSupport | None = None,
+    device: torch.device | None = None,
+) -> ModelRunner:
+    """In float32, on the CPU unless told otherwise, where torch computes."""
     config = make_rank_config(
         source.parent, rank=0, parallel=ParallelConfig(), source=str(source), limits=limits
     )
-    config = replace(config, kernels="off")
+    config = replace(config, kernels="off", dtype="float32", device=str(device or "cpu"))
     return ModelRunner.build(config, SoloCollectives(), lambda stage, done, total: None, support)
 
 
@@ -60,6 +68,7 @@ def answer(runner: ModelRunner, limits: EngineLimits, requests: list[GenerationR
         dtype=runner.dtype,
         device=runner.device,
         costs=runner.costs,
+        kernels=runner.kernels,
     )
     engine = Engine(runner, Scheduler(limits, shape), lookahead=limits.lookahead)
     answers = Answers()

@@ -38,7 +38,8 @@ class Draw:
 class Batch:
     """The tensors of a step. `sampled_S[i]` is the flat index of the token that `draws[i]` continues.
 
-    `spans` and `sequences` say the same; compiled kernels read the second, and then the first is empty.
+    `spans` and `sequences` say the same; compiled kernels read the second, and then the first is empty. So do
+    `device_sequences`, which device kernels read in place of both.
     """
 
     token_ids_T: torch.Tensor

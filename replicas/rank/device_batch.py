@@ -135,24 +135,34 @@ class DeviceRows:
         )
 
     def decode_batch(
-        self, ids_B: torch.Tensor, positions_B: torch.Tensor, slots_B: torch.Tensor, rows_B: torch.Tensor
+        self,
+        ids_B: torch.Tensor,
+        positions_B: torch.Tensor,
+        slots_B: torch.Tensor,
+        rows_B: torch.Tensor,
+        *,
+        has_spans: bool,
     ) -> Batch:
         """A step of decode rows alone, all of which are sampled; shapes depend on their number alone."""
         num_rows, device = len(ids_B), ids_B.device
         most_tokens = self._max_blocks * self._block_tokens
         tables_BP = self._tables_RP.index_select(0, rows_B)
-        group = DecodeGroup(
-            start=0,
-            end=num_rows,
-            blocks_BP=tables_BP,
-            num_cached=most_tokens,
-            bias_B11L=self._beyond(positions_B, most_tokens)[:, None, None, :],
-        )
+        spans: tuple[Span, ...] = ()
+        if has_spans:
+            bias_BL = self._beyond(positions_B, most_tokens)
+            group = DecodeGroup(
+                start=0,
+                end=num_rows,
+                blocks_BP=tables_BP,
+                num_cached=most_tokens,
+                bias_B11L=bias_BL[:, None, None, :],
+            )
+            spans = (group,)
         return Batch(
             token_ids_T=self.token_ids(ids_B, rows_B),
             positions_T=positions_B,
             slots_T=slots_B,
-            spans=(group,),
+            spans=spans,
             sequences=_NO_SEQUENCES,
             device_sequences=DeviceSequences(
                 tables_BP=tables_BP,

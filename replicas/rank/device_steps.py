@@ -18,11 +18,12 @@ from replicas.plan import StepPlan
 from replicas.rank.batch import Batch, Draw, FlatStep, Rows
 from replicas.rank.buckets import KEY, TEMPERATURE, bucket_of, decode_words
 from replicas.rank.device_batch import DeviceRows
+from replicas.rank.device_kernels import DeviceKernels
 from replicas.rank.graphs import Decoded, DecodeGraphs, GraphBackend
 from replicas.rank.logit_edits import Edits, LogitEdits
 from replicas.rank.logprobs import Asked, measure_logprobs, stage_logprobs
 from replicas.rank.pending import EnqueuedStep, OutcomeReader
-from replicas.rank.sampler import Sampling, draw_tokens, pick_tokens, stage_sampling
+from replicas.rank.sampler import Sampling, best_tokens, draw_tokens, pick_tokens, stage_sampling
 from replicas.rank.transfer import Part, Transfer, Upload
 
 RunBatch = Callable[[Batch], tuple[torch.Tensor, torch.Tensor | int]]
@@ -31,10 +32,12 @@ RunBatch = Callable[[Batch], tuple[torch.Tensor, torch.Tensor | int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSupport:
-    """What a device offers beside its arithmetic. `graphs` None: every step is run from the host."""
+    """What a device offers beside its arithmetic. `graphs` None: every step is run from the host; `kernels`
+    None: torch computes."""
 
     transfer: Transfer
     graphs: GraphBackend | None
+    kernels: DeviceKernels | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,7 @@ class DeviceSteps:
     def __init__(self, parts: StepParts, support: DeviceSupport, sizes: tuple[int, ...]) -> None:
         self._parts = parts
         self._transfer = support.transfer
+        self._best_tokens = best_tokens if support.kernels is None else support.kernels.best_tokens
         self.graphs: DecodeGraphs | None = None
         if support.graphs is not None:
             self.graphs = DecodeGraphs(
@@ -146,11 +150,20 @@ class DeviceSteps:
         """What a graph records."""
         ids_B, positions_B, slots_B, rows_B = words_6B[:KEY].unbind(0)
         logits_BV, experts_hit = self._parts.run(
-            self._parts.device_rows.decode_batch(ids_B, positions_B, slots_B, rows_B)
+            self._parts.device_rows.decode_batch(
+                ids_B, positions_B, slots_B, rows_B, has_spans=self._parts.has_spans
+            )
         )
         keys_B2 = words_6B[KEY].view(torch.int32).view(-1, 2)
         temperature_B = words_6B[TEMPERATURE].view(torch.float64).to(torch.float32)
-        ids_B = pick_tokens(logits_BV, keys_B2, temperature_B, self._parts.shard, self._parts.collectives)
+        ids_B = pick_tokens(
+            logits_BV,
+            keys_B2,
+            temperature_B,
+            self._parts.shard,
+            self._parts.collectives,
+            self._best_tokens,
+        )
         self._parts.device_rows.remember(rows_B, ids_B)
         return Decoded(logits_BV=logits_BV, ids_B=ids_B, experts_hit=experts_hit)
 

@@ -28,6 +28,7 @@ from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
 from replicas.rank.batch import Batch, Draw, Rows
 from replicas.rank.buckets import bucket_sizes
 from replicas.rank.device_batch import DeviceRows
+from replicas.rank.device_kernels import TRITON_KERNELS, load_device_kernels
 from replicas.rank.device_memory import (
     PROBE_BLOCKS,
     blocks_that_fit,
@@ -36,6 +37,7 @@ from replicas.rank.device_memory import (
     read_device_memory,
 )
 from replicas.rank.device_steps import DeviceSteps, DeviceSupport, StepParts
+from replicas.rank.graphs import CudaGraphBackend
 from replicas.rank.logit_edits import LogitEdits
 from replicas.rank.logprobs import measure_logprobs, read_logprobs, stage_logprobs
 from replicas.rank.pending import FinishedStep
@@ -95,7 +97,12 @@ class ModelRunner:
         )
         self._kv = kv
         self._kernels = _cpu_layers(config, spec, shard, weights, kv)
+        device_kernels = None if support is None else support.kernels
+        device_layers = None if device_kernels is None else device_kernels.layers(spec, shard, weights, kv)
+        self._has_spans = device_layers is None
         self.kernels = TORCH_KERNELS if self._kernels is None else self._kernels.name
+        if device_layers is not None:
+            self.kernels = TRITON_KERNELS
         max_blocks = -(-self.context_tokens // limits.block_tokens)
         self._rows = Rows(
             max_sequences=limits.max_sequences,
@@ -107,7 +114,7 @@ class ModelRunner:
         )
         self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
-        self.decoder = Decoder(spec, shard, weights, kv, collectives, self._kernels)
+        self.decoder = Decoder(spec, shard, weights, kv, collectives, self._kernels, device_layers)
         self._steps = None if support is None else self._device_steps(support, max_blocks)
 
     @classmethod
@@ -125,7 +132,7 @@ class ModelRunner:
         device = device_of(config)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            support = support or DeviceSupport(transfer=CudaTransfer(device), graphs=None)
+            support = support or _cuda_support(config, device)
         else:
             torch.set_num_threads(config.threads)
             _keep_large_buffers()
@@ -233,7 +240,7 @@ class ModelRunner:
             edits=self._edits,
             shard=self._shard,
             collectives=self._collectives,
-            has_spans=True,
+            has_spans=self._has_spans,
         )
         sizes = bucket_sizes(
             min(limits.max_sequences, limits.step_tokens), has_experts=self.spec.num_experts > 0
@@ -301,6 +308,15 @@ def _dtype_of(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[name]
+
+
+def _cuda_support(config: RankConfig, device: torch.device) -> DeviceSupport:
+    """Graphs need kernels: what torch attends to has another shape at every length."""
+    kernels = None if config.kernels == "off" else load_device_kernels()
+    has_graphs = kernels is not None and config.limits.cuda_graphs
+    return DeviceSupport(
+        transfer=CudaTransfer(device), graphs=CudaGraphBackend() if has_graphs else None, kernels=kernels
+    )
 
 
 def _device_name(device: torch.device) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,21 @@ _NUCLEUS_CANDIDATES = 1024
 """Top-p looks at this many best tokens first; only a flatter distribution sorts the whole vocabulary."""
 _MASK64 = 2**64 - 1
 _UNIT = 2.0**-31
+
+
+class BestTokens(Protocol):
+    """The best token of every row of a rank's logits: in torch here, in one pass by a device kernel."""
+
+    def __call__(
+        self,
+        logits_SV: torch.Tensor,
+        *,
+        num_valid: int,
+        first_id: int,
+        keys_S2: torch.Tensor,
+        temperatures_S: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score [S], NaN where a logit is not finite, and column [S] of the first best."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,27 +99,48 @@ def draw_tokens(
 ) -> torch.Tensor:
     """One id per row, the same on every rank: int64 [S]. Lowest id of equal scores; NOT_FINITE per row."""
     assert collectives.size * shard.vocab_rows <= MAX_VOCAB, shard
-    is_finite_S = _is_finite(logits_SV, shard)
+    is_finite_S = _is_finite(logits_SV, shard.vocab_valid)
     if sampling.hot_S is not None:
         logits_SV = _with_noise(logits_SV, sampling, shard, collectives)
-    return _best_ids(logits_SV, is_finite_S, shard, collectives)
+    score_S, index_S = _argmax(logits_SV)
+    return _agree(score_S.masked_fill(~is_finite_S, torch.nan), index_S + shard.vocab_start, collectives)
 
 
 def pick_tokens(
     logits_SV: torch.Tensor,
     keys_S2: torch.Tensor,
-    temperature_S: torch.Tensor,
+    temperatures_S: torch.Tensor,
     shard: Shard,
     collectives: Collectives,
+    best_tokens: BestTokens,
 ) -> torch.Tensor:
     """`draw_tokens` for rows without filters, greedy ones (temperature 0) among them, in fixed shapes that a
     graph can replay."""
-    temperature_S1 = temperature_S.unsqueeze(1)
-    noise_SV = gumbel_noise(keys_S2, shard.vocab_start, shard.vocab_rows)
-    noisy_SV = noise_SV.mul_(temperature_S1).add_(logits_SV)
+    score_S, index_S = best_tokens(
+        logits_SV,
+        num_valid=shard.vocab_valid,
+        first_id=shard.vocab_start,
+        keys_S2=keys_S2,
+        temperatures_S=temperatures_S,
+    )
+    return _agree(score_S, index_S.to(torch.int64) + shard.vocab_start, collectives)
+
+
+def best_tokens(
+    logits_SV: torch.Tensor,
+    *,
+    num_valid: int,
+    first_id: int,
+    keys_S2: torch.Tensor,
+    temperatures_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score and column of the best token of every row; NaN for a row that is not finite."""
+    temperatures_S1 = temperatures_S.unsqueeze(1)
+    noise_SV = gumbel_noise(keys_S2, first_id, logits_SV.shape[1])
+    noisy_SV = noise_SV.mul_(temperatures_S1).add_(logits_SV)
     # Not by adding zero times the noise: that may be infinite.
-    scores_SV = torch.where(temperature_S1 > 0, noisy_SV, logits_SV)
-    return _best_ids(scores_SV, _is_finite(logits_SV, shard), shard, collectives)
+    score_S, index_S = _argmax(torch.where(temperatures_S1 > 0, noisy_SV, logits_SV))
+    return score_S.masked_fill(~_is_finite(logits_SV, num_valid), torch.nan), index_S
 
 
 def gumbel_noise(keys_S2: torch.Tensor, first_id: int, count: int) -> torch.Tensor:
@@ -122,17 +159,13 @@ def row_keys(draws: Sequence[Draw]) -> npt.NDArray[np.int32]:
     return np.array(keys, dtype=np.uint64).view(np.int32).reshape(-1, 2)
 
 
-def _is_finite(logits_SV: torch.Tensor, shard: Shard) -> torch.Tensor:
+def _is_finite(logits_SV: torch.Tensor, num_valid: int) -> torch.Tensor:
     """A sum is finite if and only if all terms are (short of overflow), and is the cheapest pass there is."""
-    return logits_SV[:, : shard.vocab_valid].sum(dim=1).isfinite()
+    return logits_SV[:, :num_valid].sum(dim=1).isfinite()
 
 
-def _best_ids(
-    scores_SV: torch.Tensor, is_finite_S: torch.Tensor, shard: Shard, collectives: Collectives
-) -> torch.Tensor:
-    score_S, id_S = _argmax(scores_SV)
-    id_S += shard.vocab_start
-    score_S = score_S.masked_fill(~is_finite_S, torch.nan)
+def _agree(score_S: torch.Tensor, id_S: torch.Tensor, collectives: Collectives) -> torch.Tensor:
+    """The id of the best score over all ranks; NOT_FINITE where a score is NaN on any."""
     if collectives.size > 1:
         pairs_RS2 = collectives.all_gather(torch.stack((score_S, id_S.to(torch.float32)), dim=1))
         score_S, best_S = pairs_RS2[:, :, 0].max(dim=0)

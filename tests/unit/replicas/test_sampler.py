@@ -10,7 +10,7 @@ import torch
 from replicas.config import ParallelConfig, RankConfig
 from replicas.parallel.collectives import Collectives, SoloCollectives
 from replicas.rank.batch import Draw
-from replicas.rank.sampler import NOT_FINITE, gumbel_noise, pick_tokens, row_keys, sample
+from replicas.rank.sampler import NOT_FINITE, best_tokens, gumbel_noise, pick_tokens, row_keys, sample
 from replicas.request import SamplingParams
 from tests.rank_threads import make_rank_config, run_rank_threads
 from tests.shards import make_shard, shard_of_logits
@@ -102,6 +102,7 @@ def test_picking_with_fixed_shapes_gives_the_same_tokens() -> None:
         torch.tensor([each.temperature for each in params]),
         shard,
         SoloCollectives(),
+        best_tokens,
     )
     assert picked.tolist() == sample_solo(logits, draws)
     assert picked[3] == NOT_FINITE
