@@ -66,7 +66,7 @@ class EngineLimits:
     context_tokens: int = 0
     """Longest prompt plus output; 0: what the model allows."""
     lookahead: int = 0
-    """Steps planned before the tokens of the last one are known: 0 on CPU, 1 on CUDA."""
+    """Steps planned before the tokens of the last one are known; `lookahead_on` says what suits a device."""
     prefix_caching: bool = True
     """Keep the KV of finished prompts and answers, and share it with whatever begins the same."""
 
@@ -88,6 +88,11 @@ class EngineLimits:
     def host_kv_bytes(self) -> int:
         """Bytes of the KV cache of a rank whose memory is not a device's of its own."""
         return self.kv_cache_bytes or HOST_KV_BYTES
+
+
+def lookahead_on(device: str) -> int:
+    """A GPU has its next step queued while the host reads the last; a CPU computes on the same cores."""
+    return 1 if device.startswith("cuda") else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

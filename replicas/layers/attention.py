@@ -95,9 +95,8 @@ class PagedKV:
         keys, values = self.keys[layer], self.values[layer]
         return keys.index_select(0, flat).flatten(0, 1), values.index_select(0, flat).flatten(0, 1)
 
-    def scrub(self, blocks: Sequence[int]) -> None:
-        """Turn values that are not finite into zeros, in blocks a broken sequence leaves to others."""
-        index = torch.tensor(sorted(set(blocks)), device=self.keys[0].device, dtype=torch.int64)
+    def scrub(self, index: torch.Tensor) -> None:
+        """Turn values that are not finite into zeros, in distinct blocks that a broken sequence leaves."""
         for cache in (*self.keys, *self.values):
             clean = cache.index_select(0, index).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             cache.index_copy_(0, index, clean)

@@ -91,6 +91,8 @@ def make_collectives(config: RankConfig) -> Collectives:
         timeout_s=config.attach_timeout_s,
     )
     device = device_of(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     collectives = ProcessGroupCollectives(
         store,
         rank=config.rank,

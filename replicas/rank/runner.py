@@ -115,6 +115,7 @@ class ModelRunner:
         self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
         self.decoder = Decoder(spec, shard, weights, kv, collectives, self._kernels, device_layers)
+        self._support = support
         self._steps = None if support is None else self._device_steps(support, max_blocks)
 
     @classmethod
@@ -162,8 +163,7 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run a step, or enqueue it. Block tables change here; what was sampled is in the result."""
         for row in self._broken_rows.intersection(plan.freed_rows):
-            self._kv.scrub(self._rows.blocks_of(row))
-            self._broken_rows.remove(row)
+            self._scrub(row)
         self._rows.apply(plan)
         for new in plan.new_rows:
             self._edits.set_row(new)
@@ -262,6 +262,14 @@ class ModelRunner:
         every_rank = self._collectives.all_gather(torch.tensor([mine], device=self._device))
         self.num_blocks = int(every_rank.min())
         self._kv.resize(self.num_blocks)
+
+    def _scrub(self, row: int) -> None:
+        """Before others get the blocks of a row whose numbers broke."""
+        upload = Upload(None if self._support is None else self._support.transfer)
+        blocks = upload.integers(sorted(set(self._rows.blocks_of(row))))
+        upload.send()
+        self._kv.scrub(blocks.tensor)
+        self._broken_rows.remove(row)
 
     def _run_chunk(self) -> None:
         """The longest prefill there is, into scratch."""

@@ -138,3 +138,24 @@ def test_without_a_prefix_cache_the_tokens_are_the_same(sources: dict[str, Path]
     without = run(sources["llama"], replace(limits, prefix_caching=False), "graphs", make_requests())
     check_same(without, with_cache)
     assert (with_cache.num_cached > 0, without.num_cached) == (True, 0)
+
+
+def test_a_poisoned_request_fails_alone_one_step_ahead(sources: dict[str, Path]) -> None:
+    """Its blocks go to others, who find nothing of it there."""
+    limits = replace(LIMITS, num_blocks=24, lookahead=1)
+    wanted = run(sources["llama"], limits, "host", make_requests())
+    poison = next(
+        token
+        for token in range(3, 500)
+        if not any(
+            token in (*request.prompt_ids, *wanted.tokens[request.request_id]) for request in make_requests()
+        )
+    )
+    poisoned = GenerationRequest(request_id=99, prompt_ids=(poison,) * 9, max_tokens=8)
+    runner = make_runner(sources["llama"], limits, SUPPORTS["graphs"])
+    with torch.inference_mode():
+        runner.decoder._embedding_VH[poison] = torch.nan
+    ours = answer(runner, limits, [poisoned, *make_requests()])
+    assert ours.last.pop(99).finish is FinishReason.ERROR
+    assert ours.tokens.pop(99) == []
+    check_same(ours, wanted)
