@@ -15,6 +15,7 @@ from cluster.commands.chat import chat
 from cluster.commands.demo import demo
 from cluster.commands.down import down
 from cluster.commands.generate import generate
+from cluster.commands.key import app as key_app
 from cluster.commands.monitoring import monitoring
 from cluster.commands.router import router
 from cluster.commands.status import status
@@ -78,6 +79,7 @@ def wattline(
 for command in (demo, up, down, status, top, chat, generate, router, monitoring):
     app.command()(command)
 app.command(context_settings=PASS_THROUGH)(agent)
+app.add_typer(key_app, name="key")
 
 
 def main() -> None:

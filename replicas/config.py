@@ -151,6 +151,19 @@ class RankConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkCredentials:
+    """What a replica shows routers, and what it asks of them: paths of PEM files.
+
+    `server_name`: the name in the router's certificate; empty: the dialled address.
+    """
+
+    ca: str
+    cert: str
+    key: str
+    server_name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaConfig:
     """All one supervisor needs to run a replica of `model`.
 
@@ -162,6 +175,8 @@ class ReplicaConfig:
     source: str
     replica_id: str
     routers: tuple[str, ...]
+    link_credentials: LinkCredentials | None = None
+    """None: routers are dialled in plain text."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     limits: EngineLimits = field(default_factory=EngineLimits)
     null: NullEngineConfig = field(default_factory=NullEngineConfig)

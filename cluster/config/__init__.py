@@ -16,13 +16,16 @@ from cluster.config.model import (
 )
 from cluster.config.router import FailoverSection, RouterSection
 from cluster.config.section import ConfigError, Section
+from cluster.config.security import AuthSection, LinkTlsSection, TlsSection
 
 __all__ = [
+    "AuthSection",
     "Config",
     "ConfigError",
     "EnergySection",
     "FailoverSection",
     "LimitsSection",
+    "LinkTlsSection",
     "ModelSection",
     "NullSection",
     "ParallelSection",
@@ -32,6 +35,7 @@ __all__ = [
     "Section",
     "SloSection",
     "TelemetrySection",
+    "TlsSection",
     "default_runtime_dir",
     "load_config",
     "parse_config",

@@ -14,6 +14,9 @@ class TelemetrySection(Section):
     otlp_insecure: bool = True
     service_name: str = "wattline"
     sample_ratio: float = Field(1.0, ge=0.0, le=1.0)
+    record_prompts: bool = Field(
+        False, description="put the text of prompts on spans; otherwise none is in spans, logs or metrics"
+    )
 
 
 class EnergySection(Section):

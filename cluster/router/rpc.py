@@ -15,6 +15,7 @@ from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
 
+from cluster.router.auth import ANYBODY, Authenticator, Need, credential_of_call
 from cluster.router.errors import RouterError, status_of
 from cluster.telemetry import semconv
 from cluster.telemetry.metrics import RouterMetrics
@@ -29,12 +30,13 @@ Trailers: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 
 class Rpc:
-    """A call under way. `model` is set once it is known to be a configured one."""
+    """A call under way. `model` is set once it is known to be a configured one, `identity` by the guard."""
 
     def __init__(self, *, span: RpcSpan, context: grpc.aio.ServicerContext[RequestT, ResponseT]) -> None:
         self.request_id = secrets.token_hex(12)
         self.span = span
         self.model = ""
+        self.identity = ANYBODY
         self.interruption: RouterError | None = None
         self._context = context
         self._task = asyncio.current_task()
@@ -61,7 +63,8 @@ class Rpc:
 class RpcGuard:
     """Opens an `Rpc` around each handler."""
 
-    def __init__(self, *, telemetry: Telemetry, metrics: RouterMetrics) -> None:
+    def __init__(self, *, telemetry: Telemetry, metrics: RouterMetrics, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
         self._telemetry = telemetry
         self._metrics = metrics
 
@@ -72,13 +75,17 @@ class RpcGuard:
         method: str,
         *,
         is_inference: bool = False,
+        need: Need = Need.TENANT,
     ) -> AsyncIterator[Rpc]:
-        """The body runs inside; whatever it raises ends the call with the right status."""
+        """The body runs inside, for callers who may; whatever it raises ends the call with its status."""
         rpc = Rpc(
             span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()), context=context
         )
         code = grpc.StatusCode.OK
         try:
+            if not self._authenticator.is_open:
+                rpc.identity = self._authenticator.identify(credential_of_call(context))
+                rpc.identity.check(need)
             yield rpc
         except RouterError as error:
             code = status_of(error).code

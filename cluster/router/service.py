@@ -17,7 +17,7 @@ from cluster.router.answer import Completed, TextDelta
 from cluster.router.caller import Caller
 from cluster.router.completion import Completion
 from cluster.router.energy_record import EnergyRecord
-from cluster.router.errors import InvalidRequest, UnknownModel
+from cluster.router.errors import InvalidRequest, NotAllowed, UnknownModel
 from cluster.router.rpc import Rpc, RpcGuard
 from cluster.router.served_model import ServedModel
 from cluster.router.streams import Streams
@@ -99,8 +99,14 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: ListModelsContext
     ) -> pb.ListModelsResponse:
-        async with self._guard.call(context, f"{SERVICE}/ListModels"):
-            return pb.ListModelsResponse(models=[self._describe(model) for model in self._models.values()])
+        async with self._guard.call(context, f"{SERVICE}/ListModels") as rpc:
+            return pb.ListModelsResponse(
+                models=[
+                    self._describe(model)
+                    for name, model in self._models.items()
+                    if rpc.identity.may_use(name)
+                ]
+            )
 
     async def GetEnergy(
         self, request: pb.GetEnergyRequest, context: GetEnergyContext
@@ -118,6 +124,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         """Write every delta, then the one final message."""
         caller = Caller(
             request_id=rpc.request_id,
+            tenant=rpc.identity.tenant,
             span=rpc.span,
             time_remaining_s=rpc.time_remaining_s,
             accept=lambda: context.send_initial_metadata(rpc.id_metadata),
@@ -140,7 +147,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             )
         model = self._models.get(name)
         if model is None:
-            raise UnknownModel(served=tuple(self._models))
+            raise UnknownModel(served=tuple(filter(rpc.identity.may_use, self._models)))
+        if not rpc.identity.may_use(name):
+            raise NotAllowed(f"tenant {rpc.identity.tenant!r} may not use this model; see ListModels")
         rpc.model = name
         return model
 

@@ -28,7 +28,7 @@ from cluster.link.token_stream import Finished
 from cluster.router.admission import Verdict, decide
 from cluster.router.answer import Completed, TextDelta
 from cluster.router.bookkeeping import Books
-from cluster.router.cache_salt import DEFAULT_TENANT, cache_salt
+from cluster.router.cache_salt import CacheSalts
 from cluster.router.caller import Caller
 from cluster.router.choices import choice_seed, deliver_choices
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
@@ -79,6 +79,7 @@ class Streams:
         tokenizing: Executor,
         books: Books,
         resumption: Resumption,
+        salts: CacheSalts,
     ) -> None:
         self._section = section
         self._models = models
@@ -86,6 +87,7 @@ class Streams:
         self._tokenizing = tokenizing
         self._books = books
         self._resumption = resumption
+        self._salts = salts
         self.is_stopping = False
         """Set once: nothing new is admitted, what is under way goes on."""
         self.idle = asyncio.Event()
@@ -229,7 +231,7 @@ class Streams:
             priority=completion.priority,
             deadline_s=deadline_s,
             lane=route.lane,
-            cache_salt=cache_salt(DEFAULT_TENANT),
+            cache_salt=self._salts.of(caller.tenant),
             traceparent=span.traceparent,
             text=AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=stop_token_ids),
             buffer_bytes=limit_bytes // completion.num_choices,

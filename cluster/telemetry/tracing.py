@@ -2,7 +2,8 @@
 
 Traces leave the machine only if `telemetry.otlp_endpoint` is set; trace ids are valid and travel on either
 way. A span of a request waits for its final joules before it is exported, at most `ENERGY_WAIT_S`, though it
-ends at the time the answer ended. Attributes hold counts, names and joules, never text of prompts or answers.
+ends at the time the answer ended. Attributes hold counts, names and joules, no text of answers, and text of
+prompts only where `telemetry.record_prompts` is on.
 """
 
 from __future__ import annotations
@@ -58,13 +59,14 @@ class Telemetry:
             )
         self._tracer = self._provider.get_tracer("wattline", version)
         self._propagator = TraceContextTextMapPropagator()
+        self._records_prompts = section.record_prompts
         self._waiting: dict[InferenceSpan, EnergyAccount] = {}
 
     def start_rpc(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> RpcSpan:
         """The server span of one call, a child of the caller's span if it sent a W3C trace context."""
         carrier = {key: str(value) for key, value in metadata if key in TRACE_HEADERS}
         parent = self._propagator.extract(carrier, context=Context())
-        return RpcSpan(self._tracer, method=method, parent=parent)
+        return RpcSpan(self._tracer, method=method, parent=parent, records_prompts=self._records_prompts)
 
     def hold_for_energy(self, span: InferenceSpan, account: EnergyAccount) -> None:
         """Export a finished inference span with its final joules, or with what is known in two seconds."""
