@@ -12,6 +12,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "float32", "off")
 """The compiled CPU kernels of float32 models. `auto`: matrices whose values are all bfloat16 are kept in half
 the bytes and widened exactly; `float32`: kept as floats; `off`, or no compiler: torch."""
+QUANTIZATIONS = ("none", "int8")
+"""`int8`: all matrices but embedding and router in bytes, with a factor per row (`layers/quantize.py`)."""
 HOST_KV_BYTES = 256 * 2**20
 METERS = ("auto", "nvml", "cpu-model", "fake")
 
@@ -134,6 +136,7 @@ class RankConfig:
     dtype: str = "auto"
     threads: int = 1
     kernels: str = "auto"
+    quantization: str = "none"
     socket_path: str = ""
     shared_dir: str = "/dev/shm"
     rendezvous: str = ""
@@ -144,6 +147,12 @@ class RankConfig:
     def __post_init__(self) -> None:
         if self.kernels not in KERNELS:
             raise ValueError(f"kernels is {self.kernels!r}; one of {', '.join(KERNELS)}")
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"quantization is {self.quantization!r}; one of {', '.join(QUANTIZATIONS)}")
+        if self.quantization != "none" and not self.device.startswith("cpu"):
+            raise ValueError(
+                f"quantization {self.quantization} is served on CPUs alone; device is {self.device!r}"
+            )
 
     @property
     def num_ranks(self) -> int:
@@ -184,6 +193,7 @@ class ReplicaConfig:
     dtype: str = "auto"
     threads_per_rank: int = 1
     kernels: str = "auto"
+    quantization: str = "none"
     runtime_dir: str = "/tmp"
     shared_dir: str = "/dev/shm"
     energy_agent: str = ""

@@ -14,7 +14,7 @@ from cluster.config.model import (
     ReplicasSection,
     SloSection,
 )
-from cluster.config.router import FailoverSection, RouterSection
+from cluster.config.router import FailoverSection, ProtocolsSection, RouterSection
 from cluster.config.section import ConfigError, Section
 from cluster.config.security import AuthSection, LinkTlsSection, TlsSection
 
@@ -29,6 +29,7 @@ __all__ = [
     "ModelSection",
     "NullSection",
     "ParallelSection",
+    "ProtocolsSection",
     "RaySection",
     "ReplicasSection",
     "RouterSection",

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from cluster.config.explain import explain_all
 from cluster.config.host import EnergySection, RaySection, TelemetrySection
+from cluster.config.ledger import LedgerSection
 from cluster.config.model import ModelSection
 from cluster.config.router import RouterSection
 from cluster.config.section import ConfigError, Section
@@ -23,6 +24,7 @@ class Config(Section):
     router: RouterSection = RouterSection()
     telemetry: TelemetrySection = TelemetrySection()
     energy: EnergySection = EnergySection()
+    ledger: LedgerSection = LedgerSection()
     ray: RaySection = RaySection()
     runtime_dir: str = Field(
         "", description="sockets, pid and log files; empty: a folder per user under /tmp"

@@ -24,6 +24,13 @@ class FailoverSection(Section):
     )
 
 
+class ProtocolsSection(Section):
+    """What is spoken beside `wattline.v1`, which always is."""
+
+    openai: bool = Field(True, description="OpenAI's HTTP under /v1 of the HTTP port")
+    oip: bool = Field(True, description="Open Inference Protocol v2 on the gRPC port")
+
+
 class RouterSection(Section):
     """Addresses are loopback unless told otherwise. Port 0 takes a free one.
 
@@ -46,6 +53,7 @@ class RouterSection(Section):
     stall_buffer_bytes: int = Field(1 << 20, ge=4096, description="held for a reader that does not read")
     energy_record_count: int = Field(4096, ge=1, description="finished requests GetEnergy remembers")
     failover: FailoverSection = FailoverSection()
+    protocols: ProtocolsSection = ProtocolsSection()
     tls: TlsSection = TlsSection()
     link_tls: LinkTlsSection = LinkTlsSection()
     auth: AuthSection = AuthSection()

@@ -45,6 +45,12 @@ class InvalidRequest(RouterError, ValueError):
     def __init__(self, *, field: str, got: object, limit: str, fix: str) -> None:
         super().__init__(f"{field}: got {got}; allowed: {limit}; {fix}")
         self.field = field
+        self._why = (got, limit, fix)
+
+    def renamed(self, field: str) -> InvalidRequest:
+        """The same in a protocol that has another name for the field."""
+        got, limit, fix = self._why
+        return InvalidRequest(field=field, got=got, limit=limit, fix=fix)
 
 
 class Unauthenticated(RouterError):

@@ -46,12 +46,16 @@ def client_server(section: RouterSection) -> grpc.aio.Server:
     return grpc.aio.server(
         options=(
             *KEEPALIVE,
-            # Over the prompt cap on purpose, so that a prompt just above it gets an answer that says so.
-            ("grpc.max_receive_message_length", 4 * section.max_prompt_bytes + 2**20),
+            ("grpc.max_receive_message_length", request_limit_bytes(section)),
             ("grpc.max_concurrent_streams", section.max_streams + SPARE_RPCS),
         ),
         maximum_concurrent_rpcs=section.max_streams + SPARE_RPCS,
     )
+
+
+def request_limit_bytes(section: RouterSection) -> int:
+    """Over the prompt cap on purpose, so that a prompt just above it gets an answer that says so."""
+    return 4 * section.max_prompt_bytes + 2**20
 
 
 def link_server() -> grpc.aio.Server:

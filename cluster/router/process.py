@@ -25,6 +25,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from starlette.routing import BaseRoute
 
 from cluster.addresses import RouterAddresses, join_host_port
 from cluster.command_error import CommandError
@@ -35,6 +36,9 @@ from cluster.dashboard.snapshot import take_snapshot
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.server import LinkServicer
 from cluster.monitoring.targets import target_routes
+from cluster.oip.service import OipServicer, add_oip
+from cluster.openai.exchange import ExchangeGuard
+from cluster.openai.routes import OpenAIRoutes
 from cluster.router import cluster_service, service
 from cluster.router.auth import Authenticator
 from cluster.router.bookkeeping import Books
@@ -42,7 +46,14 @@ from cluster.router.cache_salt import CacheSalts
 from cluster.router.certificates import CertificateFiles
 from cluster.router.cluster_service import ClusterServicer
 from cluster.router.energy_record import EnergyRecord
-from cluster.router.grpc_servers import Port, bind, bind_socket, client_server, link_server
+from cluster.router.grpc_servers import (
+    Port,
+    bind,
+    bind_socket,
+    client_server,
+    link_server,
+    request_limit_bytes,
+)
 from cluster.router.health import HealthBoard
 from cluster.router.http_app import build_app
 from cluster.router.http_guard import HttpGuard
@@ -111,6 +122,7 @@ class Router:
             record=record,
             tokenizing=self._tokenizing,
         )
+        self._oip = OipServicer(guard=guard, models=self._models, pool=self._pool, streams=self._streams)
         self._cluster = ClusterServicer(
             guard=guard,
             models=self._models,
@@ -149,7 +161,11 @@ class Router:
         app = build_app(
             metrics=self._metrics,
             health=self._health,
-            extra_routes=(*target_routes(self._pool), *dashboard_routes(self._dashboard)),
+            extra_routes=(
+                *target_routes(self._pool),
+                *dashboard_routes(self._dashboard),
+                *self._foreign_routes(),
+            ),
         )
         guarded = HttpGuard(
             app,
@@ -203,10 +219,29 @@ class Router:
             salts=CacheSalts(_secret_of(section).derive("cache salt")),
         )
 
+    def _foreign_routes(self) -> tuple[BaseRoute, ...]:
+        section = self._config.router
+        if not section.protocols.openai:
+            return ()
+        guard = ExchangeGuard(
+            telemetry=self._telemetry,
+            metrics=self._metrics,
+            max_body_bytes=request_limit_bytes(section),
+        )
+        return OpenAIRoutes(
+            guard=guard,
+            models=self._models,
+            pool=self._pool,
+            streams=self._streams,
+            executor=self._tokenizing,
+        ).routes()
+
     def _client_server(self) -> grpc.aio.Server:
         server = client_server(self._config.router)
         add_strictly(wattline_inference_pb2_grpc.add_InferenceServicer_to_server, self._inference, server)
         add_strictly(wattline_cluster_pb2_grpc.add_ClusterServicer_to_server, self._cluster, server)
+        if self._config.router.protocols.oip:
+            add_strictly(add_oip, self._oip, server)
         add_strictly(health_pb2_grpc.add_HealthServicer_to_server, self._health.servicer, server)
         names = (service.SERVICE, cluster_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         if self._config.router.has_reflection:

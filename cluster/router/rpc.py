@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
 
-from cluster.router.auth import ANYBODY, Authenticator, Need, credential_of_call
+from cluster.router.auth import ANYBODY, Authenticator, Identity, Need, credential_of_call
 from cluster.router.errors import RouterError, status_of
 from cluster.telemetry import semconv
 from cluster.telemetry.metrics import RouterMetrics
@@ -109,6 +109,44 @@ class RpcGuard:
             rpc.span.end(code.name)
             if is_inference:
                 self._metrics.count_request(rpc.model, code.name)
+
+    @asynccontextmanager
+    async def part(
+        self,
+        context: grpc.aio.ServicerContext[RequestT, ResponseT],
+        method: str,
+        tell: Callable[[str], Awaitable[None]],
+        *,
+        identity: Identity,
+    ) -> AsyncIterator[Rpc]:
+        """One of several requests in a call of `identity`: its error is told, and the call goes on."""
+        rpc = Rpc(
+            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()), context=context
+        )
+        rpc.identity = identity
+        code = grpc.StatusCode.OK
+        try:
+            yield rpc
+        except RouterError as error:
+            code = status_of(error).code
+            await tell(str(error))
+        except asyncio.CancelledError:
+            if rpc.interruption is None:
+                code = _cancel_code(context)
+                raise
+            code = status_of(rpc.interruption).code
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]
+            await tell(str(rpc.interruption))
+        except Exception:
+            if context.cancelled() or context.done():
+                code = _cancel_code(context)
+                raise
+            code = grpc.StatusCode.INTERNAL
+            logger.exception("rpc_failed method=%s request_id=%s", method, rpc.request_id)
+            await tell(f"internal error; its id is {rpc.request_id}")
+        finally:
+            rpc.span.end(code.name)
+            self._metrics.count_request(rpc.model, code.name)
 
 
 async def _abort(

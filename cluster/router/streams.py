@@ -14,7 +14,7 @@ that iteration, at any point, frees everything: the engine is told within one me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -98,7 +98,9 @@ class Streams:
     def in_flight(self) -> int:
         return sum(model.active_requests for model in self._models.values())
 
-    async def run(self, completion: Completion, caller: Caller) -> AsyncIterator[TextDelta | Completed]:
+    async def run(
+        self, completion: Completion, caller: Caller
+    ) -> AsyncGenerator[TextDelta | Completed, None]:
         """Serve one request: text deltas, the last with a finish reason, then one `Completed`.
 
         Raises RouterError instead of `Completed` where the request fails.

@@ -1,9 +1,9 @@
-"""The server span of one gRPC call, and the spans of the router's own work below it."""
+"""The server span of one call, gRPC or HTTP, and the spans of the router's own work below it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from opentelemetry.context import Context
@@ -21,15 +21,18 @@ class RpcSpan:
     """Started when a call arrives; the root of what the router does for it."""
 
     def __init__(
-        self, tracer: Tracer, *, method: str, parent: Context, records_prompts: bool = False
+        self,
+        tracer: Tracer,
+        *,
+        name: str,
+        attributes: Mapping[str, str],
+        parent: Context,
+        records_prompts: bool = False,
     ) -> None:
         self._tracer = tracer
         self._records_prompts = records_prompts
         self._span = tracer.start_span(
-            method,
-            context=parent,
-            kind=SpanKind.SERVER,
-            attributes={semconv.RPC_SYSTEM_NAME: "grpc", semconv.RPC_METHOD: method},
+            name, context=parent, kind=SpanKind.SERVER, attributes=dict(attributes)
         )
         self._context = set_span_in_context(self._span, parent)
         self.trace_id = format_trace_id(self._span.get_span_context().trace_id)

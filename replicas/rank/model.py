@@ -23,5 +23,6 @@ def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
         device=runner.device,
         costs=runner.costs,
         kernels=runner.kernels,
+        quantization=runner.quantization,
     )
     return BuiltRunner(runner=runner, shape=shape)

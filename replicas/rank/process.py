@@ -137,6 +137,7 @@ def _ready(config: RankConfig, shape: EngineShape, scheduler: Scheduler, engine:
         costs=shape.costs,
         load=engine.load,
         kernels=shape.kernels,
+        quantization=shape.quantization,
     )
 
 

@@ -6,17 +6,14 @@ the same plans in the same order and return the same ids. Decides nothing about 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from pathlib import Path
 
 import torch
 
-from replicas.config import EngineLimits, RankConfig
-from replicas.errors import BadCheckpoint, RankLost
+from replicas.config import RankConfig
+from replicas.errors import RankLost
 from replicas.layers.attention import PagedKV
-from replicas.layers.kernels.layers import CpuLayers
-from replicas.layers.kernels.library import open_pool
+from replicas.layers.quantize import round_weights
 from replicas.models.checkpoint import Checkpoint
 from replicas.models.costs import costs_of
 from replicas.models.decoder import Decoder
@@ -28,7 +25,7 @@ from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
 from replicas.rank.batch import Batch, Draw, Rows
 from replicas.rank.buckets import bucket_sizes
 from replicas.rank.device_batch import DeviceRows
-from replicas.rank.device_kernels import TRITON_KERNELS, load_device_kernels
+from replicas.rank.device_kernels import TRITON_KERNELS
 from replicas.rank.device_memory import (
     PROBE_BLOCKS,
     blocks_that_fit,
@@ -36,19 +33,27 @@ from replicas.rank.device_memory import (
     measure_step_bytes,
     read_device_memory,
 )
+from replicas.rank.device_setup import (
+    context_tokens,
+    cpu_layers,
+    cuda_support,
+    device_name,
+    digest_of,
+    dtype_of,
+    keep_large_buffers,
+    kv_block_bytes,
+)
 from replicas.rank.device_steps import DeviceSteps, DeviceSupport, StepParts
-from replicas.rank.graphs import CudaGraphBackend
 from replicas.rank.logit_edits import LogitEdits
 from replicas.rank.logprobs import measure_logprobs, read_logprobs, stage_logprobs
 from replicas.rank.pending import FinishedStep
 from replicas.rank.sampler import NOT_FINITE, draw_tokens, stage_sampling
-from replicas.rank.transfer import CudaTransfer, Upload
+from replicas.rank.transfer import Upload
 from replicas.request import TORCH_KERNELS, SamplingParams
 
 _LOAD_SKEW_S = 1800.0
 """How much longer the slowest rank may take to load. A rank that dies meanwhile is noticed at once."""
 _WARMUP_DECODES = (1, 2, 8, 32)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ModelRunner:
@@ -78,25 +83,20 @@ class ModelRunner:
         self._device = weights.embedding_VH.device
         dtype = weights.embedding_VH.dtype
         self.dtype = str(dtype).removeprefix("torch.")
-        self.device = _device_name(self._device)
-        self.costs = costs_of(spec, config.parallel, dtype.itemsize)
+        self.device = device_name(self._device)
         self._block_bytes = kv_block_bytes(spec, shard, limits.block_tokens, dtype.itemsize)
         is_sized_later = self._device.type == "cuda" and not limits.has_fixed_cache
         self.num_blocks = (
             PROBE_BLOCKS if is_sized_later else configured_blocks(limits, block_bytes=self._block_bytes)
         )
-        self.context_tokens = _context_tokens(spec, limits)
-        kv = PagedKV(
-            num_layers=spec.num_layers,
-            num_blocks=self.num_blocks,
-            block_tokens=limits.block_tokens,
-            num_kv_heads=shard.num_kv_heads,
-            head_dim=spec.head_dim,
-            device=self._device,
-            dtype=dtype,
-        )
-        self._kv = kv
-        self._kernels = _cpu_layers(config, spec, shard, weights, kv)
+        self.context_tokens = context_tokens(spec, limits)
+        kv = self._kv = self._new_cache(dtype)
+        self._kernels = cpu_layers(config, spec, shard, weights, kv)
+        self.quantization = config.quantization
+        weight_bytes = dtype.itemsize if self._kernels is None else self._kernels.bytes_per_weight
+        self.costs = costs_of(spec, config.parallel, weight_bytes=weight_bytes, kv_bytes=dtype.itemsize)
+        if config.quantization == "int8" and self._kernels is None:
+            weights = round_weights(weights)
         device_kernels = None if support is None else support.kernels
         device_layers = None if device_kernels is None else device_kernels.layers(spec, shard, weights, kv)
         self._has_spans = device_layers is None
@@ -104,14 +104,7 @@ class ModelRunner:
         if device_layers is not None:
             self.kernels = TRITON_KERNELS
         max_blocks = -(-self.context_tokens // limits.block_tokens)
-        self._rows = Rows(
-            max_sequences=limits.max_sequences,
-            max_blocks=max_blocks,
-            block_tokens=limits.block_tokens,
-            device=self._device,
-            dtype=dtype,
-            has_spans=self._kernels is None,
-        )
+        self._rows = self._new_rows(max_blocks, dtype)
         self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
         self.decoder = Decoder(spec, shard, weights, kv, collectives, self._kernels, device_layers)
@@ -133,17 +126,17 @@ class ModelRunner:
         device = device_of(config)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            support = support or _cuda_support(config, device)
+            support = support or cuda_support(config, device)
         else:
             torch.set_num_threads(config.threads)
-            _keep_large_buffers()
-        dtype = _dtype_of(config.dtype, device)
+            keep_large_buffers()
+        dtype = dtype_of(config.dtype, device)
         folder = Path(config.source)
         spec = ModelSpec.from_folder(folder)
         shard = shard_of(spec, config.parallel, config.rank)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             weights = load_weights(checkpoint, spec, shard, device=device, dtype=dtype, progress=progress)
-            digest = checkpoint.digest()
+            digest = digest_of(checkpoint.digest(), config)
         runner = cls(
             config,
             collectives,
@@ -221,6 +214,27 @@ class ModelRunner:
         if self._kernels is not None:
             self._kernels.close()
         del self.decoder, self._kv, self._rows
+
+    def _new_cache(self, dtype: torch.dtype) -> PagedKV:
+        return PagedKV(
+            num_layers=self.spec.num_layers,
+            num_blocks=self.num_blocks,
+            block_tokens=self._limits.block_tokens,
+            num_kv_heads=self._shard.num_kv_heads,
+            head_dim=self.spec.head_dim,
+            device=self._device,
+            dtype=dtype,
+        )
+
+    def _new_rows(self, max_blocks: int, dtype: torch.dtype) -> Rows:
+        return Rows(
+            max_sequences=self._limits.max_sequences,
+            max_blocks=max_blocks,
+            block_tokens=self._limits.block_tokens,
+            device=self._device,
+            dtype=dtype,
+            has_spans=self._kernels is None,
+        )
 
     def _device_steps(self, support: DeviceSupport, max_blocks: int) -> DeviceSteps:
         limits = self._limits
@@ -309,64 +323,3 @@ class ModelRunner:
                     f"rank {rank} loaded another model or cache than rank {self._collectives.rank}: "
                     f"{theirs.tolist()} against {mine.tolist()} (digest words, blocks, context)"
                 )
-
-
-def _dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on CUDA; float32 on CPUs, where half precision is 2 to 9 times slower."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[name]
-
-
-def _cuda_support(config: RankConfig, device: torch.device) -> DeviceSupport:
-    """Graphs need kernels: what torch attends to has another shape at every length."""
-    kernels = None if config.kernels == "off" else load_device_kernels()
-    has_graphs = kernels is not None and config.limits.cuda_graphs
-    return DeviceSupport(
-        transfer=CudaTransfer(device), graphs=CudaGraphBackend() if has_graphs else None, kernels=kernels
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _cpu_layers(
-    config: RankConfig, spec: ModelSpec, shard: Shard, weights: ModelWeights, kv: PagedKV
-) -> CpuLayers | None:
-    """The compiled kernels where they serve: float32 on a CPU with a compiler. Torch then needs one thread:
-    two pools would fight for the same cores."""
-    dtype, device = weights.embedding_VH.dtype, weights.embedding_VH.device
-    if config.kernels == "off" or device.type != "cpu" or dtype != torch.float32:
-        return None
-    pool = open_pool(config.threads)
-    if pool is None:
-        return None
-    layers = CpuLayers(pool, spec, shard, weights, kv, keeps_half=config.kernels == "auto")
-    torch.set_num_threads(1)
-    return layers
-
-
-def kv_block_bytes(spec: ModelSpec, shard: Shard, block_tokens: int, itemsize: int) -> int:
-    """Of keys and values of all layers, on one rank."""
-    return 2 * spec.num_layers * block_tokens * shard.num_kv_heads * spec.head_dim * itemsize
-
-
-def _context_tokens(spec: ModelSpec, limits: EngineLimits) -> int:
-    if limits.context_tokens > spec.context_tokens:
-        raise BadCheckpoint(
-            f"limits.context_tokens={limits.context_tokens} is above the model's "
-            f"max_position_embeddings={spec.context_tokens}; lower it, or 0 for the model's own"
-        )
-    return limits.context_tokens or spec.context_tokens
-
-
-def _keep_large_buffers() -> None:
-    """Have glibc reuse freed blocks of up to 32 MiB: fresh pages for every large activation cost up to 4x."""
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        mmap_threshold, trim_threshold = -3, -1
-        libc.mallopt(mmap_threshold, 32 * 2**20)
-        libc.mallopt(trim_threshold, 512 * 2**20)
