@@ -38,11 +38,17 @@ SECTIONS = (
     Section(
         name="kernels",
         module="kernels",
-        budget_s=120,
+        budget_s=100,
         answers="every kernel against float64, with microseconds, GB/s and TFLOP/s",
     ),
     Section(
         name="graphs", module="graphs", budget_s=40, answers="captured decode steps draw the same tokens"
+    ),
+    Section(
+        name="engine",
+        module="engine",
+        budget_s=45,
+        answers="the engine over graphs, uploads and late reads draws the same tokens, and how fast",
     ),
     Section(
         name="meter",
@@ -63,7 +69,7 @@ SECTIONS = (
     Section(
         name="one-shot",
         module="one_shot",
-        budget_s=40,
+        budget_s=25,
         answers="varlen attention at pages of 16/64/256; grouped_mm against the expert kernels",
     ),
 )

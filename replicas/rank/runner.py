@@ -148,7 +148,7 @@ class ModelRunner:
         )
         collectives.barrier(_LOAD_SKEW_S)
         if device.type == "cuda" and not config.limits.has_fixed_cache:
-            runner._size_cache()
+            runner.size_cache()
         runner._refuse_other_models()
         return runner
 
@@ -265,7 +265,7 @@ class ModelRunner:
         return self.decoder.logits(batch)
 
     @torch.inference_mode()
-    def _size_cache(self) -> None:
+    def size_cache(self) -> None:
         """Take what the device has left for the KV cache: the same number of blocks on all ranks."""
         step_bytes = measure_step_bytes(self._device, self._run_chunk)
         most_rows = min(self._limits.max_sequences, self._limits.step_tokens)

@@ -19,14 +19,14 @@ IS_CUDA = torch.cuda.is_available()
 @pytest.mark.skipif(IS_CUDA, reason="the interpreter is chosen for the whole process")
 def test_all_sections_run_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "check.json"
-    sections = ["numerics", "graphs", "meter", "rates", "speed", "peer", "one-shot"]
+    sections = ["numerics", "graphs", "engine", "meter", "rates", "speed", "peer", "one-shot"]
     arguments = ["--device", "cpu", "--tiny", "--json", str(path)]
     assert main(arguments + [word for name in sections for word in ("--only", name)]) == 0
     body = json.loads(path.read_text())
     assert [one["section"] for one in body["sections"]] == sections
     assert not any(one["failed"] or one["error"] for one in body["sections"])
     assert all(one["rows"] or one["skipped"] for one in body["sections"])
-    speed = body["sections"][4]["rows"]
+    speed = body["sections"][5]["rows"]
     assert {row["phase"] for row in speed if "phase" in row} == {"prefill", "decode"}
     assert "skipped: the energy counter" in capsys.readouterr().out
 
