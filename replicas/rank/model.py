@@ -28,5 +28,6 @@ def shape_of(runner: ModelRunner) -> EngineShape:
         device=runner.device,
         costs=runner.costs,
         kernels=runner.kernels,
+        scores_prompts=True,
         quantization=runner.quantization,
     )
