@@ -15,7 +15,7 @@ from replicas.request import EngineCosts
 
 
 def costs(spec: ModelSpec, itemsize: int) -> EngineCosts:
-    return costs_of(spec, ParallelConfig(), itemsize)
+    return costs_of(spec, ParallelConfig(), weight_bytes=itemsize, kv_bytes=itemsize)
 
 
 def decode_floor_s(

@@ -32,17 +32,17 @@ SECTIONS = (
     Section(
         name="numerics",
         module="numerics",
-        budget_s=60,
+        budget_s=45,
         answers="whole small models of the three architectures against transformers and float64",
     ),
     Section(
         name="kernels",
         module="kernels",
-        budget_s=120,
+        budget_s=100,
         answers="every kernel against float64, with microseconds, GB/s and TFLOP/s",
     ),
     Section(
-        name="graphs", module="graphs", budget_s=40, answers="captured decode steps draw the same tokens"
+        name="graphs", module="graphs", budget_s=30, answers="captured decode steps draw the same tokens"
     ),
     Section(
         name="meter",
@@ -56,14 +56,20 @@ SECTIONS = (
     Section(
         name="speed",
         module="speed",
-        budget_s=110,
+        budget_s=100,
         answers="decode and prefill tok/s of the served shapes, share of the roofline, J/token",
     ),
-    Section(name="peer", module="peer", budget_s=60, answers="transformers' generate on the same shapes"),
+    Section(
+        name="engine",
+        module="engine",
+        budget_s=65,
+        answers="the runner of a replica: tokens with graphs and without, decode tok/s over step plans",
+    ),
+    Section(name="peer", module="peer", budget_s=45, answers="transformers' generate on the same shapes"),
     Section(
         name="one-shot",
         module="one_shot",
-        budget_s=40,
+        budget_s=35,
         answers="varlen attention at pages of 16/64/256; grouped_mm against the expert kernels",
     ),
 )
