@@ -301,6 +301,7 @@ class Submit(_message.Message):
     LANE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Unique on this stream."""
     attempt: _builtins.int
@@ -318,6 +319,8 @@ class Submit(_message.Message):
     """Only requests of one salt share cached KV. Chosen by the router for the tenant, never by a client;
     64 bytes at most.
     """
+    prompt_logprobs: _builtins.bool
+    """Say the logprobs of the prompt, too, with as many alternatives as sampling.logprobs. At most 5 then."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -339,10 +342,11 @@ class Submit(_message.Message):
         lane: _builtins.int = ...,
         traceparent: _builtins.str = ...,
         cache_salt: _builtins.bytes = ...,
+        prompt_logprobs: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "first_offset", b"first_offset", "lane", b"lane", "max_tokens", b"max_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "first_offset", b"first_offset", "lane", b"lane", "max_tokens", b"max_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -521,6 +525,7 @@ class SequenceDelta(_message.Message):
     TIMING_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     attempt: _builtins.int
     first_offset: _builtins.int
@@ -535,6 +540,10 @@ class SequenceDelta(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineLogprobs]:
         """Parallel to token_ids where asked for, else empty."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineLogprobs]:
+        """With the first token where asked for: of every token of the prompt but the first."""
+
     def __init__(
         self,
         *,
@@ -546,10 +555,11 @@ class SequenceDelta(_message.Message):
         timing: Global___SequenceTiming | None = ...,
         error: Global___SequenceError | None = ...,
         logprobs: _abc.Iterable[Global___EngineLogprobs] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___EngineLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "finish", b"finish", "first_offset", b"first_offset", "logprobs", b"logprobs", "request_id", b"request_id", "timing", b"timing", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "finish", b"finish", "first_offset", b"first_offset", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "timing", b"timing", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -69,6 +69,8 @@ class EngineLimits:
     """Longest prompt plus output; 0: what the model allows."""
     lookahead: int = 0
     """Steps planned before the tokens of the last one are known; `lookahead_on` says what suits a device."""
+    decode_stretch: float = 2.0
+    """How much longer prompts may make the steps of those that decode (`engine/prefill_pace.py`)."""
     prefix_caching: bool = True
     """Keep the KV of finished prompts and answers, and share it with whatever begins the same."""
 
@@ -76,6 +78,8 @@ class EngineLimits:
         for name in ("max_sequences", "max_waiting", "step_tokens", "block_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"limits.{name} is {getattr(self, name)}; at least 1")
+        if self.decode_stretch < 1:
+            raise ValueError(f"limits.decode_stretch is {self.decode_stretch}; at least 1")
         if self.lookahead not in (0, 1):
             raise ValueError(f"limits.lookahead is {self.lookahead}; 0 or 1")
         if not 0.0 < self.gpu_memory_ratio <= 1.0:

@@ -88,6 +88,8 @@ class GenerationRequest:
     first_offset: int = 0
     cache_salt: bytes = b""
     """Only requests of one salt share cached KV. Chosen by the router, never by a client."""
+    scores_prompt: bool = False
+    """Also say the logprobs of the prompt. None of it is taken from the cache, which has no logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +109,9 @@ class SequenceTiming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """What the model gave a sampled token, before penalties, biases and temperature: natural logarithms.
+    """What the model gave a token, sampled or of a prompt: natural logarithms.
 
-    `top` are (id, logprob) of the likeliest tokens, best first.
+    Before penalties, biases and temperature. `top` are (id, logprob) of the likeliest tokens, best first.
     """
 
     logprob: float
@@ -122,7 +124,8 @@ class SequenceDelta:
 
     `first_offset` is the offset of `token_ids[0]` among all tokens delivered for the request.
     `error` is (gRPC status name, text) and goes with `FinishReason.ERROR`. `logprobs` is parallel to
-    `token_ids` where the request asks for them, else empty.
+    `token_ids` where the request asks for them, else empty. `prompt_logprobs` come with the first token of a
+    request that scores its prompt: of every token but the first.
     """
 
     request_id: int
@@ -133,6 +136,7 @@ class SequenceDelta:
     timing: SequenceTiming | None = None
     error: tuple[str, str] | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

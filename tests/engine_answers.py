@@ -11,8 +11,8 @@ from replicas.config import EngineLimits, ParallelConfig
 from replicas.engine.engine import Engine
 from replicas.engine.scheduler import Scheduler
 from replicas.parallel.collectives import SoloCollectives
-from replicas.plan import EngineShape
 from replicas.rank.device_steps import DeviceSupport
+from replicas.rank.model import shape_of
 from replicas.rank.runner import ModelRunner
 from replicas.request import FinishReason, GenerationRequest, SequenceDelta, StepMember, TokenLogprobs
 from tests.rank_threads import make_rank_config
@@ -58,19 +58,7 @@ def make_runner(
 
 def answer(runner: ModelRunner, limits: EngineLimits, requests: list[GenerationRequest]) -> Answers:
     """Half of the requests at once, the others one by one behind every third step."""
-    shape = EngineShape(
-        architecture="",
-        vocab_size=runner.spec.vocab_size,
-        context_tokens=runner.context_tokens,
-        num_blocks=runner.num_blocks,
-        eos_token_ids=(),
-        weights_digest=runner.weights_digest,
-        dtype=runner.dtype,
-        device=runner.device,
-        costs=runner.costs,
-        kernels=runner.kernels,
-    )
-    engine = Engine(runner, Scheduler(limits, shape), lookahead=limits.lookahead)
+    engine = Engine(runner, Scheduler(limits, shape_of(runner)), lookahead=limits.lookahead)
     answers = Answers()
     waiting = list(requests[len(requests) // 2 :])
     for request in requests[: len(requests) // 2]:

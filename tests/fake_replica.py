@@ -91,6 +91,7 @@ class FakeReplica:
     tokens: Tokens | None = None
     weights_digest: str = "w"
     tokenizer_digest: str = ""
+    scores_prompts: bool = True
     fate: Fate | None = None
     """What happens when it has made `fate_after` tokens, over all answers."""
     fate_after: int = 0
@@ -291,7 +292,11 @@ class FakeReplica:
             finish=finish,
             timing=_timing(sequence) if finish else None,
             logprobs=_logprobs(submit, first_offset, len(token_ids)),
+            prompt_logprobs=_prompt_logprobs(submit) if self._is_first(sequence, token_ids) else (),
         )
+
+    def _is_first(self, sequence: Sequence, token_ids: list[int]) -> bool:
+        return self.scores_prompts and sequence.num_tokens == len(token_ids)
 
     def _hash_token(self, submit: link.Submit, pos: int) -> int:
         """The tokens that were delivered before are no part of the prompt."""
@@ -389,6 +394,11 @@ def _logprobs(submit: link.Submit, first_offset: int, count: int) -> list[link.E
         link.EngineLogprobs(logprob=-pos, top_ids=top_ids, top_logprobs=[-pos - each for each in top_ids])
         for pos in range(first_offset, first_offset + count)
     ]
+
+
+def _prompt_logprobs(submit: link.Submit) -> list[link.EngineLogprobs]:
+    """The same for the tokens of a prompt but the first, by their positions, where asked for."""
+    return _logprobs(submit, 1, len(submit.prompt_ids) - 1) if submit.prompt_logprobs else []
 
 
 def _timing(sequence: Sequence) -> link.SequenceTiming:

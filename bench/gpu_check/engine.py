@@ -1,196 +1,182 @@
-"""Section `engine`: the rank that serves, driven by step plans: whether its graphs are right, and its speed.
+"""Section `engine`: scheduler, uploads, graphs and late reads together, as a replica runs them.
 
-The same `ModelRunner` as in a replica, on random weights: packed uploads, graphs per batch size, one step
-planned ahead with placeholders for tokens not yet known. Only scheduler, sockets and text are left out, and
-what separates it from the bare graph of section `speed` is the time of the host.
+First the tokens: one step ahead over graphs against step by step without them, in float32, for every kind of
+sampling. Then, on a GPU, what an engine of the smallest served shape decodes per second, looking ahead and
+not: the difference is what the host costs. The KV cache is sized by measured memory, as in a replica.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import torch
 
 from bench.gpu_check.report import SectionReport
-from bench.gpu_check.roofline import costs
 from bench.gpu_check.setting import Setting
-from bench.gpu_check.shapes import Shape, random_weights, served_shapes, small_shapes, spec_of
-from bench.gpu_check.steady_load import run_load
+from bench.gpu_check.shapes import random_weights, served_shapes, small_shapes, spec_of
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
+from replicas.engine.engine import Engine
+from replicas.engine.scheduler import Scheduler
 from replicas.models.spec import ModelSpec
+from replicas.models.weights import ModelWeights
 from replicas.parallel.collectives import SoloCollectives
 from replicas.parallel.degrees import shard_of
-from replicas.plan import LAST_SAMPLED, NewRow, PendingStep, PlannedRow, StepPlan
 from replicas.rank.device_kernels import load_device_kernels
+from replicas.rank.device_setup import cuda_support
 from replicas.rank.device_steps import DeviceSupport
-from replicas.rank.graphs import CudaGraphBackend, EagerBackend
+from replicas.rank.graphs import EagerBackend
+from replicas.rank.model import shape_of
 from replicas.rank.runner import ModelRunner
-from replicas.rank.transfer import CudaTransfer, HostTransfer
-from replicas.request import SamplingParams
+from replicas.rank.transfer import HostTransfer
+from replicas.request import GenerationRequest, SamplingParams
 
-_BATCHES = (1, 64, 256)
-_PAGE = 16
-_SPARE_BYTES = 6 * 2**30
-
-
-class EngineLoop:
-    """Decodes `batch` sequences from `start_pos` for `num_steps`, one step ahead; then frees their rows.
-
-    Row i owns its own blocks. What they hold before `start_pos` is whatever was there.
-    """
-
-    def __init__(self, runner: ModelRunner, *, batch: int, start_pos: int, num_steps: int) -> None:
-        self._runner = runner
-        self._rows = range(batch)
-        self._start_pos = start_pos
-        self._num_steps = num_steps
-        self._pages = -(-(start_pos + num_steps) // _PAGE)
-
-    def tokens(self) -> list[tuple[int, ...]]:
-        """The tokens of every step."""
-        drawn = []
-        pending: PendingStep | None = None
-        for step in range(self._num_steps):
-            launched = self._runner.launch(self._plan(step))
-            if pending is not None:
-                drawn.append(pending.result().sampled_ids)
-            pending = launched
-        if pending is not None:
-            drawn.append(pending.result().sampled_ids)
-        freed = StepPlan(step=self._num_steps, freed_rows=tuple(self._rows), new_rows=(), rows=())
-        self._runner.launch(freed).result()
-        return drawn
-
-    def run_round(self) -> float:
-        return float(sum(len(ids) for ids in self.tokens()))
-
-    def _plan(self, step: int) -> StepPlan:
-        is_first = step == 0
-        return StepPlan(
-            step=step,
-            freed_rows=(),
-            new_rows=tuple(NewRow(row=row, sampling=SamplingParams()) for row in self._rows if is_first),
-            rows=tuple(
-                PlannedRow(
-                    row=row,
-                    start_pos=self._start_pos + step,
-                    token_ids=(3 + row if is_first else LAST_SAMPLED,),
-                    new_blocks=self._blocks(row) if is_first else (),
-                    samples=True,
-                )
-                for row in self._rows
-            ),
-        )
-
-    def _blocks(self, row: int) -> tuple[int, ...]:
-        first = 1 + row * self._pages
-        return tuple(range(first, first + self._pages))
+_SAMPLINGS = (
+    SamplingParams(),
+    SamplingParams(temperature=0.8, seed=3),
+    SamplingParams(repetition_penalty=1.4, num_logprobs=1),
+    SamplingParams(temperature=0.7, top_p=0.9, top_k=20, seed=7),
+    SamplingParams(logit_bias=((7, 3.0),)),
+)
+_PROMPT_TOKENS = 64
+_MEASURED_STEPS = 64
 
 
 def run(setting: Setting, report: SectionReport) -> None:
     shapes = small_shapes(is_tiny=setting.is_tiny)
-    for shape in shapes[-1:] if setting.is_tiny else shapes:
-        _check_graphs(shape, setting, report)
+    for shape in shapes[:1] if setting.is_tiny else shapes:
+        _compare_tokens(setting, report, shape.name, spec_of(shape))
     if not setting.is_cuda:
-        report.skip("tok/s of the served shapes: they need a GPU")
+        report.skip("tok/s of the engine: a graph that is run again says nothing")
         return
-    for shape in served_shapes():
-        if not report.has_time(15.0):
-            report.skip(f"{shape.name}: out of time")
-            continue
-        _measure(shape, setting, report)
+    smallest = served_shapes()[0]
+    _measure(setting, report, smallest.name, spec_of(smallest))
 
 
-def _check_graphs(shape: Shape, setting: Setting, report: SectionReport) -> None:
-    """The tokens of a runner with graphs are those of one that launches every step."""
-    batch, num_steps = (2, 2) if setting.is_tiny else (5, 24)
-    start_pos = 4 if setting.is_tiny else 40
-    drawn = []
-    for has_graphs in (False, True):
-        runner = _make_runner(shape, batch, start_pos + num_steps, setting, has_graphs=has_graphs)
-        if setting.is_cuda:
-            runner.warmup()
-        drawn.append(EngineLoop(runner, batch=batch, start_pos=start_pos, num_steps=num_steps).tokens())
-        runner.close()
-    path = "graphs against launches" if setting.is_cuda else "static buffers against none"
-    report.check(drawn[0] == drawn[1], model=shape.name, batch=batch, steps=num_steps, path=path)
-
-
-def _measure(shape: Shape, setting: Setting, report: SectionReport) -> None:
-    context, num_steps = 960, 128
-    spec = spec_of(shape)
-    pages = -(-(context + num_steps) // _PAGE)
-    block_bytes = costs(spec, setting.dtype.itemsize).kv_bytes_per_token * _PAGE
-    room = setting.free_bytes() - _SPARE_BYTES - _weight_bytes(spec, setting.dtype.itemsize)
-    batches = [batch for batch in _BATCHES if batch * pages * block_bytes < room]
-    if not batches:
-        report.skip(f"{shape.name}: the device has too little memory")
-        return
-    runner = _make_runner(shape, max(batches), context + num_steps, setting, has_graphs=True)
-    runner.warmup()
-    for batch in batches:
-        loop = EngineLoop(runner, batch=batch, start_pos=context, num_steps=num_steps)
-        result = run_load(loop.run_round, setting.synchronize, seconds=setting.window_s)
-        report.row(
-            model=shape.name,
-            phase="decode",
-            path="engine",
-            batch=batch,
-            tok_per_s=result.tokens_per_s,
-            ms_per_step=1e3 * batch / result.tokens_per_s,
-        )
-    runner.close()
-
-
-def _weight_bytes(spec: ModelSpec, itemsize: int) -> int:
-    """All of them: experts at rest too, and the embedding beside the head."""
-    cost = costs(spec, itemsize)
-    experts = spec.num_layers * spec.num_experts * cost.expert_bytes
-    return cost.shared_weight_bytes + experts + spec.vocab_size * spec.hidden_size * itemsize
-
-
-@torch.inference_mode()
-def _make_runner(
-    shape: Shape, batch: int, context_tokens: int, setting: Setting, *, has_graphs: bool
-) -> ModelRunner:
-    spec = spec_of(shape)
-    parallel = ParallelConfig()
-    shard = shard_of(spec, parallel, 0)
-    pages = -(-context_tokens // _PAGE)
+def _compare_tokens(setting: Setting, report: SectionReport, name: str, spec: ModelSpec) -> None:
     limits = EngineLimits(
-        max_sequences=batch,
-        step_tokens=max(batch, 64),
-        block_tokens=_PAGE,
-        num_blocks=1 + batch * pages,
-        context_tokens=pages * _PAGE,
+        max_sequences=3 if setting.is_tiny else 11,
+        step_tokens=24,
+        num_blocks=64,
+        context_tokens=64,
         lookahead=1,
     )
+    plain = replace(limits, lookahead=0, cuda_graphs=False)
+    weights = random_weights(
+        spec, shard_of(spec, ParallelConfig(), 0), device=setting.device, dtype=torch.float32
+    )
+    wanted = _tokens(_make_runner(setting, spec, weights, plain), plain, _requests(setting))
+    runner = _make_runner(setting, spec, weights, limits)
+    warmed: dict[str, float] = {}
+    if setting.is_cuda:
+        began_s = time.monotonic()
+        runner.warmup()
+        warmed["warmup_s"] = time.monotonic() - began_s
+    got = _tokens(runner, limits, _requests(setting))
+    report.check(got == wanted, model=name, requests=len(wanted), **warmed)
+
+
+def _measure(setting: Setting, report: SectionReport, name: str, spec: ModelSpec) -> None:
+    weights = random_weights(
+        spec, shard_of(spec, ParallelConfig(), 0), device=setting.device, dtype=setting.dtype
+    )
+    for lookahead in (1, 0):
+        limits = EngineLimits(
+            max_sequences=64, step_tokens=2048, context_tokens=1024, gpu_memory_ratio=0.8, lookahead=lookahead
+        )
+        runner = _make_runner(setting, spec, weights, limits)
+        runner.size_cache()
+        runner.warmup()
+        for batch in (1, 8, 64):
+            if not report.has_time(5.0):
+                report.skip(f"engine at batch {batch}: the budget is spent")
+                continue
+            seconds = _decode_seconds(runner, limits, batch)
+            report.row(
+                model=name,
+                batch=batch,
+                lookahead=lookahead,
+                kv_blocks=runner.num_blocks,
+                step_ms=1e3 * seconds / _MEASURED_STEPS,
+                decode_tok_s=batch * _MEASURED_STEPS / seconds,
+            )
+        runner.close()
+        del runner
+
+
+def _decode_seconds(runner: ModelRunner, limits: EngineLimits, batch: int) -> float:
+    """Of `_MEASURED_STEPS` steps in which every sequence decodes."""
+    engine = Engine(runner, Scheduler(limits, shape_of(runner)), lookahead=limits.lookahead)
+    for request_id in range(batch):
+        prompt = tuple(3 + (request_id + 7 * pos) % 1000 for pos in range(_PROMPT_TOKENS))
+        engine.submit(
+            GenerationRequest(request_id=request_id, prompt_ids=prompt, max_tokens=2 * _MEASURED_STEPS)
+        )
+    decoding: set[int] = set()
+    while len(decoding) < batch:
+        decoding.update(delta.request_id for delta in engine.step().deltas)
+    began_s = time.monotonic()
+    for _ in range(_MEASURED_STEPS):
+        engine.step()
+    seconds = time.monotonic() - began_s
+    for request_id in range(batch):
+        engine.cancel(request_id)
+    while engine.has_work:
+        engine.step()
+    return seconds
+
+
+def _make_runner(
+    setting: Setting, spec: ModelSpec, weights: ModelWeights, limits: EngineLimits
+) -> ModelRunner:
     config = RankConfig(
         group="gpu-check",
-        epoch=0,
+        epoch=1,
         rank=0,
-        source="random",
-        parallel=parallel,
+        source="",
+        parallel=ParallelConfig(),
         limits=limits,
         device=setting.device.type,
+        kernels="auto" if setting.is_cuda else "off",
     )
+    if setting.is_cuda:
+        support = cuda_support(config, setting.device)
+    else:
+        graphs = EagerBackend() if limits.cuda_graphs else None
+        support = DeviceSupport(transfer=HostTransfer(), graphs=graphs, kernels=load_device_kernels())
     return ModelRunner(
         config,
         SoloCollectives(),
-        spec=replace(spec, context_tokens=max(spec.context_tokens, limits.context_tokens)),
-        shard=shard,
-        weights=random_weights(spec, shard, device=setting.device, dtype=setting.dtype),
-        weights_digest="00" * 32,
-        support=_support(setting, has_graphs=has_graphs),
+        spec=spec,
+        shard=shard_of(spec, config.parallel, 0),
+        weights=weights,
+        weights_digest="",
+        support=support,
     )
 
 
-def _support(setting: Setting, *, has_graphs: bool) -> DeviceSupport:
-    kernels = load_device_kernels()
-    assert kernels is not None, "the check does not begin without Triton"
-    if setting.is_cuda:
-        graphs = CudaGraphBackend() if has_graphs else None
-        return DeviceSupport(transfer=CudaTransfer(setting.device), graphs=graphs, kernels=kernels)
-    return DeviceSupport(
-        transfer=HostTransfer(), graphs=EagerBackend() if has_graphs else None, kernels=kernels
-    )
+def _requests(setting: Setting) -> list[GenerationRequest]:
+    """Some of which begin the same; few and short in the interpreter."""
+    count, num_tokens = (2, 2) if setting.is_tiny else (14, 20)
+    return [
+        GenerationRequest(
+            request_id=index,
+            prompt_ids=(*range(3, 21), 7 + index)[index % 5 * 4 :],
+            max_tokens=num_tokens,
+            sampling=_SAMPLINGS[index % len(_SAMPLINGS)],
+        )
+        for index in range(count)
+    ]
+
+
+def _tokens(
+    runner: ModelRunner, limits: EngineLimits, requests: list[GenerationRequest]
+) -> dict[int, list[int]]:
+    engine = Engine(runner, Scheduler(limits, shape_of(runner)), lookahead=limits.lookahead)
+    for request in requests:
+        engine.submit(request)
+    tokens: dict[int, list[int]] = {request.request_id: [] for request in requests}
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            tokens[delta.request_id] += delta.token_ids
+    return tokens

@@ -45,6 +45,12 @@ SECTIONS = (
         name="graphs", module="graphs", budget_s=30, answers="captured decode steps draw the same tokens"
     ),
     Section(
+        name="engine",
+        module="engine",
+        budget_s=45,
+        answers="the engine over graphs, uploads and late reads draws the same tokens, and how fast",
+    ),
+    Section(
         name="meter",
         module="meter",
         budget_s=25,
@@ -58,12 +64,6 @@ SECTIONS = (
         module="speed",
         budget_s=100,
         answers="decode and prefill tok/s of the served shapes, share of the roofline, J/token",
-    ),
-    Section(
-        name="engine",
-        module="engine",
-        budget_s=65,
-        answers="the runner of a replica: tokens with graphs and without, decode tok/s over step plans",
     ),
     Section(name="peer", module="peer", budget_s=45, answers="transformers' generate on the same shapes"),
     Section(

@@ -53,6 +53,9 @@ class LimitsSection(Section):
     gpu_memory_ratio: float = Field(0.9, gt=0.0, le=1.0, description="of a GPU that a rank may use in all")
     cuda_graphs: bool = Field(True, description="replay decode steps from CUDA graphs")
     context_tokens: int = Field(0, ge=0)
+    decode_stretch: float = Field(
+        2.0, ge=1.0, le=1000.0, description="how much longer prompts may make the steps of those that decode"
+    )
     prefix_caching: bool = Field(True, description="share the KV of prompts that begin the same")
     max_output_tokens: int = Field(4096, ge=1)
     drain_s: float = Field(30.0, ge=1.0, le=3600.0)
@@ -78,6 +81,7 @@ class LimitsSection(Section):
             cuda_graphs=self.cuda_graphs,
             context_tokens=self.context_tokens,
             lookahead=lookahead,
+            decode_stretch=self.decode_stretch,
             prefix_caching=self.prefix_caching,
         )
 

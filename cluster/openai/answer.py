@@ -19,9 +19,11 @@ from cluster.openai.figures import Figures, figures_of
 from cluster.openai.shapes import Shape
 from cluster.router.answer import Completed, TextDelta
 from cluster.router.completion import Completion, TextPrompt, TokenPrompt
+from cluster.router.errors import EngineFault
 from cluster.router.served_model import ServedModel
 from cluster.router.side_by_side import side_by_side
 from cluster.router.streams import Streams
+from replicas.request import TokenLogprobs
 
 Piece: TypeAlias = tuple[int, ChoiceText]
 """Of the choice with this number, counted through all prompts."""
@@ -114,8 +116,8 @@ class Answer:
                 index = position * ask.num_choices + event.index
                 if ask.echo and index not in echoed:
                     echoed.add(index)
-                    if event.prompt_logprobs:
-                        echo.logprobs = [None, *event.prompt_logprobs]
+                    if completion.wants_prompt_logprobs and event.index == 0:
+                        echo.logprobs = _of_prompt(echo, event)
                     yield index, echo
                 if ask.has_answer:
                     yield index, _piece(event)
@@ -145,6 +147,13 @@ class Answer:
 
     def _figures(self, ended: list[Completed]) -> Figures:
         return figures_of(ended, num_choices=self.ask.num_choices, has_answer=self.ask.has_answer)
+
+
+def _of_prompt(echo: ChoiceText, first: TextDelta) -> list[TokenLogprobs | None]:
+    """What is said of a prompt's tokens: nothing of the first, which follows none."""
+    if len(first.prompt_logprobs) != len(echo.token_ids) - 1:
+        raise EngineFault("the replica did not say the logprobs of the prompt")
+    return [None, *first.prompt_logprobs]
 
 
 def _piece(delta: TextDelta) -> ChoiceText:

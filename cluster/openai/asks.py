@@ -14,6 +14,7 @@ from cluster.router.completion import Completion
 from cluster.router.errors import InvalidRequest
 from cluster.router.validation import RequestBounds, parse_chat, parse_generate
 from protos import wattline_inference_pb2 as pb
+from replicas.engine.request_check import MAX_PROMPT_LOGPROBS
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Of this protocol; a chat goes on as long as the model lets it."""
@@ -47,9 +48,12 @@ def completion_ask(body: CompletionBody, bounds: RequestBounds, draw_seed: Calla
     """A validated `/v1/completions`. Raises InvalidRequest."""
     check_best_of(body)
     echo = body.echo or False
-    if echo and body.logprobs is not None:
+    if echo and (body.logprobs or 0) > MAX_PROMPT_LOGPROBS:
         raise InvalidRequest(
-            field="logprobs", got="a value", limit="unset with echo", fix="leave out one of the two"
+            field="logprobs",
+            got=body.logprobs,
+            limit=f"0 to {MAX_PROMPT_LOGPROBS} with echo",
+            fix="ask for fewer",
         )
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     has_answer = max_tokens > 0 or not echo

@@ -237,6 +237,7 @@ class Streams:
             traceparent=span.traceparent,
             text=AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=stop_token_ids),
             buffer_bytes=limit_bytes // completion.num_choices,
+            scores_prompt=completion.wants_prompt_logprobs and index == 0,
             on_overflow=lambda: caller.interrupt(SlowConsumer(limit_bytes=limit_bytes)),
         )
         stream, account = route.connection.submit(job)
@@ -250,6 +251,7 @@ class Streams:
         )
         return Run(
             request_id=caller.request_id,
+            tenant=caller.tenant,
             arrived_s=caller.arrived_s,
             model=model,
             job=job,
@@ -269,7 +271,9 @@ class Streams:
             elif isinstance(batch.end, Finished):
                 finish = batch.end.reason
             if finish or batch.text or batch.token_ids:
-                yield TextDelta(batch.text, batch.token_ids, finish, batch.logprobs, run.index)
+                yield TextDelta(
+                    batch.text, batch.token_ids, finish, batch.logprobs, run.index, batch.prompt_logprobs
+                )
             run.outcome = finish
             if finish is not None or not isinstance(batch.end, RouterError):
                 continue

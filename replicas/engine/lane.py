@@ -9,8 +9,9 @@ only decoding asks for more. It leaves one free block per running sequence, or d
 what was just admitted.
 
 The beginning of a sequence that is cached is shared, not computed: full blocks only, and never all tokens,
-since the last one has to run to give logits. A block is filed only once a finite token was sampled behind it,
-so what a broken computation left can be found by nobody.
+since the last one has to run to give logits. A block of a prompt is filed when a plan computes it, so that
+sequences of one step share it (`prefix_leaders.py`). If that computation breaks, or ends before a token was
+sampled behind it, the block is forgotten, and who shared a broken one meanwhile starts anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from operator import attrgetter
 
 from replicas.engine.block_pool import BlockPool
 from replicas.engine.prefix_hash import extend_hashes
-from replicas.engine.prefix_leaders import PrefixLeaders
+from replicas.engine.prefix_leaders import MIN_SHARED_TOKENS, choose_leader
 from replicas.engine.sequence import Sequence, SequenceState
 
 _by_order = attrgetter("order")
@@ -38,7 +39,7 @@ class Lane:
         """Of the running ones, those with more than their newest token to plan."""
         self._block_tokens = block_tokens
         self._caches_prefixes = caches_prefixes
-        self._leaders = PrefixLeaders(block_tokens=block_tokens)
+        self._broken_blocks: set[int] = set()
         self._num_waiting_tokens = 0
 
     @property
@@ -65,13 +66,12 @@ class Lane:
         sequence.blocks = cached + self.pool.allocate(self._blocks_of(sequence) - len(cached))
         sequence.reuse(num_blocks=len(cached), num_tokens=len(cached) * self._block_tokens)
         insort(self.running, sequence, key=_by_order)
-        if self._caches_prefixes:
-            self._leaders.add(sequence)
         if not sequence.is_decoding:
             insort(self.prefilling, sequence, key=_by_order)
 
     def chunk_planned(self, sequence: Sequence) -> None:
-        """Some of its prefill is planned; if that was the rest, it decodes from now on."""
+        """Some of its prefill is planned: whoever comes later may share that. After the rest it decodes."""
+        self._file(sequence, num_tokens=sequence.num_computed)
         if sequence.is_decoding and sequence in self.prefilling:
             _remove(self.prefilling, sequence)
 
@@ -81,9 +81,10 @@ class Lane:
             self._remove_waiting(sequence)
             return
         _remove(self.running, sequence)
-        self._leaders.discard(sequence)
         if sequence in self.prefilling:
             _remove(self.prefilling, sequence)
+        if not sequence.is_proved:
+            self.pool.forget(sequence.blocks[sequence.num_reused_blocks :])
         self.pool.release(sequence.blocks)
         sequence.blocks = []
 
@@ -97,9 +98,12 @@ class Lane:
 
     def file_computed(self, sequence: Sequence, *, num_tokens: int) -> None:
         """The KV of the first `num_tokens` of a running sequence is written and proved finite."""
-        self._leaders.discard(sequence)
+        sequence.is_proved = True
+        self._file(sequence, num_tokens=num_tokens)
+
+    def _file(self, sequence: Sequence, *, num_tokens: int) -> None:
         num_full = num_tokens // self._block_tokens
-        if num_full == sequence.num_filed_blocks or not self._caches_prefixes:
+        if num_full <= sequence.num_filed_blocks or not self._caches_prefixes:
             return
         self._extend_hashes(sequence)
         for index in range(sequence.num_filed_blocks, num_full):
@@ -109,16 +113,34 @@ class Lane:
     def forget(self, sequence: Sequence) -> None:
         """The KV of a running sequence is not to be trusted: none of its blocks stays in the cache."""
         self.pool.forget(sequence.blocks)
+        self._broken_blocks.update(sequence.blocks)
+
+    def take_sharers_of_broken(self) -> list[Sequence]:
+        """The running sequences that share what was forgotten since the last call, and have no token yet."""
+        broken, self._broken_blocks = self._broken_blocks, set()
+        return [
+            sequence
+            for sequence in (self.running if broken else ())
+            if not sequence.is_proved and not broken.isdisjoint(sequence.blocks)
+        ]
 
     def is_held(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence had better wait for blocks that another one is computing."""
-        if sequence.waits_for is None and self._caches_prefixes:
-            sequence.waits_for = self._leaders.leader_of(
+        """Whether a waiting sequence had better wait for blocks that another one is about to compute."""
+        if sequence.is_scoring:
+            return False
+        if sequence.waits_for is None and self._caches_prefixes and self.prefilling:
+            choose_leader(
                 sequence,
-                num_cached_blocks=len(self._cached_blocks(sequence)),
-                num_sharable_blocks=self._num_sharable(sequence),
+                self.prefilling,
+                min_blocks=len(self._cached_blocks(sequence)) + -(-MIN_SHARED_TOKENS // self._block_tokens),
+                max_blocks=self._num_sharable(sequence),
             )
-        return self._leaders.is_leading(sequence.waits_for)
+        leader = sequence.waits_for
+        return (
+            leader is not None
+            and leader.num_filed_blocks < sequence.num_awaited_blocks
+            and leader in self.prefilling
+        )
 
     def has_blocks_for(self, sequence: Sequence, *, besides: Iterable[Sequence] = ()) -> bool:
         """Whether it could be admitted now, and the waiting ones `besides` it as well."""
@@ -149,6 +171,8 @@ class Lane:
         if not self._caches_prefixes:
             return []
         self._extend_hashes(sequence)
+        if sequence.is_scoring:
+            return []
         return self.pool.find(sequence.block_hashes[: self._num_sharable(sequence)])
 
     def _num_sharable(self, sequence: Sequence) -> int:

@@ -21,10 +21,11 @@ class ScheduledRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledStep:
-    """A plan, and whom its outcome belongs to. `rows` is parallel to `plan.rows`."""
+    """A plan, and whom its outcome belongs to: `rows` is parallel to `plan.rows`, `scored` to that of it."""
 
     plan: StepPlan
     rows: tuple[ScheduledRow, ...]
+    scored: tuple[ScheduledRow, ...] = ()
 
 
 def plan_row(sequence: Sequence, count: int, *, is_prefill: bool) -> ScheduledRow:

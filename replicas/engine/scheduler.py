@@ -19,6 +19,7 @@ from itertools import chain, repeat
 
 from replicas.config import EngineLimits
 from replicas.engine.lane import Lane
+from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.request_check import check_request
 from replicas.engine.scheduled_step import ScheduledRow, ScheduledStep, plan_row
 from replicas.engine.sequence import Sequence, SequenceState
@@ -33,6 +34,8 @@ from replicas.request import (
     TokenLogprobs,
 )
 
+MAX_SCORED_TOKENS = 256
+"""Of prompts that are scored, per step and lane: each takes a row of logits over the whole vocabulary."""
 NO_TOKEN = -1
 """A runner's answer for a row whose logits were not finite."""
 
@@ -82,6 +85,15 @@ class Scheduler:
         return not self._sequences
 
     @property
+    def num_decoding(self) -> int:
+        return sum([len(lane.running) - len(lane.prefilling) for lane in self._lanes])
+
+    @property
+    def num_prefilling(self) -> int:
+        """Sequences that have prompt tokens left to plan, waiting ones included."""
+        return sum([len(lane.prefilling) + len(lane.waiting) for lane in self._lanes])
+
+    @property
     def step(self) -> int:
         """Number of the step planned last; 0 before the first."""
         return self._step
@@ -95,6 +107,7 @@ class Scheduler:
                 vocab_size=self._shape.vocab_size,
                 context_tokens=self.context_tokens,
                 num_lanes=len(self._lanes),
+                scores_prompts=self._shape.scores_prompts,
             )
         except BadRequest as error:
             self._refuse(request, ("INVALID_ARGUMENT", str(error)))
@@ -124,8 +137,8 @@ class Scheduler:
         """End with STOP, whatever the state; an id that has already ended is no error."""
         self._end(request_id, FinishReason.STOP, now_ns)
 
-    def schedule(self, *, now_ns: int) -> ScheduledStep | None:
-        """Plan the next step; None when no sequence can compute anything now."""
+    def schedule(self, *, now_ns: int, pace: PrefillPace | None = None) -> ScheduledStep | None:
+        """Plan the next step; None when no sequence can compute anything now. `pace` bounds prompt tokens."""
         if now_ns >= self._next_deadline_ns:
             self._expire(now_ns)
         decodes: list[ScheduledRow] = []
@@ -134,23 +147,31 @@ class Scheduler:
         for lane in self._lanes:
             self._preempt_for_priority(lane)
             budget = self._schedule_decodes(lane, decodes)
+            if pace is not None:
+                budget = pace.tokens(
+                    num_decoding=self.num_decoding, num_prefilling=self.num_prefilling, limit=budget
+                )
             self._schedule_prefills(lane, prefills, new_rows, budget, now_ns)
         rows = (*decodes, *prefills)
         if not rows:
             return None
         self._step += 1
+        scored = tuple([row for row in prefills if row.sequence.is_scoring])
         plan = StepPlan(
             step=self._step,
             freed_rows=tuple(self._freed_rows),
             new_rows=tuple(new_rows),
             rows=tuple([row.planned for row in rows]),
+            scored=tuple([row.sequence.scored_row(row.planned) for row in scored]),
         )
         self._freed_rows.clear()
-        return ScheduledStep(plan=plan, rows=rows)
+        return ScheduledStep(plan=plan, rows=rows, scored=scored)
 
     def commit(self, step: ScheduledStep, outcome: StepOutcome, *, now_ns: int) -> tuple[StepMember, ...]:
         """Take in what the oldest step under way sampled; says who was in it, for the energy ledger."""
         sampled = zip(outcome.sampled_ids, outcome.logprobs or repeat(None), strict=False)
+        if step.scored:
+            _take_scores(step, outcome)
         members = []
         for row in step.rows:
             sequence, num_tokens = row.sequence, len(row.planned.token_ids)
@@ -172,6 +193,9 @@ class Scheduler:
                 self._prove_computed(row, is_finite=token[0] != NO_TOKEN)
                 self._take_token(sequence, *token, now_ns)
         assert next(sampled, None) is None, "a runner samples the rows that ask for it, and no others"
+        for lane in self._lanes:
+            for sequence in lane.take_sharers_of_broken():
+                self._preempt(lane, sequence)
         return tuple(members)
 
     def take_deltas(self) -> tuple[SequenceDelta, ...]:
@@ -241,8 +265,14 @@ class Scheduler:
     ) -> None:
         """Prompt chunks: of what runs already, then of what can be admitted."""
         candidates = chain(tuple(lane.prefilling), self._admit(lane, new_rows, now_ns))
+        to_score = MAX_SCORED_TOKENS
         while budget > 0 and (sequence := next(candidates, None)) is not None:
             count = min(sequence.num_uncomputed, budget)
+            if sequence.is_scoring:
+                count = min(count, to_score)
+                to_score -= count
+                if count == 0:
+                    continue
             prefills.append(plan_row(sequence, count, is_prefill=True))
             lane.chunk_planned(sequence)
             budget -= count
@@ -365,3 +395,14 @@ class Scheduler:
                 self._finish(sequence, FinishReason.DEADLINE, now_ns)
         deadlines = (sequence.request.deadline_ns for sequence in self._sequences.values())
         self._next_deadline_ns = min((at for at in deadlines if at is not None), default=math.inf)
+
+
+def _take_scores(step: ScheduledStep, outcome: StepOutcome) -> None:
+    """Hand each scored row its part of the scores, also one that was preempted meanwhile: they hold."""
+    at = 0
+    for row, scored in zip(step.scored, step.plan.scored, strict=True):
+        end = at + len(scored.targets(row.planned.token_ids))
+        if row.sequence.state is not SequenceState.FINISHED:
+            row.sequence.take_scores(row.planned, list(outcome.scores[at:end]))
+        at = end
+    assert at == len(outcome.scores), "a runner scores what it is asked to"

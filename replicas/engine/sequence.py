@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from replicas.plan import LAST_SAMPLED, NewRow
+from replicas.plan import LAST_SAMPLED, NO_NEXT, NewRow, PlannedRow, ScoredRow
 from replicas.request import (
     FinishReason,
     GenerationRequest,
@@ -59,7 +59,12 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     """Hashes of the first full blocks of `tokens`, as far as somebody asked for them."""
     waits_for: Sequence | None = None
-    """Whose blocks it waits, or once waited, to share (`prefix_leaders.py`)."""
+    """Whose blocks it waits, or once waited, to share (`prefix_leaders.py`), and how many of them."""
+    num_awaited_blocks: int = 0
+    is_proved: bool = False
+    """A finite token was sampled behind the KV it has now."""
+    num_reused_blocks: int = 0
+    """The first blocks of `blocks` that others computed."""
     num_filed_blocks: int = 0
     """The first blocks of `blocks` that are in the prefix cache, or equal to one that is."""
     cached_tokens: int = 0
@@ -72,6 +77,8 @@ class Sequence:
     """New, not repeated, tokens in steps under way."""
     wasted_tokens: int = 0
     preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of its prompt from the second token on, as far as it is scored; given away with the first token."""
     scheduled_ns: int | None = None
     first_token_ns: int | None = None
 
@@ -92,6 +99,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens known and delivered by this attempt."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def is_scoring(self) -> bool:
+        """What is computed of it has to be scored, too."""
+        return self.request.scores_prompt and len(self.tokens) == self.num_prompt
 
     @property
     def is_decoding(self) -> bool:
@@ -135,7 +147,8 @@ class Sequence:
     def reuse(self, *, num_blocks: int, num_tokens: int) -> None:
         """It starts running with KV that is there already: nobody computes its first tokens."""
         self.num_computed = num_tokens
-        self.num_filed_blocks = num_blocks
+        self.num_filed_blocks = self.num_reused_blocks = num_blocks
+        self.is_proved = False
         if self.scheduled_ns is None:
             self.cached_tokens = num_tokens
 
@@ -148,6 +161,18 @@ class Sequence:
         if token_id in self.request.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.max_length else None
+
+    def scored_row(self, planned: PlannedRow) -> ScoredRow:
+        """What of a planned chunk of its prompt is to be scored."""
+        end = planned.start_pos + len(planned.token_ids)
+        assert planned.row == self.row and end <= self.num_prompt, "only a prompt is scored"
+        return ScoredRow(row=planned.row, next_id=NO_NEXT if end == self.num_prompt else self.tokens[end])
+
+    def take_scores(self, planned: PlannedRow, scores: list[TokenLogprobs]) -> None:
+        """The scores of a chunk; after a preemption, some of them for the second time."""
+        num_known = len(self.prompt_logprobs) - planned.start_pos
+        assert num_known >= 0, "chunks are scored in order"
+        self.prompt_logprobs += scores[num_known:]
 
     def preempt(self) -> None:
         """Forget all KV. Tokens stay, and so does a pending one: its step is under way and will give it."""
@@ -171,6 +196,7 @@ class Sequence:
             first_offset=request.first_offset + self.num_generated - 1,
             token_ids=(token_id,),
             logprobs=logprobs,
+            prompt_logprobs=self._give_prompt_logprobs() if self.prompt_logprobs else (),
         )
 
     def last_delta(
@@ -193,7 +219,12 @@ class Sequence:
             timing=self._timing(now_ns),
             error=error,
             logprobs=logprobs,
+            prompt_logprobs=self._give_prompt_logprobs() if token_ids else (),
         )
+
+    def _give_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        given, self.prompt_logprobs = tuple(self.prompt_logprobs), []
+        return given
 
     def _timing(self, now_ns: int) -> SequenceTiming:
         """Queue until first planned, prefill until the first token, decode until now."""

@@ -132,6 +132,7 @@ class DeviceRows:
             ),
             sampled_S=staged.sampled_S.tensor,
             draws=flat.draws,
+            targets=flat.targets,
         )
 
     def decode_batch(

@@ -21,7 +21,14 @@ from replicas.rank.device_batch import DeviceRows
 from replicas.rank.device_kernels import DeviceKernels
 from replicas.rank.graphs import Decoded, DecodeGraphs, GraphBackend
 from replicas.rank.logit_edits import Edits, LogitEdits
-from replicas.rank.logprobs import Asked, measure_logprobs, stage_logprobs
+from replicas.rank.logprobs import (
+    Asked,
+    StagedTargets,
+    measure_logprobs,
+    measure_targets,
+    stage_logprobs,
+    stage_targets,
+)
 from replicas.rank.pending import EnqueuedStep, OutcomeReader
 from replicas.rank.sampler import Sampling, best_tokens, draw_tokens, pick_tokens, stage_sampling
 from replicas.rank.transfer import Part, Transfer, Upload
@@ -44,7 +51,6 @@ class DeviceSupport:
 class _StagedDraws:
     """How the draws of a step are made, on its way to the device."""
 
-    draws: tuple[Draw, ...]
     rows_S: Part
     edits: Edits
     sampling: Sampling
@@ -93,7 +99,7 @@ class DeviceSteps:
         flat = self._parts.rows.flatten(plan)
         upload = Upload(self._transfer)
         blocks = self._parts.device_rows.stage_blocks(plan, upload)
-        if self.graphs is not None and flat.num_decodes == len(flat.ordered):
+        if self.graphs is not None and flat.num_decodes == len(flat.ordered) and not flat.targets:
             size = bucket_of(flat.num_decodes, self.graphs.sizes)
             padding_row = self._parts.device_rows.padding_row
             words = upload.add(decode_words(flat, size=size, padding_row=padding_row))
@@ -104,12 +110,13 @@ class DeviceSteps:
             return self._replay(self.graphs, flat, words, staged, places)
         batch = self._parts.device_rows.stage(flat, upload)
         staged = self._stage_draws(flat.draws, upload) if flat.draws else None
+        targets = stage_targets(flat.targets, upload)
         upload.send()
         self._parts.device_rows.append(blocks)
         logits_SV, experts_hit = self._parts.run(
             self._parts.device_rows.batch(batch, has_spans=self._parts.has_spans)
         )
-        return self._finish(logits_SV, _as_words(experts_hit, logits_SV.device), staged)
+        return self._finish(flat, logits_SV, _as_words(experts_hit, logits_SV.device), staged, targets)
 
     def _replay(
         self,
@@ -122,28 +129,36 @@ class DeviceSteps:
         logits_BV, outputs_B1 = graphs.replay(words.tensor)
         if staged is None or places is None:
             fetch = self._transfer.fetch((outputs_B1,))
-            return EnqueuedStep(reader=self._parts.reader, draws=flat.draws, places=flat.sampled, fetch=fetch)
-        return self._finish(logits_BV.index_select(0, places.tensor), outputs_B1[-1:], staged)
+            return EnqueuedStep(reader=self._parts.reader, drawn=flat, places=flat.sampled, fetch=fetch)
+        return self._finish(flat, logits_BV.index_select(0, places.tensor), outputs_B1[-1:], staged)
 
     def _finish(
-        self, logits_SV: torch.Tensor, hit_1: torch.Tensor, staged: _StagedDraws | None
+        self,
+        flat: FlatStep,
+        logits_SV: torch.Tensor,
+        hit_1: torch.Tensor,
+        staged: _StagedDraws | None,
+        targets: StagedTargets | None = None,
     ) -> EnqueuedStep:
-        """Draw the tokens, if any are asked for, and send them up."""
-        if staged is None:
-            return EnqueuedStep(
-                reader=self._parts.reader, draws=(), places=(), fetch=self._transfer.fetch((hit_1,))
-            )
-        edited_SV = self._parts.edits.apply(logits_SV, staged.edits)
-        ids_S = draw_tokens(edited_SV, staged.sampling, self._parts.shard, self._parts.collectives)
-        self._parts.device_rows.remember(staged.rows_S.tensor, ids_S)
-        self._parts.edits.remember(staged.edits, ids_S)
-        logprobs = measure_logprobs(logits_SV, ids_S, staged.asked, self._parts.collectives)
-        words = torch.cat((ids_S, hit_1))
+        """Draw the tokens and score those that are known, if any are asked for, and send them up."""
+        collectives, num_draws = self._parts.collectives, len(flat.draws)
+        words, logprobs = hit_1, None
+        if staged is not None:
+            drawn_SV = logits_SV[:num_draws]
+            edited_SV = self._parts.edits.apply(drawn_SV, staged.edits)
+            ids_S = draw_tokens(edited_SV, staged.sampling, self._parts.shard, collectives)
+            self._parts.device_rows.remember(staged.rows_S.tensor, ids_S)
+            self._parts.edits.remember(staged.edits, ids_S)
+            logprobs = measure_logprobs(drawn_SV, ids_S, staged.asked, collectives)
+            words = torch.cat((ids_S, hit_1))
+        scores = measure_targets(logits_SV[num_draws:], targets, collectives)
+        said = tuple(tensor for tensor in (words, logprobs, scores) if tensor is not None)
         return EnqueuedStep(
             reader=self._parts.reader,
-            draws=staged.draws,
-            places=range(len(staged.draws)),
-            fetch=self._transfer.fetch((words,) if logprobs is None else (words, logprobs)),
+            drawn=flat,
+            places=range(num_draws),
+            has_logprobs=logprobs is not None,
+            fetch=self._transfer.fetch(said),
         )
 
     def _decode(self, words_6B: torch.Tensor) -> Decoded:
@@ -169,7 +184,6 @@ class DeviceSteps:
 
     def _stage_draws(self, draws: tuple[Draw, ...], upload: Upload) -> _StagedDraws:
         return _StagedDraws(
-            draws=draws,
             rows_S=upload.integers([draw.row for draw in draws]),
             edits=self._parts.edits.stage(draws, upload),
             sampling=stage_sampling(draws, upload),

@@ -1,4 +1,4 @@
-"""The logprobs of sampled tokens and of the likeliest alternatives, for the rows that ask for them.
+"""The logprobs of sampled or known tokens and of the likeliest alternatives, for the rows that ask for them.
 
 They are the model's own: of the logits as they came, before penalties, biases and temperature. What is said
 of a row depends on that row alone. The answer travels as one float32 tensor, so that a device hands it over
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from replicas.parallel.collectives import Collectives
-from replicas.rank.batch import Draw
+from replicas.rank.batch import Draw, Target
 from replicas.rank.transfer import Part, Upload
 from replicas.request import TokenLogprobs
 
@@ -27,7 +27,24 @@ class Asked:
     most: int
 
 
-def stage_logprobs(draws: Sequence[Draw], upload: Upload) -> Asked | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedTargets:
+    """Tokens that are known and scored, staged for the device."""
+
+    ids_S: Part
+    asked: Asked | None
+
+
+def stage_targets(targets: Sequence[Target], upload: Upload) -> StagedTargets | None:
+    """What `measure_targets` needs; None if there are none."""
+    if not targets:
+        return None
+    return StagedTargets(
+        ids_S=upload.integers([target.token_id for target in targets]), asked=stage_logprobs(targets, upload)
+    )
+
+
+def stage_logprobs(draws: Sequence[Draw | Target], upload: Upload) -> Asked | None:
     """What `measure_logprobs` needs; None if no row asks."""
     asking = _asking(draws)
     if not asking:
@@ -55,7 +72,7 @@ def measure_logprobs(
 
 
 def read_logprobs(
-    measured_MK: Sequence[Sequence[float]], draws: Sequence[Draw]
+    measured_MK: Sequence[Sequence[float]], draws: Sequence[Draw | Target]
 ) -> tuple[TokenLogprobs | None, ...]:
     """One entry per draw, None for those that did not ask; from the rows of `measure_logprobs`."""
     said: list[TokenLogprobs | None] = [None] * len(draws)
@@ -67,5 +84,21 @@ def read_logprobs(
     return tuple(said)
 
 
-def _asking(draws: Sequence[Draw]) -> list[int]:
+def measure_targets(
+    logits_SV: torch.Tensor, staged: StagedTargets | None, collectives: Collectives
+) -> torch.Tensor | None:
+    """The same of tokens that are known already."""
+    if staged is None:
+        return None
+    return measure_logprobs(logits_SV, staged.ids_S.tensor, staged.asked, collectives)
+
+
+def read_scores(
+    measured_MK: Sequence[Sequence[float]], targets: Sequence[Target]
+) -> tuple[TokenLogprobs, ...]:
+    """One entry per target: whoever has their prompt scored asks for logprobs."""
+    return tuple(said for said in read_logprobs(measured_MK, targets) if said is not None)
+
+
+def _asking(draws: Sequence[Draw | Target]) -> list[int]:
     return [index for index, draw in enumerate(draws) if draw.sampling.num_logprobs is not None]

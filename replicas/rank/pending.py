@@ -9,15 +9,29 @@ from typing import Protocol
 import torch
 
 from replicas.plan import StepOutcome
-from replicas.rank.batch import Draw
+from replicas.rank.batch import Draw, Target
 from replicas.rank.transfer import Fetch
+
+
+class Drawn(Protocol):
+    """Whose tokens a step draws and scores: a batch, or its flat step."""
+
+    @property
+    def draws(self) -> tuple[Draw, ...]: ...
+
+    @property
+    def targets(self) -> tuple[Target, ...]: ...
 
 
 class OutcomeReader(Protocol):
     """Who makes an outcome of the words a step leaves, once they are on the host."""
 
     def outcome(
-        self, draws: tuple[Draw, ...], words: list[int], logprobs: torch.Tensor | None
+        self,
+        drawn: Drawn,
+        words: list[int],
+        logprobs: torch.Tensor | None,
+        scores: torch.Tensor | None,
     ) -> StepOutcome:
         """`words`: one id per draw, then the experts hit."""
 
@@ -37,10 +51,12 @@ class EnqueuedStep:
     """A step on a device: ids, the experts hit, and logprobs, on their way to the host.
 
     `places` says where among the fetched words the id of each draw is; the last word is the experts hit.
+    Logprobs and scores follow the words, if there are any.
     """
 
     reader: OutcomeReader
-    draws: tuple[Draw, ...]
+    drawn: Drawn
+    has_logprobs: bool = False
     places: Sequence[int]
     fetch: Fetch
 
@@ -48,4 +64,6 @@ class EnqueuedStep:
         fetched = self.fetch.wait()
         words = fetched[0].tolist()
         ids = [words[place] for place in self.places]
-        return self.reader.outcome(self.draws, [*ids, words[-1]], fetched[1] if len(fetched) > 1 else None)
+        logprobs = fetched[1] if self.has_logprobs else None
+        scores = fetched[-1] if len(fetched) > 1 + self.has_logprobs else None
+        return self.reader.outcome(self.drawn, [*ids, words[-1]], logprobs, scores)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from replicas.config import RankConfig
 from replicas.engine.engine import Engine
+from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.scheduler import Scheduler
 from replicas.errors import RankLost
 from replicas.frames import (
@@ -75,7 +76,8 @@ def _serve(config: RankConfig, build: RunnerFactory, supervisor: RankSocket) -> 
     built = build(config, report)
     runner: Runner = built.runner if leader is None else GroupRunner(built.runner, leader)
     scheduler = Scheduler(config.limits, built.shape)
-    engine = Engine(runner, scheduler, lookahead=config.limits.lookahead)
+    pace = PrefillPace(stretch=config.limits.decode_stretch)
+    engine = Engine(runner, scheduler, lookahead=config.limits.lookahead, pace=pace)
     _warm_up(engine, built.shape)
     if leader is not None:
         leader.timeout_s = config.collective_timeout_s

@@ -22,7 +22,7 @@ from replicas.models.weights import ModelWeights, Progress, load_weights
 from replicas.parallel.collectives import Collectives, device_of
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
-from replicas.rank.batch import Batch, Draw, Rows
+from replicas.rank.batch import Batch, Rows
 from replicas.rank.buckets import bucket_sizes
 from replicas.rank.device_batch import DeviceRows
 from replicas.rank.device_kernels import TRITON_KERNELS
@@ -45,8 +45,15 @@ from replicas.rank.device_setup import (
 )
 from replicas.rank.device_steps import DeviceSteps, DeviceSupport, StepParts
 from replicas.rank.logit_edits import LogitEdits
-from replicas.rank.logprobs import measure_logprobs, read_logprobs, stage_logprobs
-from replicas.rank.pending import FinishedStep
+from replicas.rank.logprobs import (
+    measure_logprobs,
+    measure_targets,
+    read_logprobs,
+    read_scores,
+    stage_logprobs,
+    stage_targets,
+)
+from replicas.rank.pending import Drawn, FinishedStep
 from replicas.rank.sampler import NOT_FINITE, draw_tokens, stage_sampling
 from replicas.rank.transfer import Upload
 from replicas.request import TORCH_KERNELS, SamplingParams
@@ -148,7 +155,7 @@ class ModelRunner:
         )
         collectives.barrier(_LOAD_SKEW_S)
         if device.type == "cuda" and not config.limits.has_fixed_cache:
-            runner._size_cache()
+            runner.size_cache()
         runner._refuse_other_models()
         return runner
 
@@ -166,32 +173,40 @@ class ModelRunner:
             return self._steps.launch(plan)
         batch = self._rows.batch(plan)
         logits_SV, experts_hit = self.decoder.logits(batch)
-        logprobs = None
-        if batch.draws:
-            upload = Upload()
-            edits = self._edits.stage(batch.draws, upload)
-            sampling = stage_sampling(batch.draws, upload)
-            asked = stage_logprobs(batch.draws, upload)
-            upload.send()
+        upload, draws = Upload(), batch.draws
+        edits = self._edits.stage(draws, upload) if draws else None
+        sampling = stage_sampling(draws, upload)
+        asked = stage_logprobs(draws, upload)
+        targets = stage_targets(batch.targets, upload)
+        upload.send()
+        scores = measure_targets(logits_SV[len(draws) :], targets, self._collectives)
+        ids_S, logprobs, logits_SV = batch.sampled_S[:0], None, logits_SV[: len(draws)]
+        if edits is not None:
             edited_SV = self._edits.apply(logits_SV, edits)
             ids_S = draw_tokens(edited_SV, sampling, self._shard, self._collectives)
-            self._rows.remember(batch.draws, ids_S)
+            self._rows.remember(draws, ids_S)
             self._edits.remember(edits, ids_S)
             logprobs = measure_logprobs(logits_SV, ids_S, asked, self._collectives)
-        else:
-            ids_S = batch.sampled_S
-        return FinishedStep(self.outcome(batch.draws, [*ids_S.tolist(), int(experts_hit)], logprobs))
+        return FinishedStep(self.outcome(batch, [*ids_S.tolist(), int(experts_hit)], logprobs, scores))
 
     def outcome(
-        self, draws: tuple[Draw, ...], words: list[int], logprobs: torch.Tensor | None
+        self,
+        drawn: Drawn,
+        words: list[int],
+        logprobs: torch.Tensor | None,
+        scores: torch.Tensor | None,
     ) -> StepOutcome:
         """From the words a step leaves: ids, then the experts hit. Notes rows that must be scrubbed."""
         *ids, experts_hit = words
-        for draw, token_id in zip(draws, ids, strict=True):
+        for draw, token_id in zip(drawn.draws, ids, strict=True):
             if token_id == NOT_FINITE:
                 self._broken_rows.add(draw.row)
-        said = () if logprobs is None else read_logprobs(logprobs.tolist(), draws)
-        return StepOutcome(sampled_ids=tuple(ids), experts_hit=experts_hit, logprobs=said)
+        return StepOutcome(
+            sampled_ids=tuple(ids),
+            experts_hit=experts_hit,
+            logprobs=() if logprobs is None else read_logprobs(logprobs.tolist(), drawn.draws),
+            scores=() if scores is None else read_scores(scores.tolist(), drawn.targets),
+        )
 
     @torch.inference_mode()
     def warmup(self) -> None:
@@ -265,7 +280,7 @@ class ModelRunner:
         return self.decoder.logits(batch)
 
     @torch.inference_mode()
-    def _size_cache(self) -> None:
+    def size_cache(self) -> None:
         """Take what the device has left for the KV cache: the same number of blocks on all ranks."""
         step_bytes = measure_step_bytes(self._device, self._run_chunk)
         most_rows = min(self._limits.max_sequences, self._limits.step_tokens)

@@ -127,9 +127,9 @@ async def test_a_stream_gives_pieces_and_a_final_response(
     assert "".join(texts(result)[0] for result in results) == expected()
     finals = [result.get_response().parameters["triton_final_response"].bool_param for result in results]
     assert finals == [False] * (len(results) - 1) + [True]
-    # A busy router may have joined all pieces into one.
-    assert all(texts(result, "finish_reason") == ["None"] for result in results[:-1])
-    assert texts(results[-1], "finish_reason") == ["length"]
+    # The last piece says how it ended, and the final response again; a busy router may join all pieces.
+    reasons = [reason for result in results for reason in texts(result, "finish_reason")]
+    assert reasons == ["None"] * (len(results) - 2) + ["length", "length"]
     assert results[-1].get_response().parameters["wattline_energy_joules"].double_param > 0
 
 

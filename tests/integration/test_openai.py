@@ -163,6 +163,43 @@ async def test_token_prompts_echo_and_the_default_length(
     assert nothing.usage is not None and nothing.usage.completion_tokens == 0
 
 
+async def test_an_echo_with_logprobs_says_those_of_the_prompt(
+    router: TestRouter, client: openai.AsyncOpenAI
+) -> None:
+    """As lm-evaluation-harness asks for log-likelihoods: token ids, echo, one alternative, one token."""
+    async with router.replica(tokens=script(*spell("!"))) as replica:
+        answer = await client.completions.create(
+            model=MODEL,
+            prompt=[list(spell("abc")), list(spell("d"))],
+            max_tokens=1,
+            temperature=0,
+            logprobs=1,
+            echo=True,
+            seed=1234,
+        )
+        several = await client.completions.create(
+            model=MODEL, prompt="abc", max_tokens=1, logprobs=0, echo=True, n=2
+        )
+        asked = [command.submit.prompt_logprobs for command in replica.received("submit")]
+    first, second = (choice.logprobs for choice in answer.choices)
+    assert first is not None and second is not None
+    assert (first.tokens, first.text_offset) == (["a", "b", "c", "!"], [0, 1, 2, 3])
+    assert first.token_logprobs == [None, -1.0, -2.0, 0.0]
+    assert first.top_logprobs is not None and list(map(bool, first.top_logprobs)) == [False, True, True, True]
+    assert second.token_logprobs == [None, 0.0]
+    for choice in several.choices:
+        assert choice.logprobs is not None and choice.logprobs.token_logprobs == [None, -1.0, -2.0, 0.0]
+    assert asked == [True, True, True, False]
+
+
+async def test_a_replica_that_says_nothing_of_prompts_is_a_fault(
+    router: TestRouter, client: openai.AsyncOpenAI
+) -> None:
+    async with router.replica(scores_prompts=False):
+        with pytest.raises(openai.InternalServerError, match="did not say the logprobs of the prompt"):
+            await client.completions.create(model=MODEL, prompt="abc", logprobs=0, echo=True)
+
+
 async def test_stop_texts_end_an_answer_before_them(router: TestRouter, client: openai.AsyncOpenAI) -> None:
     async with router.replica(tokens=script(*spell("one END two"))):
         answer = await client.completions.create(model=MODEL, prompt="x", stop="END", max_tokens=50)
@@ -226,6 +263,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("logit_bias", {"logit_bias": {"a": 1}}),
     ("logit_bias[7]", {"logit_bias": {"7": 101}}),
     ("best_of", {"best_of": 3}),
+    ("logprobs", {"logprobs": 6, "echo": True}),
     ("suffix", {"suffix": "end"}),
     ("tools", {"tools": [{"type": "function"}]}),
     ("response_format", {"response_format": {"type": "json_object"}}),

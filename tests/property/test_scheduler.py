@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from replicas.config import EngineLimits, NullEngineConfig
 from replicas.engine.engine import Engine
+from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.prefix_leaders import MIN_SHARED_TOKENS
 from replicas.engine.scheduler import Scheduler
 from replicas.plan import LAST_SAMPLED, PendingStep, PlannedRow, StepPlan, decode_plan, encode_plan
@@ -124,6 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_sequences=st.integers(1, 5),
         lookahead=st.integers(0, 1),
         prefix_caching=st.booleans(),
+        stretch=st.one_of(st.none(), st.floats(1.0, 3.0)),
     )
     def open(
         self,
@@ -132,6 +134,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_sequences: int,
         lookahead: int,
         prefix_caching: bool = True,
+        stretch: float | None = None,
     ) -> None:
         limits = EngineLimits(
             max_sequences=max_sequences,
@@ -148,7 +151,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.clock = TickingClock()
         self.scheduler = Scheduler(limits, runner.shape)
         self.engine = Engine(
-            WatchedRunner(runner, limits), self.scheduler, lookahead=lookahead, clock=self.clock
+            WatchedRunner(runner, limits),
+            self.scheduler,
+            lookahead=lookahead,
+            pace=None if stretch is None else PrefillPace(stretch=stretch),
+            clock=self.clock,
         )
 
     @rule(
