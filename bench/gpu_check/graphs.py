@@ -18,7 +18,8 @@ _START = 5
 
 def run(setting: Setting, report: SectionReport) -> None:
     num_steps = 2 if setting.is_tiny else 24
-    for shape in small_shapes(is_tiny=setting.is_tiny):
+    shapes = small_shapes(is_tiny=setting.is_tiny)
+    for shape in shapes[-1:] if setting.is_tiny else shapes:
         spec = spec_of(shape)
         shard = shard_of(spec, ParallelConfig(), 0)
         weights = random_weights(spec, shard, device=setting.device, dtype=setting.dtype)

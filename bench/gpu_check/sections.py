@@ -32,7 +32,7 @@ SECTIONS = (
     Section(
         name="numerics",
         module="numerics",
-        budget_s=60,
+        budget_s=45,
         answers="whole small models of the three architectures against transformers and float64",
     ),
     Section(
@@ -42,7 +42,7 @@ SECTIONS = (
         answers="every kernel against float64, with microseconds, GB/s and TFLOP/s",
     ),
     Section(
-        name="graphs", module="graphs", budget_s=40, answers="captured decode steps draw the same tokens"
+        name="graphs", module="graphs", budget_s=30, answers="captured decode steps draw the same tokens"
     ),
     Section(
         name="engine",
@@ -62,14 +62,14 @@ SECTIONS = (
     Section(
         name="speed",
         module="speed",
-        budget_s=110,
+        budget_s=100,
         answers="decode and prefill tok/s of the served shapes, share of the roofline, J/token",
     ),
-    Section(name="peer", module="peer", budget_s=60, answers="transformers' generate on the same shapes"),
+    Section(name="peer", module="peer", budget_s=45, answers="transformers' generate on the same shapes"),
     Section(
         name="one-shot",
         module="one_shot",
-        budget_s=25,
+        budget_s=35,
         answers="varlen attention at pages of 16/64/256; grouped_mm against the expert kernels",
     ),
 )

@@ -202,14 +202,8 @@ class Scheduler:
 
     def take_cache_changes(self) -> tuple[CacheChange, ...]:
         """What the prefix caches filed and let go since the last call; lanes without news are left out."""
-        changes = [(index, *lane.pool.take_changes()) for index, lane in enumerate(self._lanes)]
-        return tuple(
-            [
-                CacheChange(lane=index, added=added, removed=removed)
-                for index, added, removed in changes
-                if added or removed
-            ]
-        )
+        changes = [lane.take_cache_change(index) for index, lane in enumerate(self._lanes)]
+        return tuple([change for change in changes if change is not None])
 
     def load(
         self, *, step_ms: float, prefill_tokens_per_s: float, decode_tokens_per_s: float
@@ -240,10 +234,7 @@ class Scheduler:
     def check(self) -> None:
         """Assert that queues, rows and blocks agree, by a pass over all of them; for tests."""
         for lane in self._lanes:
-            lane.pool.check(block for sequence in lane.running for block in sequence.blocks)
-            prefilling = [sequence for sequence in lane.running if not sequence.is_decoding]
-            assert lane.prefilling == prefilling, "who prefills is not who says so"
-            assert all(not sequence.blocks for sequence in lane.waiting), "waiting sequences hold no blocks"
+            lane.check()
         running = [sequence for lane in self._lanes for sequence in lane.running]
         rows = sorted([*self._free_rows, *(sequence.row for sequence in running if sequence.row is not None)])
         assert rows == list(range(self._limits.max_sequences)), "a row is lost or shared"

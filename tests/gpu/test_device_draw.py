@@ -11,7 +11,7 @@ from replicas.layers.triton.sample import best_tokens
 from replicas.parallel.collectives import SoloCollectives
 from replicas.parallel.degrees import Shard
 from replicas.rank.batch import Draw
-from replicas.rank.sampler import NOT_FINITE, _signed, row_key, sample
+from replicas.rank.sampler import NOT_FINITE, row_keys, sample
 from replicas.request import SamplingParams
 
 VOCAB = 5008
@@ -52,14 +52,11 @@ def test_greedy_and_warm_rows_draw_what_the_torch_sampler_draws(device: torch.de
     logits = make_logits(len(draws), device)
     logits[4, 100] = torch.nan
     expected = sample(logits.clone(), draws, make_shard(), SoloCollectives())
-    keys = [row_key(draw.sampling.seed, draw.position) for draw in draws]
     score, index = best_tokens(
         logits,
         num_valid=VALID,
         first_id=0,
-        keys_S2=torch.tensor(
-            [[_signed(key), _signed(key >> 32)] for key in keys], dtype=torch.int32, device=device
-        ),
+        keys_S2=torch.from_numpy(row_keys(draws)).to(device),
         temperatures_S=torch.tensor([draw.sampling.temperature for draw in draws], device=device),
     )
     drawn = index.long().masked_fill(score.isnan(), NOT_FINITE)
