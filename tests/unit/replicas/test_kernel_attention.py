@@ -89,7 +89,7 @@ def make_inputs(heads: Heads) -> Inputs:
 
 
 def attend(pool: KernelPool, heads: Heads, inputs: Inputs) -> torch.Tensor:
-    """What the kernel gives, [tokens, HIDDEN]; with the step's keys and values put in the cache. No rotation."""
+    """What the kernel gives, [tokens, HIDDEN]; and the cache holds the step then. No rotation."""
     num_tokens = len(inputs.x)
     qkv, out, norm = pool.pack(inputs.qkv), pool.pack(inputs.out), torch.ones(HIDDEN)
     cos, sin = torch.ones(num_tokens, heads.head_dim), torch.zeros(num_tokens, heads.head_dim)
