@@ -54,10 +54,6 @@ static void rotate_task(const void *job, long t) {
     memcpy(a->layer->values + s->slots[t] * (long)width, row + heads * D, width * sizeof(float));
 }
 
-static long row_of(const Step *s, const int64_t *table, long position) {
-    return table[position / s->block_tokens] * s->block_tokens + position % s->block_tokens;
-}
-
 /* Scores become weights: exp(score - top). Returns their sum. */
 static float weigh(float *score, long count, float top) {
     vf sums = {0};
@@ -165,8 +161,8 @@ INLINE void outer(const float *x, const long row, const long column, const float
     }
 }
 
-/* Scores of `count` keys (of position `at` on; those a query comes before count as -INFINITY), and their highest. */
-INLINE void score_panel(const Block *b, const float *q, const float *last, long at, long count, const long D, vf *best) {
+/* Scores of `count` keys (of position `at` on) and their highest; with `is_edge`, those a query comes before are -INFINITY. */
+INLINE void score_panel(const Block *b, const float *q, const float *last, long at, long count, const long D, const int is_edge, vf *best) {
     for (long j = 0; j < count; j += ROWS) {
         vf sum[ROWS][NV] = {0};
         outer(b->keys + j * D, D, 1, q, D, sum);
@@ -174,8 +170,7 @@ INLINE void score_panel(const Block *b, const float *q, const float *last, long 
         for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) {
-                vu is_hidden = (vu)(*(const vf *)(last + v * VL) < (float)(at + j + m));
-                sum[m][v] = blend(is_hidden, (vf){0} - INFINITY, sum[m][v]);
+                if (is_edge) sum[m][v] = blend((vu)(*(const vf *)(last + v * VL) < (float)(at + j + m)), (vf){0} - INFINITY, sum[m][v]);
                 best[v] = greater(sum[m][v], best[v]);
                 *(vf *)(b->score + (j + m) * NR + v * VL) = sum[m][v];
             }
@@ -187,7 +182,9 @@ INLINE void attend_panel(const Block *b, long panel, long at, long count, const 
     float *sum = b->sum + panel * D * NR, *top = b->top + panel * NR, *total = b->total + panel * NR;
     vf best[NV], factor[NV], weights[NV];
     for (int v = 0; v < NV; v++) best[v] = *(vf *)(top + v * VL);
-    score_panel(b, b->q + panel * D * NR, b->last + panel * NR, at, count, D, best);
+    const float *q = b->q + panel * D * NR, *last = b->last + panel * NR;
+    if (at + (count + ROWS - 1) / ROWS * ROWS - 1 > last[0]) score_panel(b, q, last, at, count, D, 1, best);
+    else score_panel(b, q, last, at, count, D, 0, best);
     for (int v = 0; v < NV; v++) {
         factor[v] = exponential(*(vf *)(top + v * VL) - best[v]), weights[v] = *(vf *)(total + v * VL) * factor[v];
         *(vf *)(top + v * VL) = best[v];
@@ -213,22 +210,33 @@ INLINE void attend_panel(const Block *b, long panel, long at, long count, const 
     }
 }
 
-static void attend_panel_64(const Block *b, long panel, long at, long count) { attend_panel(b, panel, at, count, 64); }
-static void attend_panel_128(const Block *b, long panel, long at, long count) { attend_panel(b, panel, at, count, 128); }
-static void attend_panel_any(const Block *b, long panel, long at, long count) { attend_panel(b, panel, at, count, b->wide); }
-
 /* Copy keys and values from position `at` on, side by side; what lies beyond `count` is 0. */
-static void gather_block(const Attention *a, const Block *b, const int64_t *table, long at, long count, long head) {
+INLINE void gather_block(const Attention *a, const Block *b, const int64_t *table, long at, long count, long head, const long D, const long wide) {
     const Step *s = a->s;
-    long D = s->head_dim, padded = (count + ROWS - 1) / ROWS * ROWS;
-    for (long j = 0; j < count; j++) {
-        long row = (row_of(s, table, at + j) * s->num_kv_heads + head) * D;
-        memcpy(b->keys + j * b->wide, a->layer->keys + row, (size_t)D * sizeof(float));
-        memcpy(b->values + j * b->wide, a->layer->values + row, (size_t)D * sizeof(float));
+    long page = s->block_tokens, stride = s->num_kv_heads * D, rest = ((count + ROWS - 1) / ROWS * ROWS - count) * wide, j = 0;
+    while (j < count) {
+        long place = (at + j) % page, row = (table[(at + j) / page] * page + place) * stride + head * D;
+        for (long end = j + page - place < count ? j + page - place : count; j < end; j++, row += stride) {
+            memcpy(b->keys + j * wide, a->layer->keys + row, (size_t)D * sizeof(float));
+            memcpy(b->values + j * wide, a->layer->values + row, (size_t)D * sizeof(float));
+        }
     }
-    memset(b->keys + count * b->wide, 0, (size_t)((padded - count) * b->wide) * sizeof(float));
-    memset(b->values + count * b->wide, 0, (size_t)((padded - count) * b->wide) * sizeof(float));
+    memset(b->keys + count * wide, 0, (size_t)rest * sizeof(float));
+    memset(b->values + count * wide, 0, (size_t)rest * sizeof(float));
 }
+
+/* `count` keys from position `at` on, for all queries of a block. */
+INLINE void attend_keys(const Attention *a, const Block *b, const int64_t *table, long at, long count, long head, const long D, const long wide) {
+    gather_block(a, b, table, at, count, head, D, wide);
+    for (long panel = 0; panel < b->panels; panel++) {
+        long visible = (long)b->last[panel * NR + NR - 1] + 1 - at;
+        if (visible > 0) attend_panel(b, panel, at, visible < count ? visible : count, wide);
+    }
+}
+
+#define ATTEND_KEYS(n, D, wide) static void attend_keys_##n(const Attention *a, const Block *b, const int64_t *t, long at, long count, long head) \
+    { attend_keys(a, b, t, at, count, head, D, wide); }
+ATTEND_KEYS(64, 64, 64) ATTEND_KEYS(128, 128, 128) ATTEND_KEYS(any, a->s->head_dim, b->wide)
 
 static Block new_block(long D, long R) {
     Block b = {.wide = (D + ROWS - 1) / ROWS * ROWS, .panels = (R + NR - 1) / NR};
@@ -255,15 +263,8 @@ static void attend_block(const Attention *a, const int64_t *table, long token, l
         float *q = b.q + r / NR * NR * b.wide + r % NR;
         for (long d = 0; d < D; d++) q[d * NR] = from[d] * s->scale;
     }
-    for (long at = 0; at < length; at += KEY_BLOCK) {
-        long n = length - at < KEY_BLOCK ? length - at : KEY_BLOCK;
-        gather_block(a, &b, table, at, n, head);
-        for (long panel = 0; panel < b.panels; panel++) {
-            long visible = (long)b.last[panel * NR + NR - 1] + 1 - at;
-            visible = visible < n ? visible : n;
-            if (visible > 0) (D == 64 ? attend_panel_64 : D == 128 ? attend_panel_128 : attend_panel_any)(&b, panel, at, visible);
-        }
-    }
+    for (long at = 0; at < length; at += KEY_BLOCK)
+        (D == 64 ? attend_keys_64 : D == 128 ? attend_keys_128 : attend_keys_any)(a, &b, table, at, length - at < KEY_BLOCK ? length - at : KEY_BLOCK, head);
     for (long r = 0; r < R; r++) {
         float *out = a->mixed + ((token + r / G) * s->num_heads + head * G + r % G) * D;
         const float *sum = b.sum + r / NR * NR * b.wide + r % NR;

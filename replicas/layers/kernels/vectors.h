@@ -100,8 +100,7 @@ INLINE vf exponential(vf x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    vf scaled = (vf)((vu)y + ((vu)shifted << 23));
-    return (vf)(~is_low & (vu)scaled);
+    return (vf)(~is_low & ((vu)y + ((vu)shifted << 23)));
 }
 
 static vf silu(vf x) { return x / (1.0f + exponential(-x)); }
