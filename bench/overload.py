@@ -42,7 +42,7 @@ LOADS = (0.5, 1.0, 2.0, 5.0)
 TTFT_MS = 500.0
 NUM_REPLICAS = 2
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 64
-SIMULATED_S = 30.0
+SIMULATED_S = 12.0
 SMALL_SHARE = 0.1
 """Of the arrivals: those of the small tenant; the rest is one flood of another."""
 VOCAB_SIZE = 32_000
@@ -135,10 +135,15 @@ def make_completion(number: int) -> Completion:
         model="null",
         prompt=TokenPrompt(ids=make_prompt(number)),
         sampling=SamplingParams(),
-        max_tokens=OUTPUT_TOKENS,
+        max_tokens=answer_tokens(number),
         ignore_eos=True,
         energy_wait_ms=0,
     )
+
+
+def answer_tokens(number: int) -> int:
+    """Of every length, many short and a few long."""
+    return max(1, min(8 * OUTPUT_TOKENS, round(Random(-number).expovariate(1.0 / OUTPUT_TOKENS))))
 
 
 def make_prompt(number: int) -> tuple[int, ...]:
@@ -174,7 +179,7 @@ async def send(stub: pb_grpc.InferenceAsyncStub, number: int, tenant: str) -> En
         model="null",
         tokens=pb.TokenIds(ids=make_prompt(number)),
         sampling=pb.Sampling(temperature=0.0),
-        limits=pb.Limits(max_tokens=OUTPUT_TOKENS, ignore_eos=True),
+        limits=pb.Limits(max_tokens=answer_tokens(number), ignore_eos=True),
         energy_wait_ms=0,
     )
     since_s = time.perf_counter()

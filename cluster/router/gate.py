@@ -51,6 +51,8 @@ class Ticket:
     errand: Errand
     place: asyncio.Future[Held]
     is_queued: bool = True
+    since_s: float = 0.0
+    predicted_s: float = 0.0
 
 
 class Gate:
@@ -127,7 +129,9 @@ class Gate:
                 break
             self._take_out(head)
             self._queue.count(head.tenant, head.cost)
-            self._pace.left(head.tokens, now_s=self._clock_s())
+            now_s = self._clock_s()
+            self._pace.left(head.tokens, now_s=now_s)
+            self._pace.waited(predicted_s=head.item.predicted_s, actual_s=now_s - head.item.since_s)
             head.item.place.set_result(held)
 
     async def _wait(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Held:
@@ -157,6 +161,14 @@ class Gate:
         last = self._queue.last_of_lowest()
         ahead = self._queue.tokens_ahead(waiting.tenant, priority=waiting.priority, cost=waiting.cost)
         prompt_tokens = len(errand.prompt_ids)
+        wait_s = self._pace.wait_s(
+            ahead + waiting.tokens,
+            lanes,
+            prompt_tokens=prompt_tokens,
+            output_tokens=errand.output_tokens,
+            now_s=now_s,
+        )
+        waiting.item.since_s, waiting.item.predicted_s = now_s, wait_s
         rate = max([prefill_rate(lane) for lane in lanes], default=1.0)
         ttft_ms = section.slo.ttft_ms if section.slo.refuse_late else None
         return decide_wait(
@@ -164,13 +176,7 @@ class Gate:
                 num_queued=len(self._queue),
                 max_queued=section.limits.max_queued,
                 is_lowest=last is None or waiting.priority <= last.priority,
-                wait_s=self._pace.wait_s(
-                    ahead + waiting.tokens,
-                    lanes,
-                    prompt_tokens=prompt_tokens,
-                    output_tokens=errand.output_tokens,
-                    now_s=now_s,
-                ),
+                wait_s=wait_s,
                 start_s=AHEAD_S + prompt_tokens / rate,
                 deadline_s=deadline_s,
                 target_ttft_s=None if ttft_ms is None else ttft_ms / 1e3,

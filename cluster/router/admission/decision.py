@@ -13,7 +13,7 @@ from cluster.router.admission.tenant import LimitHit
 
 MIN_RETRY_MS = 50
 MAX_RETRY_MS = 5000
-HEADROOM = 0.7
+HEADROOM = 0.6
 """Of the objective for the first token: predictions err, and one answer in a hundred may be late."""
 MIN_WAIT_SHARE = 0.25
 """Of the objective: this much waiting is never refused."""

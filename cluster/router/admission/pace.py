@@ -19,6 +19,9 @@ SPARE_ROWS_SHARE = 16
 WINDOW = 32
 """Departures that the pace is measured over."""
 MIN_DEPARTURES = 8
+RISE, FALL = 0.3, 0.03
+"""How fast the correction follows waits longer, and shorter, than predicted: it aims at the long ones."""
+MAX_CORRECTION = 20.0
 
 
 def takes_more(lane: LaneView, *, uncached_tokens: int, output_tokens: int) -> bool:
@@ -33,14 +36,25 @@ def takes_more(lane: LaneView, *, uncached_tokens: int, output_tokens: int) -> b
 
 
 class Pace:
-    """Tokens a second that leave a queue which never runs empty. Mutable; time comes in."""
+    """Tokens a second that leave a queue which never runs empty. Mutable; time comes in.
+
+    Rows may get free in waves, as of answers of one length: `correction` is what predictions fell short by.
+    """
 
     def __init__(self) -> None:
         self._departures: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+        self.correction = 1.0
 
     def left(self, tokens: int, *, now_s: float) -> None:
         """A request of so many tokens was given to an engine, and others wait."""
         self._departures.append((now_s, tokens))
+
+    def waited(self, *, predicted_s: float, actual_s: float) -> None:
+        """A request that was let into the queue with this prediction, correction included, has left it."""
+        ratio = self.correction * actual_s / max(predicted_s, 1e-3)
+        pace = RISE if ratio > self.correction else FALL
+        self.correction += pace * (ratio - self.correction)
+        self.correction = max(1.0, min(MAX_CORRECTION, self.correction))
 
     def ran_empty(self) -> None:
         """From now on the pace is that of the arrivals, which says nothing."""
@@ -64,14 +78,16 @@ class Pace:
         first_s = self._departures[0][0] if len(self._departures) >= MIN_DEPARTURES else now_s
         if now_s > first_s:
             tokens = sum(tokens for _, tokens in self._departures) - self._departures[0][1]
-            return tokens_ahead * (now_s - first_s) / max(1, tokens)
+            return self.correction * tokens_ahead * (now_s - first_s) / max(1, tokens)
         requests_per_s = sum(
             [
                 _requests_per_s(lane, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
                 for lane in lanes
             ]
         )
-        return tokens_ahead / ((prompt_tokens + output_tokens) * requests_per_s) if requests_per_s else 0.0
+        if requests_per_s == 0.0:
+            return 0.0
+        return self.correction * tokens_ahead / ((prompt_tokens + output_tokens) * requests_per_s)
 
 
 def _requests_per_s(lane: LaneView, *, prompt_tokens: int, output_tokens: int) -> float:

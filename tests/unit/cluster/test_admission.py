@@ -57,8 +57,8 @@ def test_arrivals_are_refused_in_order_of_what_cannot_be_helped() -> None:
         ({"num_queued": 4, "is_lowest": False}, Verdict.ADMIT),
         ({"deadline_s": 0.25}, Verdict.ADMIT),
         ({"deadline_s": 0.15}, Verdict.DEADLINE),
-        ({"target_ttft_s": 1.0, "wait_s": 0.55}, Verdict.ADMIT),
-        ({"target_ttft_s": 1.0, "wait_s": 0.65}, Verdict.OBJECTIVE),
+        ({"target_ttft_s": 1.0, "wait_s": 0.45}, Verdict.ADMIT),
+        ({"target_ttft_s": 1.0, "wait_s": 0.55}, Verdict.OBJECTIVE),
         # A long prompt is late by itself: some waiting is allowed all the same.
         ({"target_ttft_s": 1.0, "wait_s": 0.2, "start_s": 5.0}, Verdict.ADMIT),
         ({"target_ttft_s": 1.0, "wait_s": 0.3, "start_s": 5.0}, Verdict.OBJECTIVE),
