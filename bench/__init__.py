@@ -1,1 +1,1 @@
-"""The benchmark harness: `python -m bench engine|line|edge`. Results are JSON files in `bench/results/`."""
+"""The benchmark harness: `python -m bench --help`. Results are JSON files in `bench/results/`."""

@@ -1,4 +1,4 @@
-"""`python -m bench`: measure the engine, the whole line, or the edge on this machine."""
+"""`python -m bench`: measure the engine, its peers, the whole line, or the edge on this machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from bench.peers.adapter import ADAPTERS, UNCACHED
+from bench.workload import WORKLOADS, Case
 
 app = typer.Typer(
     help="Measure Wattline on this machine; one JSON file per run, with command, versions and hardware.",
@@ -17,6 +20,14 @@ JsonOption = Annotated[
     Path | None, typer.Option("--json", help="result file; default bench/results/<name>-<date>.json")
 ]
 ConcurrencyOption = Annotated[str, typer.Option(help="streams in flight, comma separated")]
+ModelOption = Annotated[
+    list[Path],
+    typer.Option(help="checkpoint folder; repeatable", exists=True, file_okay=False, resolve_path=True),
+]
+WorkloadOption = Annotated[
+    str, typer.Option(help="comma separated: mix, prefix, long; prefix:8 runs at 8 streams only")
+]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 
 
 def parse_concurrency(text: str) -> list[int]:
@@ -26,14 +37,44 @@ def parse_concurrency(text: str) -> list[int]:
     return values
 
 
+def parse_peer(text: str) -> tuple[str, str]:
+    """A peer's name and its interpreter."""
+    name, _, python = text.partition("=")
+    if not python:
+        raise typer.BadParameter(f"got {text!r}; give NAME=PYTHON, such as vllm=/opt/vllm/bin/python")
+    if name.removesuffix(UNCACHED) not in ADAPTERS:
+        raise typer.BadParameter(f"no peer {name!r}; one of {', '.join(ADAPTERS)}, each also with {UNCACHED}")
+    return name, str(Path(python).expanduser())
+
+
+def parse_workloads(text: str) -> list[tuple[str, str]]:
+    """Names, and the concurrency that a name carries of its own: `mix,prefix:8`."""
+    pairs = [part.partition(":")[::2] for part in text.split(",")]
+    for name, _ in pairs:
+        if name not in WORKLOADS:
+            raise typer.BadParameter(f"no workload {name!r}; one of {', '.join(WORKLOADS)}")
+    return pairs
+
+
+def parse_cases(workload: str, concurrency: str) -> list[Case]:
+    """Every workload at its own concurrency, or at each of the common ones."""
+    return [
+        Case(workload=name, concurrency=streams)
+        for name, own in parse_workloads(workload)
+        for streams in parse_concurrency(own or concurrency)
+    ]
+
+
 @app.command()
 def engine(
-    model: Annotated[list[Path], typer.Option(help="checkpoint folder; repeat for several")],
+    model: ModelOption,
+    dtype: DtypeOption = "auto",
     tp: Annotated[int, typer.Option(help="tensor-parallel ranks")] = 1,
     ep: Annotated[int, typer.Option(help="expert-parallel ranks of MoE models")] = 1,
     threads: Annotated[int, typer.Option(help="threads of each rank")] = 1,
     kernels: Annotated[str, typer.Option(help="CPU kernels, comma separated: auto, float32, off")] = "auto",
-    workload: Annotated[str, typer.Option(help="comma separated: mix, prefix")] = "mix",
+    quantization: Annotated[str, typer.Option(help="of the weights, comma separated: none, int8")] = "none",
+    workload: WorkloadOption = "mix",
     concurrency: ConcurrencyOption = "1,8,32",
     output_tokens: Annotated[int, typer.Option(help="tokens each request produces")] = 64,
     json: JsonOption = None,
@@ -43,13 +84,71 @@ def engine(
     from bench.suites import run_engine_suite
 
     setups = [
-        EngineSetup(source=str(one.resolve()), tensor=tp, expert=ep, threads=threads, kernels=kind)
+        EngineSetup(
+            source=str(one),
+            tensor=tp,
+            expert=ep,
+            threads=threads,
+            dtype=dtype,
+            kernels=kind,
+            quantization=rounding,
+        )
         for one in model
         for kind in kernels.split(",")
+        for rounding in quantization.split(",")
     ]
-    asyncio.run(
-        run_engine_suite(setups, workload.split(","), parse_concurrency(concurrency), output_tokens, json)
+    asyncio.run(run_engine_suite(setups, parse_cases(workload, concurrency), output_tokens, json))
+
+
+@app.command()
+def peers(
+    model: ModelOption,
+    peer: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=PYTHON: vllm, openvino, llamacpp, transformers or transformers-static, and the "
+            "interpreter that has it; NAME-uncached switches its prefix cache off; repeat for several"
+        ),
+    ],
+    workload: WorkloadOption = "mix,prefix:8,long:8",
+    concurrency: ConcurrencyOption = "1,8,32",
+    dtype: DtypeOption = "float32",
+    threads: Annotated[int, typer.Option(help="cores of every engine")] = 2,
+    kernels: Annotated[
+        str, typer.Option(help="CPU kernels of our engines, comma separated: auto, float32, off")
+    ] = "auto,float32",
+    tp: Annotated[int, typer.Option(help="tensor-parallel ranks of our engine, sharing the threads")] = 1,
+    ep: Annotated[int, typer.Option(help="expert-parallel ranks of our engine, sharing the threads")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="times every engine runs every case, in turn")] = 3,
+    output_tokens: Annotated[int, typer.Option(min=1, help="tokens each request produces")] = 64,
+    requests_per_stream: Annotated[int, typer.Option(min=1, help="requests one after another")] = 4,
+    converted: Annotated[Path, typer.Option(help="folder for checkpoints in the peers' own formats")] = Path(
+        "~/.cache/wattline/peers"
+    ),
+    json: JsonOption = None,
+) -> None:
+    """Our engine beside others: same checkpoint, precision, prompts and cores, in turn, in one run.
+
+    Example: python -m bench peers --model ckpt/llama-60m --peer vllm=~/vllm/bin/python --peer openvino=...
+    docs/benchmarks.md says how to install the peers and how to read the result.
+    """
+    from bench.peers.suite import PeersPlan, run_peers_suite
+
+    plan = PeersPlan(
+        models=tuple(model),
+        peers=dict(parse_peer(one) for one in peer),
+        cases=tuple(parse_cases(workload, concurrency)),
+        kernels=tuple(kernels.split(",")),
+        dtype=dtype,
+        threads=threads,
+        tensor=tp,
+        expert=ep,
+        rounds=rounds,
+        output_tokens=output_tokens,
+        requests_per_stream=requests_per_stream,
+        converted=converted.expanduser(),
     )
+    asyncio.run(run_peers_suite(plan, json))
 
 
 @app.command()
@@ -78,6 +177,18 @@ def edge(
     from bench.suites import run_edge_suite
 
     asyncio.run(run_edge_suite(parse_concurrency(concurrency), output_tokens, step_ms, json))
+
+
+@app.command()
+def overhead(
+    batch: Annotated[str, typer.Option(help="decoding sequences, comma separated")] = "1,8,32,64,128,256",
+    steps: Annotated[int, typer.Option(help="steps measured")] = 300,
+    json: JsonOption = None,
+) -> None:
+    """What a step costs outside the model: schedule, plan words, commit, and the frame to the supervisor."""
+    from bench.overhead import run_overhead_suite
+
+    run_overhead_suite(parse_concurrency(batch), steps, json)
 
 
 @app.command()

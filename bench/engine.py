@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from bench.record import RequestTimes
+from bench.priority import share_priority
+from bench.record import Run
+from bench.streams import Streams, Submission
 from bench.workload import Workload
 from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, RankConfig
+from replicas.errors import RankLost
 from replicas.frames import Submit, read_event, write_command
 from replicas.request import EngineReady, GenerationRequest, StepResult
 from replicas.supervisor.rank_group import RankProcess, SubprocessRankGroup
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +32,9 @@ class EngineSetup:
     threads: int = 1
     dtype: str = "auto"
     kernels: str = "auto"
+    quantization: str = "none"
     null: NullEngineConfig = field(default_factory=NullEngineConfig)
-    max_sequences: int = 64
+    limits: EngineLimits = field(default_factory=EngineLimits)
 
 
 class EngineUnderTest:
@@ -37,27 +44,75 @@ class EngineUnderTest:
         self._setup = setup
         self._folder = tempfile.TemporaryDirectory(prefix="wattline-bench-")
         self._ranks = SubprocessRankGroup(runtime_dir=Path(self._folder.name))
+        self._server: asyncio.Server | None = None
+        self._writer: asyncio.StreamWriter | None = None
         self.processes: tuple[RankProcess, ...] = ()
         self.ready: EngineReady | None = None
 
     async def __aenter__(self) -> EngineUnderTest:
+        try:
+            await self._start()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self._ranks.kill()
+        if self._writer is not None:
+            self._writer.close()
+        if self._server is not None:
+            self._server.close()
+        self._folder.cleanup()
+
+    async def run(self, workload: Workload) -> Run:
+        """Drive the workload to its end. Raises RuntimeError if a request fails, RankLost if a rank dies."""
+        return await self._while_alive(self._drive(workload))
+
+    async def _start(self) -> None:
         socket_path = str(Path(self._folder.name) / "rank0.sock")
         attached: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Future()
         self._server = await asyncio.start_unix_server(
             lambda reader, writer: attached.set_result((reader, writer)), socket_path
         )
         self.processes = await self._ranks.start(self._configs(socket_path))
+        for process in self.processes:
+            share_priority(process.pid)
+        self.ready = await self._while_alive(self._attach(attached))
+
+    async def _attach(
+        self, attached: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+    ) -> EngineReady:
         self._reader, self._writer = await attached
         while not isinstance(event := await read_event(self._reader), EngineReady):
             pass
-        self.ready = event
-        return self
+        return event
 
-    async def __aexit__(self, *_exc: object) -> None:
-        await self._ranks.kill()
-        self._writer.close()
-        self._server.close()
-        self._folder.cleanup()
+    async def _while_alive(self, work: Coroutine[None, None, T]) -> T:
+        """The result of `work`. Raises RankLost with a rank's last words when one dies before."""
+        doing, dying = asyncio.ensure_future(work), asyncio.ensure_future(self._ranks.wait_death())
+        try:
+            await asyncio.wait((doing, dying), return_when=asyncio.FIRST_COMPLETED)
+            if doing.done() and not isinstance(doing.exception(), RankLost):
+                return doing.result()
+            raise RankLost(f"the engine of {self._setup.source} ended: {await dying}")
+        finally:
+            doing.cancel()
+            dying.cancel()
+
+    async def _drive(self, workload: Workload) -> Run:
+        assert self._writer is not None
+        streams = Streams(workload)
+        while not streams.is_done:
+            for one in streams.due():
+                await write_command(self._writer, Submit(request=_request(one)))
+            event = await read_event(self._reader)
+            assert isinstance(event, StepResult), event
+            for delta in event.deltas:
+                if delta.error is not None:
+                    raise RuntimeError(f"request {delta.request_id}: {delta.error}")
+                streams.deliver(delta.request_id, delta.token_ids, is_finished=delta.finish is not None)
+        return Run(times=streams.times(), wall_s=streams.wall_s())
 
     def _configs(self, socket_path: str) -> list[RankConfig]:
         setup = self._setup
@@ -69,44 +124,17 @@ class EngineUnderTest:
                 rank=rank,
                 source=setup.source,
                 parallel=parallel,
-                limits=EngineLimits(max_sequences=setup.max_sequences),
+                limits=setup.limits,
                 dtype=setup.dtype,
                 threads=setup.threads,
                 kernels=setup.kernels,
+                quantization=setup.quantization,
                 socket_path=socket_path if rank == 0 else "",
                 null=setup.null,
             )
             for rank in range(parallel.num_ranks)
         ]
 
-    async def run(self, workload: Workload) -> tuple[list[RequestTimes], float]:
-        """Drive the workload closed-loop; returns the times of its requests and the wall seconds."""
-        live: dict[int, list[float]] = {}
-        done: list[RequestTimes] = []
-        waiting = list(enumerate(workload.prompts))[::-1]
-        start_s = time.perf_counter()
-        while waiting or live:
-            while waiting and len(live) < workload.concurrency:
-                request_id, prompt = waiting.pop()
-                live[request_id] = [time.perf_counter()]
-                await write_command(self._writer, Submit(request=_request(request_id, prompt, workload)))
-            event = await read_event(self._reader)
-            assert isinstance(event, StepResult), event
-            now_s = time.perf_counter()
-            for delta in event.deltas:
-                marks = live[delta.request_id]
-                marks.extend([now_s] * len(delta.token_ids))
-                if delta.finish is not None:
-                    assert delta.error is None, delta.error
-                    done.append(_times(live.pop(delta.request_id)))
-        return done, time.perf_counter() - start_s
 
-
-def _request(request_id: int, prompt: tuple[int, ...], workload: Workload) -> GenerationRequest:
-    return GenerationRequest(request_id=request_id, prompt_ids=prompt, max_tokens=workload.output_tokens)
-
-
-def _times(marks: list[float]) -> RequestTimes:
-    return RequestTimes(
-        submitted_s=marks[0], first_token_s=marks[1], last_token_s=marks[-1], output_tokens=len(marks) - 1
-    )
+def _request(one: Submission) -> GenerationRequest:
+    return GenerationRequest(request_id=one.request_id, prompt_ids=one.prompt, max_tokens=one.output_tokens)

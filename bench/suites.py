@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,16 +16,14 @@ from rich.table import Table
 from bench.closed_loop import LineRun, run_closed_loop
 from bench.engine import EngineSetup, EngineUnderTest
 from bench.record import summarize, write_results
-from bench.workload import WORKLOADS, Workload
+from bench.rows import SEED, checkpoint_shape, energy_fields, identity, make_workload, wattline_version
+from bench.workload import Case, ModelShape, Workload
 from cluster.config import Config, EnergySection, ModelSection, load_config
 from replicas.energy.cpu_model import CpuModelMeter
 
 if TYPE_CHECKING:
     from cluster.serving.stack import Stack
 
-SEED = 20261121
-REQUESTS_PER_STREAM = 4
-MIN_REQUESTS = 8
 WARM_UP_OUTPUT_TOKENS = 8
 NULL_VOCAB_SIZE = 32_000
 COLUMNS = (
@@ -49,15 +45,14 @@ console = Console()
 
 async def run_engine_suite(
     setups: Sequence[EngineSetup],
-    workloads: Sequence[str],
-    concurrencies: Sequence[int],
+    cases: Sequence[Case],
     output_tokens: int,
     path: Path | None,
 ) -> None:
-    """Measure each engine on each workload at each concurrency and write one file."""
+    """Measure each engine on each case and write one file."""
     rows: list[dict[str, object]] = []
     for setup in setups:
-        rows += await measure_engine(Path(setup.source).name, setup, concurrencies, output_tokens, workloads)
+        rows += await measure_engine(Path(setup.source).name, setup, cases, output_tokens)
     finish("engine", rows, path)
 
 
@@ -70,7 +65,7 @@ async def run_line_suite(
     with serving(config) as stack:
         for section in config.models:
             for concurrency in concurrencies:
-                workload = make_workload(concurrency, vocab_size(section), output_tokens)
+                workload = make_workload("mix", shape_of(section), concurrency, output_tokens)
                 rows.append(await measure_line(stack, section, workload))
     for section in config.models:
         setup = EngineSetup(
@@ -79,8 +74,11 @@ async def run_line_suite(
             expert=section.parallel.expert,
             threads=section.threads_per_rank,
             dtype=section.dtype,
+            kernels=section.kernels,
+            quantization=section.quantization,
         )
-        rows += await measure_engine(section.name, setup, concurrencies, output_tokens)
+        cases = [Case(workload="mix", concurrency=concurrency) for concurrency in concurrencies]
+        rows += await measure_engine(section.name, setup, cases, output_tokens)
     add_line_share(rows)
     finish("line", rows, path)
 
@@ -100,7 +98,7 @@ async def run_edge_suite(
     rows: list[dict[str, object]] = []
     with serving(Config.model_validate({"models": [section]})) as stack:
         for concurrency in concurrencies:
-            workload = make_workload(concurrency, NULL_VOCAB_SIZE, output_tokens)
+            workload = make_workload("mix", shape_of(section), concurrency, output_tokens)
             before = cpu_seconds(stack)
             row = await measure_line(stack, section, workload, warm_up=False)
             after = cpu_seconds(stack)
@@ -113,24 +111,11 @@ async def run_edge_suite(
     finish("edge", rows, path)
 
 
-def make_workload(
-    concurrency: int, size: int, output_tokens: int, name: str = "mix", seed: int = SEED
-) -> Workload:
-    return WORKLOADS[name](
-        concurrency=concurrency,
-        vocab_size=size,
-        num_requests=max(MIN_REQUESTS, REQUESTS_PER_STREAM * concurrency),
-        output_tokens=output_tokens,
-        seed=seed,
-    )
-
-
 async def measure_engine(
     name: str,
     setup: EngineSetup,
-    concurrencies: Sequence[int],
+    cases: Sequence[Case],
     output_tokens: int,
-    workloads: Sequence[str] = ("mix",),
 ) -> list[dict[str, object]]:
     """Rows of one engine; joules are the CPU estimate over its rank processes."""
     rows = []
@@ -141,24 +126,22 @@ async def measure_engine(
             static_w=ENERGY.cpu_static_w,
             core_w=ENERGY.cpu_core_w,
         )
-        vocab_size = engine.ready.vocab_size
-        for kind, concurrency in product(workloads, concurrencies):
-            workload = make_workload(concurrency, vocab_size, output_tokens, kind)
+        shape = ModelShape(vocab_size=engine.ready.vocab_size, context_tokens=engine.ready.context_tokens)
+        for case in cases:
+            kind, concurrency = case.workload, case.concurrency
+            workload = make_workload(kind, shape, concurrency, output_tokens)
             # Another seed: a prefix cache must carry nothing over.
-            await engine.run(make_workload(concurrency, vocab_size, WARM_UP_OUTPUT_TOKENS, kind, SEED + 1))
+            await engine.run(make_workload(kind, shape, concurrency, WARM_UP_OUTPUT_TOKENS, SEED + 1))
             before = meter.read()
-            times, wall_s = await engine.run(workload)
+            run = await engine.run(workload)
             after = meter.read()
-            assert before is not None
-            assert after is not None
             rows.append(
-                identity("wattline-engine", name, setup.dtype, workload)
-                | summarize(times, wall_s=wall_s, prompt_tokens=workload.prompt_tokens)
-                | energy_fields(
-                    (after.energy_mj - before.energy_mj) / 1e3, after.source.value, times_tokens(workload)
-                )
+                identity("wattline-engine", wattline_version(), name, setup.dtype, workload)
+                | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
+                | energy_fields((after.energy_mj - before.energy_mj) / 1e3, after.source.value, workload)
                 | {"tensor_parallel": setup.tensor, "expert_parallel": setup.expert}
-                | {"threads_per_rank": setup.threads, "kernels": setup.kernels}
+                | {"threads_per_rank": setup.threads, "kernels": engine.ready.kernels}
+                | {"quantization": engine.ready.quantization}
                 | {"load_average": round(os.getloadavg()[0], 2)}
             )
             show(rows[-1])
@@ -171,38 +154,18 @@ async def measure_line(
     """One row of the whole line, as its gRPC clients see it."""
     address = stack.addresses.grpc
     if warm_up:
-        short = make_workload(workload.concurrency, vocab_size(section), WARM_UP_OUTPUT_TOKENS)
+        short = make_workload("mix", shape_of(section), workload.concurrency, WARM_UP_OUTPUT_TOKENS)
         await run_closed_loop(address, section.name, short)
     run: LineRun = await run_closed_loop(address, section.name, workload)
     row = (
-        identity("wattline-line", section.name, section.dtype, workload)
+        identity("wattline-line", wattline_version(), section.name, section.dtype, workload)
         | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
-        | energy_fields(run.energy_j, run.energy_source, times_tokens(workload))
+        | energy_fields(run.energy_j, run.energy_source, workload)
         | {"tensor_parallel": section.parallel.tensor, "expert_parallel": section.parallel.expert}
         | {"energy_final_share": round(run.energy_final_share, 3)}
     )
     show(row)
     return row
-
-
-def identity(system: str, model: str, dtype: str, workload: Workload) -> dict[str, object]:
-    return {
-        "system": system,
-        "model": model,
-        "dtype": "float32" if dtype == "auto" else dtype,
-        "workload": workload.name,
-        "concurrency": workload.concurrency,
-        "requests": len(workload.prompts),
-    }
-
-
-def times_tokens(workload: Workload) -> int:
-    return len(workload.prompts) * workload.output_tokens
-
-
-def energy_fields(energy_j: float | None, source: str, tokens: int) -> dict[str, object]:
-    per_token = None if energy_j is None else round(energy_j / tokens, 5)
-    return {"joules_per_output_token": per_token, "energy_source": source}
 
 
 def add_line_share(rows: list[dict[str, object]]) -> None:
@@ -232,11 +195,12 @@ def serving(config: Config) -> Iterator[Stack]:
             yield stack
 
 
-def vocab_size(section: ModelSection) -> int:
+def shape_of(section: ModelSection) -> ModelShape:
     """Of a null model or of a checkpoint folder."""
     if section.is_null:
-        return section.null_engine.vocab_size
-    return int(json.loads((Path(section.source) / "config.json").read_text())["vocab_size"])
+        null = section.null_engine
+        return ModelShape(vocab_size=null.vocab_size, context_tokens=null.context_tokens)
+    return checkpoint_shape(Path(section.source))
 
 
 def cpu_seconds(stack: Stack) -> dict[str, float]:

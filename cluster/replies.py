@@ -107,6 +107,8 @@ class ReplicaState:
     expert_parallel: int
     device: str
     dtype: str
+    kernels: str
+    quantization: str
     energy_source: str
     host: str
     supervisor_pid: int

@@ -208,6 +208,8 @@ class Hello(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    KERNELS_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     replica_id: _builtins.str
     model: _builtins.str
@@ -230,6 +232,10 @@ class Hello(_message.Message):
     block_tokens: _builtins.int
     metrics_address: _builtins.str
     """host:port of the replica's read-only /metrics."""
+    kernels: _builtins.str
+    """What computes: torch, or the instruction set and weight storage of the compiled kernels."""
+    quantization: _builtins.str
+    """none, or int8: what the weights were rounded to."""
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankProcess]: ...
     @_builtins.property
@@ -263,10 +269,12 @@ class Hello(_message.Message):
         load: Global___LoadSnapshot | None = ...,
         metrics_address: _builtins.str = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        kernels: _builtins.str = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "device", b"device", "dtype", b"dtype", "energy_source", b"energy_source", "engine_version", b"engine_version", "eos_token_ids", b"eos_token_ids", "expert_parallel", b"expert_parallel", "host", b"host", "lanes", b"lanes", "layout", b"layout", "load", b"load", "max_sequences", b"max_sequences", "metrics_address", b"metrics_address", "model", b"model", "protocol", b"protocol", "ranks", b"ranks", "replica_id", b"replica_id", "supervisor_pid", b"supervisor_pid", "tensor_parallel", b"tensor_parallel", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "device", b"device", "dtype", b"dtype", "energy_source", b"energy_source", "engine_version", b"engine_version", "eos_token_ids", b"eos_token_ids", "expert_parallel", b"expert_parallel", "host", b"host", "kernels", b"kernels", "lanes", b"lanes", "layout", b"layout", "load", b"load", "max_sequences", b"max_sequences", "metrics_address", b"metrics_address", "model", b"model", "protocol", b"protocol", "quantization", b"quantization", "ranks", b"ranks", "replica_id", b"replica_id", "supervisor_pid", b"supervisor_pid", "tensor_parallel", b"tensor_parallel", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -332,6 +340,7 @@ class Submit(_message.Message):
     LANE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Unique on this stream."""
     attempt: _builtins.int
@@ -349,6 +358,8 @@ class Submit(_message.Message):
     """Only requests of one salt share cached KV. Chosen by the router for the tenant, never by a client;
     64 bytes at most.
     """
+    prompt_logprobs: _builtins.bool
+    """Say the logprobs of the prompt, too, with as many alternatives as sampling.logprobs. At most 5 then."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -370,10 +381,11 @@ class Submit(_message.Message):
         lane: _builtins.int = ...,
         traceparent: _builtins.str = ...,
         cache_salt: _builtins.bytes = ...,
+        prompt_logprobs: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "first_offset", b"first_offset", "lane", b"lane", "max_tokens", b"max_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "first_offset", b"first_offset", "lane", b"lane", "max_tokens", b"max_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -552,6 +564,7 @@ class SequenceDelta(_message.Message):
     TIMING_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     attempt: _builtins.int
     first_offset: _builtins.int
@@ -566,6 +579,10 @@ class SequenceDelta(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineLogprobs]:
         """Parallel to token_ids where asked for, else empty."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineLogprobs]:
+        """With the first token where asked for: of every token of the prompt but the first."""
+
     def __init__(
         self,
         *,
@@ -577,10 +594,11 @@ class SequenceDelta(_message.Message):
         timing: Global___SequenceTiming | None = ...,
         error: Global___SequenceError | None = ...,
         logprobs: _abc.Iterable[Global___EngineLogprobs] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___EngineLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "finish", b"finish", "first_offset", b"first_offset", "logprobs", b"logprobs", "request_id", b"request_id", "timing", b"timing", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "finish", b"finish", "first_offset", b"first_offset", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "timing", b"timing", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

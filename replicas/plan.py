@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from replicas.request import EngineCosts, SamplingParams, TokenLogprobs
+from replicas.record import record
+from replicas.request import TORCH_KERNELS, EngineCosts, SamplingParams, TokenLogprobs
 from replicas.sampling_words import sampling_from_words, sampling_to_words
 
 WORD = "i"
@@ -22,6 +23,8 @@ STEP_FIELDS = struct.Struct("=Q")
 
 LAST_SAMPLED = -1
 """Placeholder token: the one this row sampled in the step before, which the planner has not seen yet."""
+NO_NEXT = -1
+"""Of a scored row: the chunk is its prompt's last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +41,14 @@ class NewRow:
     num_prompt: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class PlannedRow:
     """One sequence's part of a step.
 
     Tokens `token_ids` go to positions `start_pos ...`; `new_blocks` are appended to the row's block table
     first. `samples`: the logits of the last token are sampled (false for all but the last prefill chunk).
-    The sampled token belongs to position `start_pos + len(token_ids)`, which also keys the RNG.
+    The sampled token belongs to position `start_pos + len(token_ids)`, which also keys the RNG. A row may
+    read blocks that a row before it in the same plan writes: each layer writes all before it reads any.
     """
 
     row: int
@@ -52,6 +56,22 @@ class PlannedRow:
     token_ids: tuple[int, ...]
     new_blocks: tuple[int, ...]
     samples: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRow:
+    """A planned row whose tokens have to be scored: how likely each was behind those before it.
+
+    All but the first of its tokens here, then `next_id`, which comes first in the row's next chunk; NO_NEXT:
+    there is no such chunk.
+    """
+
+    row: int
+    next_id: int
+
+    def targets(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """What follows each of the row's tokens, as far as the prompt goes."""
+        return token_ids[1:] if self.next_id == NO_NEXT else (*token_ids[1:], self.next_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +85,7 @@ class StepPlan:
     freed_rows: tuple[int, ...]
     new_rows: tuple[NewRow, ...]
     rows: tuple[PlannedRow, ...]
+    scored: tuple[ScoredRow, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -84,18 +105,24 @@ class EngineShape:
     dtype: str
     device: str
     costs: EngineCosts
+    kernels: str = TORCH_KERNELS
+    scores_prompts: bool = False
+    """Whether its runner does what `StepPlan.scored` asks for."""
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
     """What a rank computed: one id per planned row with `samples`, in order; -1: logits were not finite.
 
-    `logprobs` is parallel to the ids, or empty if no row asked; None for a row that did not.
+    `logprobs` is parallel to the ids, or empty if no row asked; None for a row that did not. `scores` are
+    of the targets of all scored rows, one after another.
     """
 
     sampled_ids: tuple[int, ...]
     experts_hit: int = 0
     logprobs: tuple[TokenLogprobs | None, ...] = ()
+    scores: tuple[TokenLogprobs, ...] = ()
 
 
 class PendingStep(Protocol):
@@ -132,7 +159,7 @@ def encode_plan(plan: StepPlan) -> bytes:
 
     Layout: step (2 words), counts of freed rows, new rows and rows; the freed rows; per new row: row, tokens
     of the prompt, count of the history, history, words of sampling; per row: row, start position, samples,
-    counts of tokens and blocks, tokens, blocks.
+    counts of tokens and blocks, tokens, blocks; to the end, per scored row: row, next token.
     """
     words = [
         *STEP_WORDS.unpack(STEP_FIELDS.pack(plan.step)),
@@ -150,6 +177,8 @@ def encode_plan(plan: StepPlan) -> bytes:
         words += (row.row, row.start_pos, row.samples, num_tokens, num_blocks)
         words += row.token_ids
         words += row.new_blocks
+    for scored in plan.scored:
+        words += (scored.row, scored.next_id)
     return array(WORD, words).tobytes()
 
 
@@ -182,5 +211,14 @@ def decode_plan(payload: bytes) -> StepPlan:
             )
         )
         at = tokens_end + num_blocks
-    assert at == len(words), "a plan ends where its payload does"
-    return StepPlan(step=step, freed_rows=freed_rows, new_rows=tuple(new_rows), rows=tuple(rows))
+    scored = [
+        ScoredRow(row=row, next_id=next_id)
+        for row, next_id in zip(words[at::2], words[at + 1 :: 2], strict=True)
+    ]
+    return StepPlan(
+        step=step,
+        freed_rows=freed_rows,
+        new_rows=tuple(new_rows),
+        rows=tuple(rows),
+        scored=tuple(scored),
+    )

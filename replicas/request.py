@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from replicas.record import record
+
 
 class FinishReason(Enum):
     """Why a sequence ended. Every accepted sequence gets exactly one."""
@@ -76,6 +78,8 @@ class GenerationRequest:
     first_offset: int = 0
     cache_salt: bytes = b""
     """Only requests of one salt share cached KV. Chosen by the router, never by a client."""
+    scores_prompt: bool = False
+    """Also say the logprobs of the prompt. None of it is taken from the cache, which has no logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,22 +99,23 @@ class SequenceTiming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """What the model gave a sampled token, before penalties, biases and temperature: natural logarithms.
+    """What the model gave a token, sampled or of a prompt: natural logarithms.
 
-    `top` are (id, logprob) of the likeliest tokens, best first.
+    Before penalties, biases and temperature. `top` are (id, logprob) of the likeliest tokens, best first.
     """
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class SequenceDelta:
     """New tokens of one sequence. `finish`, `timing` and `error` are set on its last delta alone.
 
     `first_offset` is the offset of `token_ids[0]` among all tokens delivered for the request.
     `error` is (gRPC status name, text) and goes with `FinishReason.ERROR`. `logprobs` is parallel to
-    `token_ids` where the request asks for them, else empty.
+    `token_ids` where the request asks for them, else empty. `prompt_logprobs` come with the first token of a
+    request that scores its prompt: of every token but the first.
     """
 
     request_id: int
@@ -121,6 +126,7 @@ class SequenceDelta:
     timing: SequenceTiming | None = None
     error: tuple[str, str] | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +151,7 @@ class LoadSnapshot:
     """Of the prompt tokens: found in the prefix cache."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class CacheChange:
     """Hashes of full KV blocks that can be found in a lane's prefix cache from now on, and no more.
 
@@ -158,7 +164,7 @@ class CacheChange:
     is_snapshot: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class StepMember:
     """One sequence's part in one forward pass.
 
@@ -203,6 +209,10 @@ class EngineCosts:
     kv_bytes_per_token: int
 
 
+TORCH_KERNELS = "torch"
+"""Said of an engine that runs on torch's own kernels; else see `CpuLayers.name`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineReady:
     """What an engine says of itself once every rank generated its golden token."""
@@ -219,6 +229,8 @@ class EngineReady:
     eos_token_ids: tuple[int, ...]
     costs: EngineCosts
     load: LoadSnapshot
+    kernels: str = TORCH_KERNELS
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

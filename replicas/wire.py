@@ -58,6 +58,7 @@ def request_to_wire(request: GenerationRequest, *, now_ns: int) -> link_pb2.Subm
         deadline_ms=deadline_ms,
         lane=request.lane,
         cache_salt=request.cache_salt,
+        prompt_logprobs=request.scores_prompt,
     )
 
 
@@ -75,6 +76,7 @@ def request_from_wire(message: link_pb2.Submit, *, now_ns: int) -> GenerationReq
         attempt=message.attempt,
         first_offset=message.first_offset,
         cache_salt=message.cache_salt,
+        scores_prompt=message.prompt_logprobs,
     )
 
 
@@ -132,13 +134,22 @@ def delta_to_wire(delta: SequenceDelta) -> link_pb2.SequenceDelta:
         )
     if delta.error is not None:
         message.error.code, message.error.message = delta.error
-    for said in delta.logprobs:
-        message.logprobs.add(
+    if delta.logprobs:
+        message.logprobs.extend(_logprobs_to_wire(delta.logprobs))
+    if delta.prompt_logprobs:
+        message.prompt_logprobs.extend(_logprobs_to_wire(delta.prompt_logprobs))
+    return message
+
+
+def _logprobs_to_wire(logprobs: Iterable[TokenLogprobs]) -> list[link_pb2.EngineLogprobs]:
+    return [
+        link_pb2.EngineLogprobs(
             logprob=said.logprob,
             top_ids=[token_id for token_id, _ in said.top],
             top_logprobs=[logprob for _, logprob in said.top],
         )
-    return message
+        for said in logprobs
+    ]
 
 
 def delta_from_wire(message: link_pb2.SequenceDelta) -> SequenceDelta:
@@ -160,14 +171,15 @@ def delta_from_wire(message: link_pb2.SequenceDelta) -> SequenceDelta:
         finish=FINISH_FROM_WIRE.get(message.finish),
         timing=timing,
         error=(message.error.code, message.error.message) if message.HasField("error") else None,
-        logprobs=logprobs_from_wire(message) if message.logprobs else (),
+        logprobs=logprobs_from_wire(message.logprobs) if message.logprobs else (),
+        prompt_logprobs=logprobs_from_wire(message.prompt_logprobs) if message.prompt_logprobs else (),
     )
 
 
-def logprobs_from_wire(message: link_pb2.SequenceDelta) -> tuple[TokenLogprobs, ...]:
+def logprobs_from_wire(entries: Iterable[link_pb2.EngineLogprobs]) -> tuple[TokenLogprobs, ...]:
     return tuple(
         TokenLogprobs(logprob=said.logprob, top=tuple(zip(said.top_ids, said.top_logprobs, strict=True)))
-        for said in message.logprobs
+        for said in entries
     )
 
 
@@ -324,6 +336,8 @@ def ready_to_wire(ready: EngineReady) -> rank_pb2.EngineReady:
             kv_bytes_per_token=costs.kv_bytes_per_token,
         ),
         eos_token_ids=ready.eos_token_ids,
+        kernels=ready.kernels,
+        quantization=ready.quantization,
     )
 
 
@@ -348,4 +362,6 @@ def ready_from_wire(message: rank_pb2.EngineReady) -> EngineReady:
             kv_bytes_per_token=message.costs.kv_bytes_per_token,
         ),
         load=load_from_wire(message.load),
+        kernels=message.kernels,
+        quantization=message.quantization,
     )

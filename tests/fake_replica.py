@@ -20,6 +20,8 @@ import grpc
 
 from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
+from replicas.config import LinkCredentials
+from replicas.link.dial import dial
 
 NUM_SPECIAL = 3
 EOS = 2
@@ -77,6 +79,7 @@ class FakeReplica:
 
     address: str
     model: str
+    credentials: LinkCredentials | None = None
     replica_id: str = "replica-0"
     epoch: int = 1
     vocab_size: int = 1000
@@ -88,6 +91,7 @@ class FakeReplica:
     tokens: Tokens | None = None
     weights_digest: str = "w"
     tokenizer_digest: str = ""
+    scores_prompts: bool = True
     fate: Fate | None = None
     """What happens when it has made `fate_after` tokens, over all answers."""
     fate_after: int = 0
@@ -116,7 +120,7 @@ class FakeReplica:
 
     async def attach(self) -> None:
         """Dial, say Hello, and wait for the Welcome. Raises AioRpcError if the router refuses."""
-        self._channel = grpc.aio.insecure_channel(self.address)
+        self._channel = dial(self.address, self.credentials, ())
         self._call = link_grpc.ReplicaLinkStub(self._channel).Attach()
         await self.send(link.FromReplica(hello=self.hello()))
         welcome = await self._call.read()
@@ -132,7 +136,7 @@ class FakeReplica:
 
     async def leave(self, *, says_goodbye: bool = True) -> None:
         """Go: politely, or as a process that was killed. Safe to call twice."""
-        reading, *speaking = self._tasks
+        reading, *speaking = self._tasks or (None,)
         async with self._writing:  # A write that is cancelled under way would break the stream.
             for task in speaking:
                 task.cancel()
@@ -143,7 +147,8 @@ class FakeReplica:
                 await self._call.done_writing()
                 async with asyncio.timeout(HANG_UP_S):
                     await self._call.code()
-        reading.cancel()
+        if reading is not None:
+            reading.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._call is not None:
             self._call.cancel()
@@ -287,7 +292,11 @@ class FakeReplica:
             finish=finish,
             timing=_timing(sequence) if finish else None,
             logprobs=_logprobs(submit, first_offset, len(token_ids)),
+            prompt_logprobs=_prompt_logprobs(submit) if self._is_first(sequence, token_ids) else (),
         )
+
+    def _is_first(self, sequence: Sequence, token_ids: list[int]) -> bool:
+        return self.scores_prompts and sequence.num_tokens == len(token_ids)
 
     def _hash_token(self, submit: link.Submit, pos: int) -> int:
         """The tokens that were delivered before are no part of the prompt."""
@@ -385,6 +394,11 @@ def _logprobs(submit: link.Submit, first_offset: int, count: int) -> list[link.E
         link.EngineLogprobs(logprob=-pos, top_ids=top_ids, top_logprobs=[-pos - each for each in top_ids])
         for pos in range(first_offset, first_offset + count)
     ]
+
+
+def _prompt_logprobs(submit: link.Submit) -> list[link.EngineLogprobs]:
+    """The same for the tokens of a prompt but the first, by their positions, where asked for."""
+    return _logprobs(submit, 1, len(submit.prompt_ids) - 1) if submit.prompt_logprobs else []
 
 
 def _timing(sequence: Sequence) -> link.SequenceTiming:

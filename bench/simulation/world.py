@@ -15,6 +15,7 @@ from cluster.link.replica_pool import ReplicaPool
 from cluster.router.admission.energy_lease import LocalLeases
 from cluster.router.answer import Completed, TextDelta
 from cluster.router.bookkeeping import Books
+from cluster.router.cache_salt import CacheSalts
 from cluster.router.caller import Caller
 from cluster.router.completion import Completion
 from cluster.router.energy_record import EnergyRecord
@@ -93,11 +94,13 @@ class World:
             gates={self.model.name: self.gate},
             tenants=self.tenants,
             tokenizing=ThreadPoolExecutor(1),
+            salts=CacheSalts(b"simulated"),
             books=Books(
                 record=EnergyRecord(16),
                 journal=Journal([(self.model.name, objective)]),
                 metrics=metrics,
                 telemetry=self._telemetry,
+                ledger=None,
                 clock_s=self.now_s,
             ),
             resumption=Resumption(

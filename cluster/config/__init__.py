@@ -14,19 +14,23 @@ from cluster.config.model import (
     ReplicasSection,
     SloSection,
 )
-from cluster.config.router import FailoverSection, RouterSection
+from cluster.config.router import FailoverSection, ProtocolsSection, RouterSection
 from cluster.config.section import ConfigError, Section
+from cluster.config.security import AuthSection, LinkTlsSection, TlsSection
 from cluster.config.tenants import TenantSection
 
 __all__ = [
+    "AuthSection",
     "Config",
     "ConfigError",
     "EnergySection",
     "FailoverSection",
     "LimitsSection",
+    "LinkTlsSection",
     "ModelSection",
     "NullSection",
     "ParallelSection",
+    "ProtocolsSection",
     "RaySection",
     "ReplicasSection",
     "RouterSection",
@@ -34,6 +38,7 @@ __all__ = [
     "SloSection",
     "TelemetrySection",
     "TenantSection",
+    "TlsSection",
     "default_runtime_dir",
     "load_config",
     "parse_config",

@@ -53,6 +53,9 @@ class LimitsSection(Section):
     num_blocks: int = Field(0, ge=0)
     kv_cache_mib: int = Field(256, ge=1)
     context_tokens: int = Field(0, ge=0)
+    decode_stretch: float = Field(
+        2.0, ge=1.0, le=1000.0, description="how much longer prompts may make the steps of those that decode"
+    )
     prefix_caching: bool = Field(True, description="share the KV of prompts that begin the same")
     max_output_tokens: int = Field(4096, ge=1)
     drain_s: float = Field(30.0, ge=1.0, le=3600.0)
@@ -76,6 +79,7 @@ class LimitsSection(Section):
             kv_cache_bytes=self.kv_cache_mib * 2**20,
             context_tokens=self.context_tokens,
             lookahead=lookahead,
+            decode_stretch=self.decode_stretch,
             prefix_caching=self.prefix_caching,
         )
 
@@ -114,6 +118,9 @@ class ModelSection(Section):
     tokenizer: str = Field("", description="a tokenizer folder or hub id; empty: the source")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: str = "auto"
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8: weights in bytes, a factor per row; CPUs only"
+    )
     parallel: ParallelSection = ParallelSection()
     replicas: ReplicasSection = ReplicasSection()
     limits: LimitsSection = LimitsSection()
@@ -123,6 +130,9 @@ class ModelSection(Section):
     )
     null_engine: NullSection = NullSection()
     threads_per_rank: int = Field(1, ge=1, le=256)
+    kernels: Literal["auto", "float32", "off"] = Field(
+        "auto", description="compiled CPU kernels: what they keep weights in, or off for torch"
+    )
     cpus_per_rank: float = Field(1.0, gt=0.0, description="logical CPUs a rank reserves in Ray")
 
     @field_validator("source", mode="before")
@@ -140,6 +150,12 @@ class ModelSection(Section):
         if value not in DTYPES:
             raise ValueError(f"{value!r} is no dtype; one of {', '.join(DTYPES)}")
         return value
+
+    @model_validator(mode="after")
+    def _bytes_are_for_cpus(self) -> ModelSection:
+        if self.quantization != "none" and self.device == "cuda":
+            raise ValueError("quantization int8 is served on CPUs alone; set device to cpu, or remove it")
+        return self
 
     @property
     def is_null(self) -> bool:

@@ -29,6 +29,7 @@ class EngineJob:
     text: AnswerText
     buffer_bytes: int
     on_overflow: Callable[[], None]
+    scores_prompt: bool = False
     attempt: int = 0
     first_offset: int = 0
     cached_tokens: int = 0
@@ -55,5 +56,7 @@ class EngineJob:
             attempt=attempt,
             lane=lane,
             deadline_s=deadline_s,
+            # What is said of the prompt comes with the first token.
+            scores_prompt=self.scores_prompt and len(delivered_ids) == 0,
             cached_tokens=cached_tokens,
         )

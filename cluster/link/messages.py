@@ -35,6 +35,7 @@ def submit_command(job: EngineJob, *, request_id: int) -> link.ToReplica:
             lane=job.lane,
             traceparent=job.traceparent,
             cache_salt=job.cache_salt,
+            prompt_logprobs=job.scores_prompt,
         )
     )
 

@@ -222,7 +222,9 @@ class ReplicaConnection:
                 self.dropped_deltas += 1
                 continue
             token_ids = tuple(delta.token_ids)
-            logprobs = logprobs_from_wire(delta) if delta.logprobs else ()
+            logprobs = logprobs_from_wire(delta.logprobs) if delta.logprobs else ()
+            if delta.prompt_logprobs:
+                stream.prompt_logprobs = logprobs_from_wire(delta.prompt_logprobs)
             end = parse_end(delta) if delta.finish else None
             if token_ids and delta.first_offset != stream.next_offset:
                 self.dropped_deltas += 1

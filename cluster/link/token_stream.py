@@ -32,13 +32,17 @@ End = Finished | RouterError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """All that came since the last batch. `is_stopped`: a stop text or token came. `end`: nothing follows."""
+    """All that came since the last batch. `is_stopped`: a stop text or token came. `end`: nothing follows.
+
+    `prompt_logprobs` come with the first tokens, where asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     is_stopped: bool
     end: End | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class TokenStream:
@@ -60,6 +64,8 @@ class TokenStream:
         self.text = text
         self.next_offset = first_offset
         """Offset of the next token from the link; everything else is a duplicate or a gap."""
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        """Set by the link before the first tokens are."""
         self.wasted_tokens = 0
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
@@ -106,12 +112,14 @@ class TokenStream:
         texts, self._texts = self._texts, []
         token_ids, self._token_ids = self._token_ids, []
         logprobs, self._logprobs = self._logprobs, []
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, ()
         return Batch(
             text="".join(texts),
             token_ids=tuple(token_ids),
             logprobs=tuple(logprobs),
             is_stopped=self._is_stopped,
             end=self._end,
+            prompt_logprobs=prompt_logprobs,
         )
 
     async def wait_end(self) -> End:

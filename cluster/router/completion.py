@@ -58,6 +58,7 @@ class Completion:
     energy_wait_ms: int | None = None
     session_id: str = ""
     num_choices: int = 1
+    wants_prompt_logprobs: bool = False
 
     @property
     def operation(self) -> Operation:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cluster.link.replica_connection import ReplicaConnection
-from cluster.router.admission.tenant import Tenant
-from cluster.router.cache_salt import cache_salt
 from cluster.router.completion import Completion
 from cluster.router.route_finder import Errand, Place
 from cluster.router.served_model import ServedModel
@@ -52,9 +50,10 @@ class Route:
 def size_order(
     completion: Completion,
     model: ServedModel,
-    tenant: Tenant,
     prompt_ids: tuple[int, ...],
     *,
+    priority_max: int,
+    cache_salt: bytes,
     context_tokens: int,
 ) -> Order:
     """Raises InvalidRequest for a prompt that leaves no room for an answer."""
@@ -67,7 +66,7 @@ def size_order(
     errand = Errand(
         prompt_ids=prompt_ids,
         output_tokens=model.output_estimate.tokens(max_tokens=max_tokens),
-        cache_salt=cache_salt(tenant.name),
+        cache_salt=cache_salt,
         session_id=completion.session_id,
     )
     return Order(
@@ -75,7 +74,7 @@ def size_order(
         prompt_ids=prompt_ids,
         max_tokens=max_tokens,
         num_choices=completion.num_choices,
-        priority=min(completion.priority, tenant.priority_max),
+        priority=min(completion.priority, priority_max),
     )
 
 

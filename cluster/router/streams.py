@@ -14,7 +14,7 @@ that iteration, at any point, frees everything: the engine is told within one me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -30,6 +30,7 @@ from cluster.router.admission.tenant import Tenant
 from cluster.router.admission.tenant_account import TenantAccount
 from cluster.router.answer import Completed, TextDelta
 from cluster.router.bookkeeping import Books, ClosedBooks
+from cluster.router.cache_salt import CacheSalts
 from cluster.router.caller import Caller
 from cluster.router.choices import choice_seed, deliver_choices
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
@@ -76,6 +77,7 @@ class Streams:
         tokenizing: Executor,
         books: Books,
         resumption: Resumption,
+        salts: CacheSalts,
         clock_s: Callable[[], float] = monotonic,
     ) -> None:
         self._section = section
@@ -86,6 +88,7 @@ class Streams:
         self._tokenizing = tokenizing
         self._books = books
         self._resumption = resumption
+        self._salts = salts
         self._clock_s = clock_s
         self.is_stopping = False
         """Set once: nothing new is admitted, what is under way goes on."""
@@ -97,7 +100,9 @@ class Streams:
     def in_flight(self) -> int:
         return sum(model.active_requests for model in self._models.values())
 
-    async def run(self, completion: Completion, caller: Caller) -> AsyncIterator[TextDelta | Completed]:
+    async def run(
+        self, completion: Completion, caller: Caller
+    ) -> AsyncGenerator[TextDelta | Completed, None]:
         """Serve one request: text deltas, the last with a finish reason, then one `Completed`.
 
         Raises RouterError instead of `Completed` where the request fails.
@@ -113,7 +118,7 @@ class Streams:
                 prompt_ids = await self.tokenize(model, completion.prompt)
             self._resumption.admit(model.name, prompt_ids)
             with caller.span.stage(semconv.ROUTE):
-                order = self._size(model, completion, charge.tenant, prompt_ids)
+                order = self._size(model, completion, caller, charge.tenant, prompt_ids)
                 charge.expect(tokens=order.expected_tokens, energy_mj=order.expected_mj(model))
                 with self._counted(model, account, is_last=True):
                     route, run = await self._begin(model, completion, caller, charge.tenant, order)
@@ -203,13 +208,25 @@ class Streams:
             raise refusal_of(decision, tenant=account.tenant.name)
 
     def _size(
-        self, model: ServedModel, completion: Completion, tenant: Tenant, prompt_ids: tuple[int, ...]
+        self,
+        model: ServedModel,
+        completion: Completion,
+        caller: Caller,
+        tenant: Tenant,
+        prompt_ids: tuple[int, ...],
     ) -> Order:
         """Replicas of a model have one context; if not, the least counts."""
         contexts = [connection.hello.context_tokens for connection in self._pool.ready(model.name)]
         if not contexts:
             raise NoReplica(NOT_READY)
-        return size_order(completion, model, tenant, prompt_ids, context_tokens=min(contexts))
+        return size_order(
+            completion,
+            model,
+            prompt_ids,
+            priority_max=tenant.priority_max,
+            cache_salt=self._salts.of(caller.tenant),
+            context_tokens=min(contexts),
+        )
 
     def _settle(self, model: ServedModel, charge: Charge, order: Order, closed: ClosedBooks) -> None:
         """The tenant pays for what the request took, not for what was expected of it."""
@@ -269,6 +286,7 @@ class Streams:
             traceparent=span.traceparent,
             text=AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=stop_token_ids),
             buffer_bytes=limit_bytes // completion.num_choices,
+            scores_prompt=completion.wants_prompt_logprobs and index == 0,
             on_overflow=lambda: caller.interrupt(SlowConsumer(limit_bytes=limit_bytes)),
         )
         stream, account = route.connection.submit(job)
@@ -282,6 +300,7 @@ class Streams:
         )
         return Run(
             request_id=caller.request_id,
+            tenant=caller.tenant,
             arrived_s=caller.arrived_s,
             model=model,
             job=job,
@@ -301,7 +320,9 @@ class Streams:
             elif isinstance(batch.end, Finished):
                 finish = batch.end.reason
             if finish or batch.text or batch.token_ids:
-                yield TextDelta(batch.text, batch.token_ids, finish, batch.logprobs, run.index)
+                yield TextDelta(
+                    batch.text, batch.token_ids, finish, batch.logprobs, run.index, batch.prompt_logprobs
+                )
             run.outcome = finish
             if finish is not None or not isinstance(batch.end, RouterError):
                 continue

@@ -119,6 +119,7 @@ class Tenants:
             if wallet is not None and wallet.day is not None and wallet.balance_mj > 0:
                 unspent_mj, wallet.balance_mj = wallet.balance_mj, 0
                 await self._leases.give_back(account.tenant.name, unspent_mj=unspent_mj, day=wallet.day)
+        await self._leases.close()
 
     async def _lease(self, account: TenantAccount, wallet: Wallet) -> None:
         name = account.tenant.name

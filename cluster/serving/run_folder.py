@@ -66,6 +66,10 @@ class RunFolder:
         return self.path / "router.log"
 
     @property
+    def ledger_log_path(self) -> Path:
+        return self.path / "ledger.log"
+
+    @property
     def ray_dir(self) -> Path:
         return self.path / "ray"
 
@@ -73,6 +77,15 @@ class RunFolder:
     def token_path(self) -> Path:
         """What Ray's daemons ask of whoever talks to them."""
         return self.path / "ray.token"
+
+    @property
+    def secret_path(self) -> Path:
+        """What the routers of this run share, where the configuration names no file of its own."""
+        return self.path / "router.secret"
+
+    def router_socket(self, index: int) -> Path:
+        """Where commands of this machine's user find router `index`, whatever its ports ask of callers."""
+        return self.path / f"router-{index}.sock"
 
     @property
     def shared_dir(self) -> Path:
@@ -116,7 +129,8 @@ class RunFolder:
     def release(self) -> None:
         """Forget the run: state and sockets go, logs stay."""
         if self._lock:
-            for left in (*self.path.glob("*.sock"), *self.path.glob("loading-*"), self.token_path):
+            secrets = (self.token_path, self.secret_path)
+            for left in (*self.path.glob("*.sock"), *self.path.glob("loading-*"), *secrets):
                 left.unlink(missing_ok=True)
             self.state_path.unlink(missing_ok=True)
             self._lock.close()

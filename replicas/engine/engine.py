@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from replicas.engine.load import LoadAverages
+from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.scheduled_step import ScheduledStep
 from replicas.engine.scheduler import Scheduler
 from replicas.plan import PendingStep, Runner, StepOutcome
@@ -41,7 +42,7 @@ class Engine:
     """A request that fails, fails alone, with an ERROR delta; an exception out of `step` ends the group.
 
     `lookahead` is how many steps are planned and launched before the oldest is waited for: with 1, the device
-    has its next step queued while the tokens of the last are handled.
+    has its next step queued while the tokens of the last are handled. `pace` None: prompts take what is free.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Engine:
         scheduler: Scheduler,
         *,
         lookahead: int = 0,
+        pace: PrefillPace | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._runner = runner
@@ -57,6 +59,7 @@ class Engine:
         self._lookahead = lookahead
         self._clock = clock
         self._flights: deque[_Flight] = deque()
+        self._pace = pace
         self._averages = LoadAverages()
         self._landed_ns = 0
 
@@ -99,7 +102,7 @@ class Engine:
         """Launch steps until one more than `lookahead` are under way, or nothing is left to plan."""
         while len(self._flights) <= self._lookahead:
             now_ns = self._clock()
-            scheduled = self._scheduler.schedule(now_ns=now_ns)
+            scheduled = self._scheduler.schedule(now_ns=now_ns, pace=self._pace)
             if scheduled is None:
                 return
             pending = self._runner.launch(scheduled.plan)
@@ -131,6 +134,8 @@ class Engine:
                 experts_hit=landing.outcome.experts_hit,
             )
             self._averages.observe(record)
+            if self._pace is not None:
+                self._pace.observe(record, num_prefilling=self._scheduler.num_prefilling)
         if self._scheduler.is_idle:
             self._scheduler.check_idle()
         return StepResult(

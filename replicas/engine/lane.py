@@ -9,17 +9,20 @@ only decoding asks for more. It leaves one free block per running sequence, or d
 what was just admitted.
 
 The beginning of a sequence that is cached is shared, not computed: full blocks only, and never all tokens,
-since the last one has to run to give logits. A block is filed only once a finite token was sampled behind it,
-so what a broken computation left can be found by nobody.
+since the last one has to run to give logits. A block of a prompt is filed when a plan computes it, so that
+sequences of one step share it (`prefix_leaders.py`). If that computation breaks, or ends before a token was
+sampled behind it, the block is forgotten, and who shared a broken one meanwhile starts anew.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from operator import attrgetter
 
 from replicas.engine.block_pool import BlockPool
 from replicas.engine.prefix_hash import extend_hashes
+from replicas.engine.prefix_leaders import MIN_SHARED_TOKENS, choose_leader
 from replicas.engine.sequence import Sequence, SequenceState
 
 _by_order = attrgetter("order")
@@ -32,8 +35,11 @@ class Lane:
         self.pool = BlockPool(num_blocks=num_blocks)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        """Of the running ones, those with more than their newest token to plan."""
         self._block_tokens = block_tokens
         self._caches_prefixes = caches_prefixes
+        self._broken_blocks: set[int] = set()
         self._num_waiting_tokens = 0
 
     @property
@@ -44,9 +50,7 @@ class Lane:
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens to compute before every sequence of this lane decodes."""
-        return self._num_waiting_tokens + sum(
-            sequence.num_uncomputed for sequence in self.running if not sequence.is_decoding
-        )
+        return self._num_waiting_tokens + sum(sequence.num_uncomputed for sequence in self.prefilling)
 
     def enqueue(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
@@ -62,6 +66,14 @@ class Lane:
         sequence.blocks = cached + self.pool.allocate(self._blocks_of(sequence) - len(cached))
         sequence.reuse(num_blocks=len(cached), num_tokens=len(cached) * self._block_tokens)
         insort(self.running, sequence, key=_by_order)
+        if not sequence.is_decoding:
+            insort(self.prefilling, sequence, key=_by_order)
+
+    def chunk_planned(self, sequence: Sequence) -> None:
+        """Some of its prefill is planned: whoever comes later may share that. After the rest it decodes."""
+        self._file(sequence, num_tokens=sequence.num_computed)
+        if sequence.is_decoding and sequence in self.prefilling:
+            _remove(self.prefilling, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Out of its queue, and its blocks back into the pool."""
@@ -69,6 +81,10 @@ class Lane:
             self._remove_waiting(sequence)
             return
         _remove(self.running, sequence)
+        if sequence in self.prefilling:
+            _remove(self.prefilling, sequence)
+        if not sequence.is_proved:
+            self.pool.forget(sequence.blocks[sequence.num_reused_blocks :])
         self.pool.release(sequence.blocks)
         sequence.blocks = []
 
@@ -82,8 +98,12 @@ class Lane:
 
     def file_computed(self, sequence: Sequence, *, num_tokens: int) -> None:
         """The KV of the first `num_tokens` of a running sequence is written and proved finite."""
+        sequence.is_proved = True
+        self._file(sequence, num_tokens=num_tokens)
+
+    def _file(self, sequence: Sequence, *, num_tokens: int) -> None:
         num_full = num_tokens // self._block_tokens
-        if num_full == sequence.num_filed_blocks or not self._caches_prefixes:
+        if num_full <= sequence.num_filed_blocks or not self._caches_prefixes:
             return
         self._extend_hashes(sequence)
         for index in range(sequence.num_filed_blocks, num_full):
@@ -93,9 +113,39 @@ class Lane:
     def forget(self, sequence: Sequence) -> None:
         """The KV of a running sequence is not to be trusted: none of its blocks stays in the cache."""
         self.pool.forget(sequence.blocks)
+        self._broken_blocks.update(sequence.blocks)
 
-    def has_blocks_for(self, sequence: Sequence) -> bool:
-        return self._num_needed(sequence, self._cached_blocks(sequence)) <= self.pool.num_free
+    def take_sharers_of_broken(self) -> list[Sequence]:
+        """The running sequences that share what was forgotten since the last call, and have no token yet."""
+        broken, self._broken_blocks = self._broken_blocks, set()
+        return [
+            sequence
+            for sequence in (self.running if broken else ())
+            if not sequence.is_proved and not broken.isdisjoint(sequence.blocks)
+        ]
+
+    def is_held(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence had better wait for blocks that another one is about to compute."""
+        if sequence.is_scoring:
+            return False
+        if sequence.waits_for is None and self._caches_prefixes and self.prefilling:
+            choose_leader(
+                sequence,
+                self.prefilling,
+                min_blocks=len(self._cached_blocks(sequence)) + -(-MIN_SHARED_TOKENS // self._block_tokens),
+                max_blocks=self._num_sharable(sequence),
+            )
+        leader = sequence.waits_for
+        return (
+            leader is not None
+            and leader.num_filed_blocks < sequence.num_awaited_blocks
+            and leader in self.prefilling
+        )
+
+    def has_blocks_for(self, sequence: Sequence, *, besides: Iterable[Sequence] = ()) -> bool:
+        """Whether it could be admitted now, and the waiting ones `besides` it as well."""
+        reserved = sum([self._blocks_of(other) + 1 for other in besides])
+        return self._num_needed(sequence, self._cached_blocks(sequence)) + reserved <= self.pool.num_free
 
     def victims_for(self, sequence: Sequence, *, has_row: bool) -> list[Sequence]:
         """The fewest running sequences of lower priority whose blocks and row would admit `sequence`.
@@ -121,7 +171,12 @@ class Lane:
         if not self._caches_prefixes:
             return []
         self._extend_hashes(sequence)
-        return self.pool.find(sequence.block_hashes[: (len(sequence.tokens) - 1) // self._block_tokens])
+        if sequence.is_scoring:
+            return []
+        return self.pool.find(sequence.block_hashes[: self._num_sharable(sequence)])
+
+    def _num_sharable(self, sequence: Sequence) -> int:
+        return (len(sequence.tokens) - 1) // self._block_tokens
 
     def _extend_hashes(self, sequence: Sequence) -> None:
         extend_hashes(

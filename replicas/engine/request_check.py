@@ -16,10 +16,17 @@ MAX_PENALTY = 2.0
 MAX_LOGIT_BIAS = 100.0
 MAX_BIASED_TOKENS = 300
 MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 5
+"""Beside each token of a prompt, of which there are thousands."""
 
 
 def check_request(
-    request: GenerationRequest, *, vocab_size: int, context_tokens: int, num_lanes: int
+    request: GenerationRequest,
+    *,
+    vocab_size: int,
+    context_tokens: int,
+    num_lanes: int,
+    scores_prompts: bool = True,
 ) -> None:
     """Raise BadRequest with the field, its value and the limit."""
     prompt_ids = request.prompt_ids
@@ -43,6 +50,8 @@ def check_request(
         raise BadRequest(f"cache_salt holds {len(request.cache_salt)} bytes; at most {MAX_SALT_BYTES}")
     _check_sampling(request.sampling)
     _check_edits(request.sampling, vocab_size=vocab_size)
+    if request.scores_prompt:
+        _check_scoring(request.sampling, scores_prompts=scores_prompts)
 
 
 def _check_sampling(sampling: SamplingParams) -> None:
@@ -56,6 +65,17 @@ def _check_sampling(sampling: SamplingParams) -> None:
         raise BadRequest(f"seed is {sampling.seed}; give an unsigned 64-bit number")
     if not 0 <= sampling.min_p <= 1:
         raise BadRequest(f"min_p is {sampling.min_p}; give a number from 0 to 1")
+
+
+def _check_scoring(sampling: SamplingParams, *, scores_prompts: bool) -> None:
+    if not scores_prompts:
+        raise BadRequest(
+            "prompt_logprobs is set; this engine says none of prompts, ask for those of the answer"
+        )
+    if sampling.num_logprobs is None or sampling.num_logprobs > MAX_PROMPT_LOGPROBS:
+        raise BadRequest(
+            f"logprobs is {sampling.num_logprobs}; give 0 to {MAX_PROMPT_LOGPROBS} with prompt_logprobs"
+        )
 
 
 def _check_edits(sampling: SamplingParams, *, vocab_size: int) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from replicas.engine.sequence import Sequence
 from replicas.plan import PlannedRow, StepPlan
+from replicas.record import record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class ScheduledRow:
     """One row of a plan and the sequence behind it; `repeated` tokens were computed before."""
 
@@ -20,10 +21,11 @@ class ScheduledRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledStep:
-    """A plan, and whom its outcome belongs to. `rows` is parallel to `plan.rows`."""
+    """A plan, and whom its outcome belongs to: `rows` is parallel to `plan.rows`, `scored` to that of it."""
 
     plan: StepPlan
     rows: tuple[ScheduledRow, ...]
+    scored: tuple[ScheduledRow, ...] = ()
 
 
 def plan_row(sequence: Sequence, count: int, *, is_prefill: bool) -> ScheduledRow:

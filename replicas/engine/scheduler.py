@@ -15,10 +15,11 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import chain, repeat
 
 from replicas.config import EngineLimits
 from replicas.engine.lane import Lane
+from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.request_check import check_request
 from replicas.engine.scheduled_step import ScheduledRow, ScheduledStep, plan_row
 from replicas.engine.sequence import Sequence, SequenceState
@@ -34,6 +35,8 @@ from replicas.request import (
     TokenLogprobs,
 )
 
+MAX_SCORED_TOKENS = 256
+"""Of prompts that are scored, per step and lane: each takes a row of logits over the whole vocabulary."""
 NO_TOKEN = -1
 """A runner's answer for a row whose logits were not finite."""
 
@@ -83,6 +86,15 @@ class Scheduler:
         return not self._sequences
 
     @property
+    def num_decoding(self) -> int:
+        return sum([len(lane.running) - len(lane.prefilling) for lane in self._lanes])
+
+    @property
+    def num_prefilling(self) -> int:
+        """Sequences that have prompt tokens left to plan, waiting ones included."""
+        return sum([len(lane.prefilling) + len(lane.waiting) for lane in self._lanes])
+
+    @property
     def step(self) -> int:
         """Number of the step planned last; 0 before the first."""
         return self._step
@@ -96,6 +108,7 @@ class Scheduler:
                 vocab_size=self._shape.vocab_size,
                 context_tokens=self.context_tokens,
                 num_lanes=len(self._lanes),
+                scores_prompts=self._shape.scores_prompts,
             )
         except BadRequest as error:
             self._refuse(request, ("INVALID_ARGUMENT", str(error)))
@@ -125,8 +138,8 @@ class Scheduler:
         """End with STOP, whatever the state; an id that has already ended is no error."""
         self._end(request_id, FinishReason.STOP, now_ns)
 
-    def schedule(self, *, now_ns: int) -> ScheduledStep | None:
-        """Plan the next step; None when no sequence can compute anything now."""
+    def schedule(self, *, now_ns: int, pace: PrefillPace | None = None) -> ScheduledStep | None:
+        """Plan the next step; None when no sequence can compute anything now. `pace` bounds prompt tokens."""
         if now_ns >= self._next_deadline_ns:
             self._expire(now_ns)
         decodes: list[ScheduledRow] = []
@@ -135,23 +148,31 @@ class Scheduler:
         for lane in self._lanes:
             self._preempt_for_priority(lane)
             budget = self._schedule_decodes(lane, decodes)
+            if pace is not None:
+                budget = pace.tokens(
+                    num_decoding=self.num_decoding, num_prefilling=self.num_prefilling, limit=budget
+                )
             self._schedule_prefills(lane, prefills, new_rows, budget, now_ns)
         rows = (*decodes, *prefills)
         if not rows:
             return None
         self._step += 1
+        scored = tuple([row for row in prefills if row.sequence.is_scoring])
         plan = StepPlan(
             step=self._step,
             freed_rows=tuple(self._freed_rows),
             new_rows=tuple(new_rows),
             rows=tuple([row.planned for row in rows]),
+            scored=tuple([row.sequence.scored_row(row.planned) for row in scored]),
         )
         self._freed_rows.clear()
-        return ScheduledStep(plan=plan, rows=rows)
+        return ScheduledStep(plan=plan, rows=rows, scored=scored)
 
     def commit(self, step: ScheduledStep, outcome: StepOutcome, *, now_ns: int) -> tuple[StepMember, ...]:
         """Take in what the oldest step under way sampled; says who was in it, for the energy ledger."""
         sampled = zip(outcome.sampled_ids, outcome.logprobs or repeat(None), strict=False)
+        if step.scored:
+            _take_scores(step, outcome)
         members = []
         for row in step.rows:
             sequence, num_tokens = row.sequence, len(row.planned.token_ids)
@@ -173,6 +194,9 @@ class Scheduler:
                 self._prove_computed(row, is_finite=token[0] != NO_TOKEN)
                 self._take_token(sequence, *token, now_ns)
         assert next(sampled, None) is None, "a runner samples the rows that ask for it, and no others"
+        for lane in self._lanes:
+            for sequence in lane.take_sharers_of_broken():
+                self._preempt(lane, sequence)
         return tuple(members)
 
     def take_deltas(self) -> tuple[SequenceDelta, ...]:
@@ -220,6 +244,8 @@ class Scheduler:
         """Assert that queues, rows and blocks agree, by a pass over all of them; for tests."""
         for lane in self._lanes:
             lane.pool.check(block for sequence in lane.running for block in sequence.blocks)
+            prefilling = [sequence for sequence in lane.running if not sequence.is_decoding]
+            assert lane.prefilling == prefilling, "who prefills is not who says so"
             assert all(not sequence.blocks for sequence in lane.waiting), "waiting sequences hold no blocks"
         running = [sequence for lane in self._lanes for sequence in lane.running]
         rows = sorted([*self._free_rows, *(sequence.row for sequence in running if sequence.row is not None)])
@@ -250,26 +276,30 @@ class Scheduler:
         self, lane: Lane, prefills: list[ScheduledRow], new_rows: list[NewRow], budget: int, now_ns: int
     ) -> None:
         """Prompt chunks: of what runs already, then of what can be admitted."""
-        for sequence in lane.running:
-            if budget == 0:
-                return
-            if not sequence.is_decoding:
-                count = min(sequence.num_uncomputed, budget)
-                prefills.append(plan_row(sequence, count, is_prefill=True))
-                budget -= count
-        for sequence in self._admit(lane, new_rows, now_ns):
+        candidates = chain(tuple(lane.prefilling), self._admit(lane, new_rows, now_ns))
+        to_score = MAX_SCORED_TOKENS
+        while budget > 0 and (sequence := next(candidates, None)) is not None:
             count = min(sequence.num_uncomputed, budget)
+            if sequence.is_scoring:
+                count = min(count, to_score)
+                to_score -= count
+                if count == 0:
+                    continue
             prefills.append(plan_row(sequence, count, is_prefill=True))
+            lane.chunk_planned(sequence)
             budget -= count
-            if budget == 0:
-                return
 
     def _admit(self, lane: Lane, new_rows: list[NewRow], now_ns: int) -> Iterator[Sequence]:
-        """Strictly in order: a long request at the head is not overtaken, so it cannot starve."""
-        while lane.waiting and self._free_rows:
-            sequence = lane.waiting[0]
+        """In order: a long request at the head is not overtaken, so it cannot starve. Only who waits for a
+        leader's blocks is passed by; a row and its own blocks are kept for it."""
+        held: list[Sequence] = []
+        while len(held) < min(len(lane.waiting), len(self._free_rows)):
+            sequence = lane.waiting[len(held)]
+            if lane.is_held(sequence):
+                held.append(sequence)
+                continue
             # Preempted while its token was under way: the token decides whether it goes on.
-            if sequence.num_pending or not lane.has_blocks_for(sequence):
+            if sequence.num_pending or not lane.has_blocks_for(sequence, besides=held):
                 return
             lane.admit(sequence)
             sequence.row = heapq.heappop(self._free_rows)
@@ -295,7 +325,8 @@ class Scheduler:
         if not lane.waiting or not lane.running:
             return
         head = lane.waiting[0]
-        if not head.num_pending and head.request.priority > lane.running[-1].request.priority:
+        is_stuck = head.num_pending or lane.is_held(head)
+        if not is_stuck and head.request.priority > lane.running[-1].request.priority:
             for victim in lane.victims_for(head, has_row=bool(self._free_rows)):
                 self._preempt(lane, victim)
 
@@ -376,3 +407,14 @@ class Scheduler:
                 self._finish(sequence, FinishReason.DEADLINE, now_ns)
         deadlines = (sequence.request.deadline_ns for sequence in self._sequences.values())
         self._next_deadline_ns = min((at for at in deadlines if at is not None), default=math.inf)
+
+
+def _take_scores(step: ScheduledStep, outcome: StepOutcome) -> None:
+    """Hand each scored row its part of the scores, also one that was preempted meanwhile: they hold."""
+    at = 0
+    for row, scored in zip(step.scored, step.plan.scored, strict=True):
+        end = at + len(scored.targets(row.planned.token_ids))
+        if row.sequence.state is not SequenceState.FINISHED:
+            row.sequence.take_scores(row.planned, list(outcome.scores[at:end]))
+        at = end
+    assert at == len(outcome.scores), "a runner scores what it is asked to"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from replicas.plan import LAST_SAMPLED, NewRow
+from replicas.plan import LAST_SAMPLED, NO_NEXT, NewRow, PlannedRow, ScoredRow
 from replicas.request import (
     FinishReason,
     GenerationRequest,
@@ -48,6 +48,9 @@ class Sequence:
     context_tokens: int
     """The most tokens, prompt and output, that this sequence may have."""
     tokens: list[int] = field(init=False)
+    num_prompt: int = field(init=False)
+    max_length: int = field(init=False)
+    """The length at which it ends, whatever it says."""
     state: SequenceState = SequenceState.WAITING
     row: int | None = None
     blocks: list[int] = field(default_factory=list)
@@ -55,6 +58,13 @@ class Sequence:
     """The first blocks of `blocks` that a plan has already told the runners."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Hashes of the first full blocks of `tokens`, as far as somebody asked for them."""
+    waits_for: Sequence | None = None
+    """Whose blocks it waits, or once waited, to share (`prefix_leaders.py`), and how many of them."""
+    num_awaited_blocks: int = 0
+    is_proved: bool = False
+    """A finite token was sampled behind the KV it has now."""
+    num_reused_blocks: int = 0
+    """The first blocks of `blocks` that others computed."""
     num_filed_blocks: int = 0
     """The first blocks of `blocks` that are in the prefix cache, or equal to one that is."""
     cached_tokens: int = 0
@@ -67,11 +77,15 @@ class Sequence:
     """New, not repeated, tokens in steps under way."""
     wasted_tokens: int = 0
     preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of its prompt from the second token on, as far as it is scored; given away with the first token."""
     scheduled_ns: int | None = None
     first_token_ns: int | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
+        self.num_prompt = len(self.tokens)
+        self.max_length = min(self.num_prompt + self.request.max_tokens, self.context_tokens)
 
     @property
     def length(self) -> int:
@@ -84,20 +98,23 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         """Tokens known and delivered by this attempt."""
-        return len(self.tokens) - len(self.request.prompt_ids)
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def is_scoring(self) -> bool:
+        """What is computed of it has to be scored, too."""
+        return self.request.scores_prompt and len(self.tokens) == self.num_prompt
 
     @property
     def is_decoding(self) -> bool:
         """Only its newest generated token is not computed yet."""
-        return self.num_uncomputed == 1 and self.length > len(self.request.prompt_ids)
+        length = len(self.tokens) + self.num_pending
+        return length - self.num_computed == 1 and length > self.num_prompt
 
     @property
     def awaits_last(self) -> bool:
         """A step under way samples what is certainly its last token: there is nothing more to plan."""
-        return self.num_pending > 0 and (
-            self.num_generated + self.num_pending >= self.request.max_tokens
-            or self.length >= self.context_tokens
-        )
+        return self.num_pending > 0 and self.length >= self.max_length
 
     def take(self, count: int) -> tuple[tuple[int, ...], int]:
         """Plan the next `count` positions: their token ids, and how many of them were computed before."""
@@ -106,10 +123,13 @@ class Sequence:
         if len(known) < count:
             known.append(LAST_SAMPLED)
             assert len(known) == count, "at most one planned token is not known yet"
-        repeated = min(max(self.num_ever_computed - start, 0), count)
+        repeated = 0
+        if start < self.num_ever_computed:
+            repeated = min(self.num_ever_computed - start, count)
+            self.wasted_tokens += repeated
         self.num_computed = end
-        self.num_ever_computed = max(self.num_ever_computed, end)
-        self.wasted_tokens += repeated
+        if end > self.num_ever_computed:
+            self.num_ever_computed = end
         self.num_useful_in_flight += count - repeated
         if end == self.length:
             self.num_pending += 1
@@ -127,7 +147,8 @@ class Sequence:
     def reuse(self, *, num_blocks: int, num_tokens: int) -> None:
         """It starts running with KV that is there already: nobody computes its first tokens."""
         self.num_computed = num_tokens
-        self.num_filed_blocks = num_blocks
+        self.num_filed_blocks = self.num_reused_blocks = num_blocks
+        self.is_proved = False
         if self.scheduled_ns is None:
             self.cached_tokens = num_tokens
 
@@ -139,9 +160,19 @@ class Sequence:
             self.first_token_ns = now_ns
         if token_id in self.request.stop_token_ids:
             return FinishReason.STOP
-        if self.num_generated >= self.request.max_tokens or len(self.tokens) >= self.context_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if len(self.tokens) >= self.max_length else None
+
+    def scored_row(self, planned: PlannedRow) -> ScoredRow:
+        """What of a planned chunk of its prompt is to be scored."""
+        end = planned.start_pos + len(planned.token_ids)
+        assert planned.row == self.row and end <= self.num_prompt, "only a prompt is scored"
+        return ScoredRow(row=planned.row, next_id=NO_NEXT if end == self.num_prompt else self.tokens[end])
+
+    def take_scores(self, planned: PlannedRow, scores: list[TokenLogprobs]) -> None:
+        """The scores of a chunk; after a preemption, some of them for the second time."""
+        num_known = len(self.prompt_logprobs) - planned.start_pos
+        assert num_known >= 0, "chunks are scored in order"
+        self.prompt_logprobs += scores[num_known:]
 
     def preempt(self) -> None:
         """Forget all KV. Tokens stay, and so does a pending one: its step is under way and will give it."""
@@ -165,6 +196,7 @@ class Sequence:
             first_offset=request.first_offset + self.num_generated - 1,
             token_ids=(token_id,),
             logprobs=logprobs,
+            prompt_logprobs=self._give_prompt_logprobs() if self.prompt_logprobs else (),
         )
 
     def last_delta(
@@ -187,7 +219,12 @@ class Sequence:
             timing=self._timing(now_ns),
             error=error,
             logprobs=logprobs,
+            prompt_logprobs=self._give_prompt_logprobs() if token_ids else (),
         )
+
+    def _give_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        given, self.prompt_logprobs = tuple(self.prompt_logprobs), []
+        return given
 
     def _timing(self, now_ns: int) -> SequenceTiming:
         """Queue until first planned, prefill until the first token, decode until now."""

@@ -113,4 +113,10 @@ def _joined(earlier: SequenceDelta, later: SequenceDelta) -> SequenceDelta:
     assert earlier.finish is None, "a delta followed the last one of its request"
     assert not later.token_ids or later.first_offset == earlier.first_offset + len(earlier.token_ids)
     first_offset = earlier.first_offset if earlier.token_ids else later.first_offset
-    return replace(later, first_offset=first_offset, token_ids=earlier.token_ids + later.token_ids)
+    return replace(
+        later,
+        first_offset=first_offset,
+        token_ids=earlier.token_ids + later.token_ids,
+        logprobs=earlier.logprobs + later.logprobs,
+        prompt_logprobs=earlier.prompt_logprobs + later.prompt_logprobs,
+    )

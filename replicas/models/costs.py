@@ -7,8 +7,11 @@ from replicas.models.spec import ModelSpec
 from replicas.request import EngineCosts
 
 
-def costs_of(spec: ModelSpec, parallel: ParallelConfig, itemsize: int) -> EngineCosts:
-    """Costs over the whole group; what every rank repeats (replicated attention, router) counts per rank."""
+def costs_of(spec: ModelSpec, parallel: ParallelConfig, *, weight_bytes: float, kv_bytes: int) -> EngineCosts:
+    """Costs over the whole group; what every rank repeats (replicated attention, router) counts per rank.
+
+    `weight_bytes` and `kv_bytes` are those of one weight and of one cached value.
+    """
     ranks = parallel.num_ranks
     attention_copies = ranks if parallel.tensor == 1 else 1
     kv_copies = (
@@ -24,9 +27,9 @@ def costs_of(spec: ModelSpec, parallel: ParallelConfig, itemsize: int) -> Engine
     active_layer = shared_layer + spec.experts_per_token * ffn
     return EngineCosts(
         active_params=spec.num_layers * active_layer + head,
-        shared_weight_bytes=(spec.num_layers * shared_layer + head) * itemsize,
-        expert_bytes=ffn * itemsize if spec.num_experts else 0,
+        shared_weight_bytes=round((spec.num_layers * shared_layer + head) * weight_bytes),
+        expert_bytes=round(ffn * weight_bytes) if spec.num_experts else 0,
         num_layers=spec.num_layers,
         attention_dim=q_size,
-        kv_bytes_per_token=2 * spec.num_layers * kv_size * kv_copies * itemsize,
+        kv_bytes_per_token=2 * spec.num_layers * kv_size * kv_copies * kv_bytes,
     )

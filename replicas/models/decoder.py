@@ -1,12 +1,14 @@
 """The decoder: one skeleton for Llama, Granite and Granite MoE, on flat tokens.
 
 Plain tensors and functions; what differs between the architectures is numbers of the spec and the kind of
-MLP. Every rank runs it on the same batch with its own shard; compiled kernels, where there are any, take the
-place of the torch leaves of a half layer. Shape letters: T tokens of the step, H hidden,
+MLP. Every rank runs it on the same batch with its own shard; compiled kernels of a CPU, or those of a CUDA
+device, take the place of the torch leaves of a half layer. Shape letters: T tokens of the step, H hidden,
 S tokens whose logits are asked for, V local vocabulary rows.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +24,9 @@ from replicas.parallel.collectives import Collectives
 from replicas.parallel.degrees import Shard
 from replicas.rank.batch import Batch
 
+if TYPE_CHECKING:  # Needs Triton, which only machines with a GPU have.
+    from replicas.layers.triton.layers import DeviceLayers
+
 
 class Decoder:
     """One rank's shard of a model, with its KV cache. Owns neither rows nor sampling."""
@@ -34,6 +39,7 @@ class Decoder:
         kv: PagedKV,
         collectives: Collectives,
         kernels: CpuLayers | None = None,
+        device_layers: DeviceLayers | None = None,
     ) -> None:
         self._spec = spec
         self._shard = shard
@@ -43,6 +49,7 @@ class Decoder:
         self._layers = weights.layers if kernels is None else ()
         self._head_VH = weights.head_VH if kernels is None else None
         self._kernels = kernels
+        self._device_layers = device_layers
         self._kv = kv
         self._collectives = collectives
         device = weights.embedding_VH.device
@@ -57,33 +64,61 @@ class Decoder:
         rotation = rotation_at(batch.positions_T, self._frequencies_R, x_TH.dtype)
         if self._kernels is not None:
             self._kernels.begin(rotation, batch.slots_T, batch.sequences)
+        if self._device_layers is not None:
+            assert batch.device_sequences is not None, "device layers read device sequences"
+            self._device_layers.begin(rotation, batch.slots_T, batch.device_sequences)
         experts_hit: torch.Tensor | int = 0
+        # What a half layer gives is added by the next one, which on a device is part of its norm.
+        delta_TH: torch.Tensor | None = None
         for index in range(spec.num_layers):
-            x_TH.add_(self._attention(index, x_TH, rotation, batch), alpha=spec.residual_multiplier)
-            ffn_TH, layer_hit = self._ffn(index, x_TH)
-            x_TH.add_(ffn_TH, alpha=spec.residual_multiplier)
+            delta_TH = self._attention(index, x_TH, delta_TH, rotation, batch)
+            delta_TH, layer_hit = self._ffn(index, x_TH, delta_TH)
             experts_hit = experts_hit + layer_hit
+        self._add(x_TH, delta_TH)
         logits_SV = self._head(x_TH.index_select(0, batch.sampled_S))
         return finish_logits(logits_SV, self._shard.vocab_valid, spec.logits_divisor), experts_hit
 
-    def _attention(self, index: int, x_TH: torch.Tensor, rotation: Rotation, batch: Batch) -> torch.Tensor:
-        if self._kernels is not None:
+    def _add(self, x_TH: torch.Tensor, delta_TH: torch.Tensor | None) -> None:
+        if delta_TH is not None:
+            x_TH.add_(delta_TH, alpha=self._spec.residual_multiplier)
+
+    def _attention(
+        self,
+        index: int,
+        x_TH: torch.Tensor,
+        delta_TH: torch.Tensor | None,
+        rotation: Rotation,
+        batch: Batch,
+    ) -> torch.Tensor:
+        if self._device_layers is not None:
+            out_TH = self._device_layers.attention(index, x_TH, delta_TH)
+        elif self._kernels is not None:
+            self._add(x_TH, delta_TH)
             out_TH = self._kernels.attention(index, x_TH)
         else:
+            self._add(x_TH, delta_TH)
             out_TH = self._torch_attention(index, self._layers[index], x_TH, rotation, batch)
         return self._collectives.all_reduce(out_TH) if self._shard.is_attention_split else out_TH
 
-    def _ffn(self, index: int, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
+    def _ffn(
+        self, index: int, x_TH: torch.Tensor, delta_TH: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | int]:
         experts_hit: torch.Tensor | int
-        if self._kernels is not None:
+        if self._device_layers is not None:
+            out_TH, experts_hit = self._device_layers.ffn(index, x_TH, delta_TH)
+        elif self._kernels is not None:
+            self._add(x_TH, delta_TH)
             out_TH, experts_hit = self._kernels.ffn(index, x_TH)
         else:
+            self._add(x_TH, delta_TH)
             out_TH, experts_hit = self._torch_ffn(self._layers[index], x_TH)
         if self._shard.is_ffn_split:
             out_TH = self._collectives.all_reduce(out_TH)
         return out_TH, experts_hit
 
     def _head(self, x_SH: torch.Tensor) -> torch.Tensor:
+        if self._device_layers is not None:
+            return self._device_layers.head(x_SH)
         if self._kernels is not None:
             return self._kernels.head(x_SH)
         assert self._head_VH is not None

@@ -14,7 +14,9 @@ import numpy.typing as npt
 import torch
 
 from replicas.layers.attention import DecodeGroup, PagedSequences, PrefillChunk, Span
+from replicas.layers.triton.sequences import DeviceSequences
 from replicas.plan import LAST_SAMPLED, PlannedRow, StepPlan
+from replicas.record import record
 from replicas.request import SamplingParams
 
 Ints = npt.NDArray[np.int64]
@@ -32,11 +34,21 @@ class Draw:
     position: int
 
 
+@record
+class Target:
+    """A known token that is scored, for a row that asks for `sampling.num_logprobs` beside it."""
+
+    token_id: int
+    sampling: SamplingParams
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """The tensors of a step. `sampled_S[i]` is the flat index of the token that `draws[i]` continues.
 
-    `spans` and `sequences` say the same; compiled kernels read the second, and then the first is empty.
+    Behind those of the draws are the indices of tokens whose next one, in `targets`, is known and scored.
+    `spans` and `sequences` say the same; compiled kernels read the second, and then the first is empty. So do
+    `device_sequences`, which device kernels read in place of both.
     """
 
     token_ids_T: torch.Tensor
@@ -46,6 +58,8 @@ class Batch:
     sequences: PagedSequences
     sampled_S: torch.Tensor
     draws: tuple[Draw, ...]
+    targets: tuple[Target, ...] = ()
+    device_sequences: DeviceSequences | None = None
 
 
 class Rows:
@@ -112,6 +126,8 @@ class Rows:
         ends = np.cumsum([len(row.token_ids) for row in ordered]).tolist()
         last_index = {row.row: end - 1 for row, end in zip(ordered, ends, strict=True)}
         sampled = [row for row in plan.rows if row.samples]
+        sampled_ends = [last_index[row.row] for row in sampled]
+        scored_ends, targets = self._targets(plan, ordered, ends) if plan.scored else ([], ())
         spans: list[Span] = []
         if self._has_spans:
             spans += self._decode_groups(decodes)
@@ -122,9 +138,25 @@ class Rows:
             slots_T=self._to_device(slots),
             spans=tuple(spans),
             sequences=self._sequences(ordered, ends),
-            sampled_S=self._to_device([last_index[row.row] for row in sampled]),
+            sampled_S=self._to_device(sampled_ends + scored_ends),
             draws=tuple(self._draw(row) for row in sampled),
+            targets=targets,
         )
+
+    def _targets(
+        self, plan: StepPlan, ordered: list[PlannedRow], ends: list[int]
+    ) -> tuple[list[int], tuple[Target, ...]]:
+        """The flat indices of the tokens that are scored by, and what follows each of them."""
+        places = {row.row: (row, end) for row, end in zip(ordered, ends, strict=True)}
+        indices: list[int] = []
+        targets: list[Target] = []
+        for scored in plan.scored:
+            row, end = places[scored.row]
+            start, followers = end - len(row.token_ids), scored.targets(row.token_ids)
+            indices += range(start, start + len(followers))
+            sampling = self._sampling_of(row.row)
+            targets += [Target(token_id=token_id, sampling=sampling) for token_id in followers]
+        return indices, tuple(targets)
 
     def _sequences(self, ordered: list[PlannedRow], ends: list[int]) -> PagedSequences:
         rows = [
@@ -133,9 +165,13 @@ class Rows:
         ]
         return PagedSequences(rows_B4=np.asarray(rows, dtype=np.int64), tables=self._tables)
 
+    def _sampling_of(self, row: int) -> SamplingParams:
+        sampling = self._sampling[row]
+        assert sampling is not None, f"row {row} runs, but is free"
+        return sampling
+
     def _draw(self, row: PlannedRow) -> Draw:
-        sampling = self._sampling[row.row]
-        assert sampling is not None, f"row {row.row} runs, but is free"
+        sampling = self._sampling_of(row.row)
         return Draw(row=row.row, sampling=sampling, position=row.start_pos + len(row.token_ids))
 
     def _token_ids(self, ordered: list[PlannedRow], rows: Ints) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The logprobs of sampled tokens and of the likeliest alternatives, for the rows that ask for them.
+"""The logprobs of sampled or known tokens and of the likeliest alternatives, for the rows that ask for them.
 
 They are the model's own: of the logits as they came, before penalties, biases and temperature. What is said
 of a row depends on that row alone. The answer travels as one float32 tensor, so that a device hands it over
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 
 from replicas.parallel.collectives import Collectives
-from replicas.rank.batch import Draw
+from replicas.rank.batch import Draw, Target
 from replicas.request import TokenLogprobs
 
 
 def measure_logprobs(
-    logits_SV: torch.Tensor, ids_S: torch.Tensor, draws: Sequence[Draw], collectives: Collectives
+    logits_SV: torch.Tensor, ids_S: torch.Tensor, draws: Sequence[Draw | Target], collectives: Collectives
 ) -> torch.Tensor | None:
     """[M, 1 + 2K]: logprob of the sampled id, K best ids, their logprobs; None if no row asks.
 
@@ -37,7 +37,7 @@ def measure_logprobs(
 
 
 def read_logprobs(
-    measured_MK: Sequence[Sequence[float]], draws: Sequence[Draw]
+    measured_MK: Sequence[Sequence[float]], draws: Sequence[Draw | Target]
 ) -> tuple[TokenLogprobs | None, ...]:
     """One entry per draw, None for those that did not ask; from the rows of `measure_logprobs`."""
     said: list[TokenLogprobs | None] = [None] * len(draws)
@@ -49,5 +49,22 @@ def read_logprobs(
     return tuple(said)
 
 
-def _asking(draws: Sequence[Draw]) -> list[int]:
+def measure_targets(
+    logits_SV: torch.Tensor, targets: Sequence[Target], collectives: Collectives
+) -> torch.Tensor | None:
+    """The same of tokens that are known already."""
+    if not targets:
+        return None
+    ids_S = torch.tensor([target.token_id for target in targets], device=logits_SV.device)
+    return measure_logprobs(logits_SV, ids_S, targets, collectives)
+
+
+def read_scores(
+    measured_MK: Sequence[Sequence[float]], targets: Sequence[Target]
+) -> tuple[TokenLogprobs, ...]:
+    """One entry per target: whoever has their prompt scored asks for logprobs."""
+    return tuple(said for said in read_logprobs(measured_MK, targets) if said is not None)
+
+
+def _asking(draws: Sequence[Draw | Target]) -> list[int]:
     return [index for index, draw in enumerate(draws) if draw.sampling.num_logprobs is not None]

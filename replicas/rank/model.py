@@ -22,5 +22,8 @@ def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
         dtype=runner.dtype,
         device=runner.device,
         costs=runner.costs,
+        kernels=runner.kernels,
+        scores_prompts=True,
+        quantization=runner.quantization,
     )
     return BuiltRunner(runner=runner, shape=shape)

@@ -36,6 +36,8 @@ FIRST_PLAIN_TOKEN_ID = 3
 MIN_VOCAB_SIZE = 4
 PREFIX_TOKENS = 8
 """How many of the first tokens the hash sees."""
+IMPOSSIBLE = -100.0
+"""Logprob of a prompt's token that the hash would not have said."""
 NS_PER_S = 1e9
 NS_PER_MS = 1e6
 _NEWEST = struct.Struct("=qi")
@@ -108,6 +110,8 @@ class NullRunner:
             dtype="int32",
             device="null",
             costs=NULL_COSTS,
+            kernels="null",
+            scores_prompts=True,
         )
 
     def launch(self, plan: StepPlan) -> _NullStep:
@@ -125,6 +129,7 @@ class NullRunner:
         outcome = StepOutcome(
             sampled_ids=tuple([token_id for token_id, _ in sampled]),
             logprobs=_certainties(sampled),
+            scores=self._scores(plan) if plan.scored else (),
         )
         done_ns = None if plan.step == self._config.hang_at_step else self._done_ns(plan)
         return _NullStep(outcome=outcome, done_ns=done_ns, clock=self._clock)
@@ -143,11 +148,27 @@ class NullRunner:
     def _run_row(self, planned: PlannedRow) -> int:
         """The token after the row's newest."""
         row = self._rows[planned.row]
-        num_tokens = planned.start_pos + len(planned.token_ids)
-        prefix = [self._kv[self._slot(row, pos)] for pos in range(min(PREFIX_TOKENS, num_tokens))]
-        newest = self._kv[self._slot(row, num_tokens - 1)]
-        row.last_sampled = null_token(prefix, newest, num_tokens, row.seed, self._config)
+        row.last_sampled = self._token_at(row, planned.start_pos + len(planned.token_ids))
         return row.last_sampled
+
+    def _token_at(self, row: _Row, pos: int) -> int:
+        """The token that follows the first `pos` of a row."""
+        prefix = [self._kv[self._slot(row, each)] for each in range(min(PREFIX_TOKENS, pos))]
+        newest = self._kv[self._slot(row, pos - 1)]
+        return null_token(prefix, newest, pos, row.seed, self._config)
+
+    def _scores(self, plan: StepPlan) -> tuple[TokenLogprobs, ...]:
+        """What the hash would have said is certain, anything else next to impossible."""
+        planned = {row.row: row for row in plan.rows}
+        scores = []
+        for scored in plan.scored:
+            chunk, row = planned[scored.row], self._rows[scored.row]
+            targets = scored.targets(chunk.token_ids)
+            for pos, target in enumerate(targets, chunk.start_pos + 1):
+                said = self._token_at(row, pos)
+                top = ((said, 0.0),) if row.num_logprobs else ()
+                scores.append(TokenLogprobs(logprob=0.0 if target == said else IMPOSSIBLE, top=top))
+        return tuple(scores)
 
     def _slot(self, row: _Row, pos: int) -> int:
         return row.blocks[pos // self._block_tokens] * self._block_tokens + pos % self._block_tokens

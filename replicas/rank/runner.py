@@ -7,6 +7,7 @@ the same plans in the same order and return the same ids. Decides nothing about 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from replicas.config import EngineLimits, RankConfig
 from replicas.errors import BadCheckpoint, RankLost
 from replicas.layers.attention import PagedKV
 from replicas.layers.kernels.layers import CpuLayers
-from replicas.layers.kernels.library import open_pool
+from replicas.layers.kernels.library import Storage, open_pool
+from replicas.layers.quantize import round_weights
 from replicas.models.checkpoint import Checkpoint
 from replicas.models.costs import costs_of
 from replicas.models.decoder import Decoder
@@ -26,11 +28,11 @@ from replicas.models.weights import ModelWeights, Progress, load_weights
 from replicas.parallel.collectives import Collectives
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
-from replicas.rank.batch import Draw, Rows
+from replicas.rank.batch import Batch, Rows
 from replicas.rank.logit_edits import LogitEdits
-from replicas.rank.logprobs import measure_logprobs, read_logprobs
+from replicas.rank.logprobs import measure_logprobs, measure_targets, read_logprobs, read_scores
 from replicas.rank.sampler import NOT_FINITE, sample
-from replicas.request import SamplingParams
+from replicas.request import TORCH_KERNELS, SamplingParams
 
 _LOAD_SKEW_S = 1800.0
 """How much longer the slowest rank may take to load. A rank that dies meanwhile is noticed at once."""
@@ -54,20 +56,22 @@ class _Enqueued:
     def __init__(
         self,
         runner: ModelRunner,
-        draws: tuple[Draw, ...],
+        batch: Batch,
         words: torch.Tensor,
         logprobs: torch.Tensor | None,
+        scores: torch.Tensor | None,
     ) -> None:
         self._runner = runner
-        self._draws = draws
+        self._batch = batch
         self._words = _to_pinned(words)
         self._logprobs = None if logprobs is None else _to_pinned(logprobs)
+        self._scores = None if scores is None else _to_pinned(scores)
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
 
     def result(self) -> StepOutcome:
         self._event.synchronize()
-        return self._runner.outcome(self._draws, self._words.tolist(), self._logprobs)
+        return self._runner.outcome(self._batch, self._words.tolist(), self._logprobs, self._scores)
 
 
 class ModelRunner:
@@ -96,7 +100,6 @@ class ModelRunner:
         dtype = weights.embedding_VH.dtype
         self.dtype = str(dtype).removeprefix("torch.")
         self.device = _device_name(self._device)
-        self.costs = costs_of(spec, config.parallel, dtype.itemsize)
         self.num_blocks = _num_blocks(spec, shard, limits, dtype.itemsize)
         self.context_tokens = _context_tokens(spec, limits)
         kv = PagedKV(
@@ -110,6 +113,12 @@ class ModelRunner:
         )
         self._kv = kv
         self._kernels = _cpu_layers(config, spec, shard, weights, kv)
+        self.kernels = TORCH_KERNELS if self._kernels is None else self._kernels.name
+        self.quantization = config.quantization
+        weight_bytes = dtype.itemsize if self._kernels is None else self._kernels.bytes_per_weight
+        self.costs = costs_of(spec, config.parallel, weight_bytes=weight_bytes, kv_bytes=dtype.itemsize)
+        if config.quantization == "int8" and self._kernels is None:
+            weights = round_weights(weights)
         self._rows = Rows(
             max_sequences=limits.max_sequences,
             max_blocks=-(-self.context_tokens // limits.block_tokens),
@@ -137,7 +146,7 @@ class ModelRunner:
         shard = shard_of(spec, config.parallel, config.rank)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             weights = load_weights(checkpoint, spec, shard, device=device, dtype=dtype, progress=progress)
-            digest = checkpoint.digest()
+            digest = _digest_of(checkpoint.digest(), config)
         runner = cls(config, collectives, spec=spec, shard=shard, weights=weights, weights_digest=digest)
         collectives.barrier(_LOAD_SKEW_S)
         runner._refuse_other_models()
@@ -156,6 +165,9 @@ class ModelRunner:
             return _Finished(StepOutcome(sampled_ids=()))
         batch = self._rows.batch(plan)
         logits_SV, experts_hit = self.decoder.logits(batch)
+        num_draws = len(batch.draws)
+        scores = measure_targets(logits_SV[num_draws:], batch.targets, self._collectives)
+        logits_SV = logits_SV[:num_draws]
         logprobs = None
         if batch.draws:
             edited_SV = self._edits.apply(logits_SV, batch.draws)
@@ -164,22 +176,30 @@ class ModelRunner:
             self._edits.remember(batch.draws, ids_S)
             logprobs = measure_logprobs(logits_SV, ids_S, batch.draws, self._collectives)
         else:
-            ids_S = batch.sampled_S
+            ids_S = batch.sampled_S[:0]
         if self._device.type != "cuda":
-            return _Finished(self.outcome(batch.draws, [*ids_S.tolist(), int(experts_hit)], logprobs))
+            return _Finished(self.outcome(batch, [*ids_S.tolist(), int(experts_hit)], logprobs, scores))
         hit_1 = torch.as_tensor(experts_hit, dtype=torch.int64, device=self._device).view(1)
-        return _Enqueued(self, batch.draws, torch.cat((ids_S, hit_1)), logprobs)
+        return _Enqueued(self, batch, torch.cat((ids_S, hit_1)), logprobs, scores)
 
     def outcome(
-        self, draws: tuple[Draw, ...], words: list[int], logprobs: torch.Tensor | None
+        self,
+        batch: Batch,
+        words: list[int],
+        logprobs: torch.Tensor | None,
+        scores: torch.Tensor | None,
     ) -> StepOutcome:
         """From the words a step leaves: ids, then the experts hit. Notes rows that must be scrubbed."""
         *ids, experts_hit = words
-        for draw, token_id in zip(draws, ids, strict=True):
+        for draw, token_id in zip(batch.draws, ids, strict=True):
             if token_id == NOT_FINITE:
                 self._broken_rows.add(draw.row)
-        said = () if logprobs is None else read_logprobs(logprobs.tolist(), draws)
-        return StepOutcome(sampled_ids=tuple(ids), experts_hit=experts_hit, logprobs=said)
+        return StepOutcome(
+            sampled_ids=tuple(ids),
+            experts_hit=experts_hit,
+            logprobs=() if logprobs is None else read_logprobs(logprobs.tolist(), batch.draws),
+            scores=() if scores is None else read_scores(scores.tolist(), batch.targets),
+        )
 
     def warmup(self) -> None:
         """Run a prefill chunk and a few decode batches on the scratch block, so that kernels are loaded.
@@ -243,6 +263,15 @@ def _dtype_of(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def _digest_of(checkpoint_digest: str, config: RankConfig) -> str:
+    """Rounded weights are other weights; and ranks that split rows round each part by itself."""
+    if config.quantization == "none":
+        return checkpoint_digest
+    parallel = config.parallel
+    rounded = f"{checkpoint_digest} {config.quantization} {parallel.tensor} {parallel.expert}"
+    return hashlib.blake2b(rounded.encode(), digest_size=16).hexdigest()
+
+
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -258,7 +287,10 @@ def _cpu_layers(
     pool = open_pool(config.threads)
     if pool is None:
         return None
-    layers = CpuLayers(pool, spec, shard, weights, kv, keeps_half=config.kernels == "auto")
+    storage = Storage.SMALLEST if config.kernels == "auto" else Storage.FLOAT32
+    if config.quantization == "int8":
+        storage = Storage.INT8
+    layers = CpuLayers(pool, spec, shard, weights, kv, storage=storage)
     torch.set_num_threads(1)
     return layers
 

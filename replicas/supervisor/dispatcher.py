@@ -277,6 +277,7 @@ def _renumbered(delta: SequenceDelta, request_id: int) -> SequenceDelta:
         timing=delta.timing,
         error=delta.error,
         logprobs=delta.logprobs,
+        prompt_logprobs=delta.prompt_logprobs,
     )
 
 

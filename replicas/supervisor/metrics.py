@@ -35,10 +35,14 @@ class MetricsSnapshot:
 
 
 class ReplicaMetrics(Collector):
-    """Owns a registry of its own and the server that shows it. `publish` replaces the snapshot."""
+    """Owns a registry of its own and the server that shows it. `publish` replaces the snapshot.
 
-    def __init__(self, snapshot: MetricsSnapshot) -> None:
+    `engine` is what the engine is: the labels of a series whose value is always 1.
+    """
+
+    def __init__(self, snapshot: MetricsSnapshot, *, engine: Mapping[str, str]) -> None:
         self._snapshot = snapshot
+        self._engine = dict(engine)
         registry = CollectorRegistry()
         self._step_seconds = Histogram(
             "wattline_step_seconds",
@@ -74,6 +78,9 @@ class ReplicaMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._snapshot
+        engine = GaugeMetricFamily("wattline_engine", "What computes; always 1.", labels=list(self._engine))
+        engine.add_metric(list(self._engine.values()), 1)
+        yield engine
         yield from _engine_families(snapshot)
         yield from _energy_families(snapshot.energy)
 

@@ -5,6 +5,7 @@ The pool is too small for all requests at once, so some are preempted and comput
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ async def test_a_group_answers_like_transformers(
     async with open_group(config) as group:
         ready = await group.read_ready()
         assert (ready.context_tokens, ready.dtype, ready.device) == (100, "float32", "cpu")
+        assert (ready.kernels == "torch") == (shutil.which("cc") is None)
         for request_id, prompt_ids in enumerate(PROMPTS):
             request = GenerationRequest(request_id=request_id, prompt_ids=prompt_ids, max_tokens=NUM_TOKENS)
             await group.send(Submit(request=request))

@@ -47,11 +47,12 @@ def make_requests() -> list[GenerationRequest]:
     ]
 
 
-def answers(source: Path, limits: EngineLimits) -> tuple[dict[int, list[int]], int]:
+def answers(source: Path, limits: EngineLimits, kernels: str) -> tuple[dict[int, list[int]], int]:
     """The tokens per request, and how many prompt tokens were found in the cache."""
     config = make_rank_config(
         source.parent, rank=0, parallel=ParallelConfig(), source=str(source), limits=limits
     )
+    config = replace(config, kernels=kernels)
     runner = ModelRunner.build(config, SoloCollectives(), lambda stage, done, total: None)
     shape = EngineShape(
         architecture="",
@@ -74,16 +75,18 @@ def answers(source: Path, limits: EngineLimits) -> tuple[dict[int, list[int]], i
     return tokens, engine.load.cached_tokens_total
 
 
+@pytest.mark.parametrize("kernels", ["auto", "off"])
 @pytest.mark.parametrize("make", [make_llama, make_granite_moe])
-@pytest.mark.parametrize("num_blocks", [40, 17])
+@pytest.mark.parametrize(("num_blocks", "step_tokens"), [(40, 32), (17, 32), (80, 256)])
 def test_tokens_are_the_same_with_and_without_the_cache(
-    tmp_path: Path, make: object, num_blocks: int
+    tmp_path: Path, make: object, num_blocks: int, step_tokens: int, kernels: str
 ) -> None:
+    """In the last case sequences read what others of the same step write."""
     torch.set_num_threads(1)
     assert callable(make)
     source = make(tmp_path / "model", seed=10)
-    limits = replace(LIMITS, num_blocks=num_blocks)
-    with_cache, num_cached = answers(source, limits)
-    without, num_none = answers(source, replace(limits, prefix_caching=False))
+    limits = replace(LIMITS, num_blocks=num_blocks, step_tokens=step_tokens)
+    with_cache, num_cached = answers(source, limits, kernels)
+    without, num_none = answers(source, replace(limits, prefix_caching=False), kernels)
     assert with_cache == without
     assert num_none == 0 and num_cached >= 7 * 48

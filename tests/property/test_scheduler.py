@@ -16,6 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from replicas.config import EngineLimits, NullEngineConfig
 from replicas.engine.engine import Engine
+from replicas.engine.prefill_pace import PrefillPace
+from replicas.engine.prefix_leaders import MIN_SHARED_TOKENS
 from replicas.engine.scheduler import Scheduler
 from replicas.plan import LAST_SAMPLED, PendingStep, PlannedRow, StepPlan, decode_plan, encode_plan
 from replicas.rank.null_runner import EOS_TOKEN_ID, NullRunner, null_continuation
@@ -118,11 +120,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open(7, 8, 3, 0)
 
     @initialize(
-        num_blocks=st.integers(3, 16),
+        num_blocks=st.one_of(st.integers(3, 16), st.integers(40, 80)),
         step_tokens=st.integers(1, 24),
         max_sequences=st.integers(1, 5),
         lookahead=st.integers(0, 1),
         prefix_caching=st.booleans(),
+        stretch=st.one_of(st.none(), st.floats(1.0, 3.0)),
     )
     def open(
         self,
@@ -131,6 +134,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_sequences: int,
         lookahead: int,
         prefix_caching: bool = True,
+        stretch: float | None = None,
     ) -> None:
         limits = EngineLimits(
             max_sequences=max_sequences,
@@ -147,11 +151,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.clock = TickingClock()
         self.scheduler = Scheduler(limits, runner.shape)
         self.engine = Engine(
-            WatchedRunner(runner, limits), self.scheduler, lookahead=lookahead, clock=self.clock
+            WatchedRunner(runner, limits),
+            self.scheduler,
+            lookahead=lookahead,
+            pace=None if stretch is None else PrefillPace(stretch=stretch),
+            clock=self.clock,
         )
 
     @rule(
-        num_prompt=st.integers(1, 40),
+        num_prompt=st.one_of(st.integers(1, 40), st.integers(34, 42)),
         first_token=st.integers(3, 8),
         max_tokens=st.integers(1, 30),
         priority=st.integers(0, 2),
@@ -256,8 +264,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert life.cached_tokens % BLOCK_TOKENS == 0
             assert self.prefix_caching or life.cached_tokens == 0
             request = life.request
-            assert self.newest_started.get(request.priority, 0) < request.request_id
-            self.newest_started[request.priority] = request.request_id
+            newest = self.newest_started.get(request.priority, 0)
+            assert newest < request.request_id or self.could_share(life)
+            self.newest_started[request.priority] = max(newest, request.request_id)
+
+    def could_share(self, life: Life) -> bool:
+        """Overtaken is only who begins as one does that started before it, and matters no less."""
+        return any(
+            other.has_started
+            and other is not life
+            and other.request.priority >= life.request.priority
+            and other.request.cache_salt == life.request.cache_salt
+            and other.request.prompt_ids[:MIN_SHARED_TOKENS] == life.request.prompt_ids[:MIN_SHARED_TOKENS]
+            for other in self.lives.values()
+        )
 
     def check_work(self, life: Life, member: StepMember) -> None:
         """Wasted is what was computed before, or all once the request has ended; none is past the end."""

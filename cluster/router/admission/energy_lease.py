@@ -33,6 +33,9 @@ class LeaseSource(Protocol):
     async def give_back(self, tenant: str, *, unspent_mj: int, day: int) -> None:
         """A router that stops returns what it did not spend."""
 
+    async def close(self) -> None:
+        """Nothing is asked any more."""
+
 
 class LocalLeases:
     """Budgets of this process alone. `wall_s` is the time since 1970."""
@@ -54,6 +57,9 @@ class LocalLeases:
     async def give_back(self, tenant: str, *, unspent_mj: int, day: int) -> None:
         if day == self._day:
             self._left_mj[tenant] += unspent_mj
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
 
     def _today(self) -> int:
         return int(self._wall_s() // DAY_S)

@@ -8,7 +8,7 @@ T tokens, H hidden, S sampled tokens, V local vocabulary rows.
 from __future__ import annotations
 
 from ctypes import byref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -21,6 +21,7 @@ from replicas.layers.kernels.library import (
     CStep,
     KernelPool,
     PackedMatrix,
+    Storage,
 )
 from replicas.layers.rope import Rotation
 from replicas.models.spec import ModelSpec
@@ -36,17 +37,6 @@ class _KernelStep:
     owners: tuple[object, ...]
 
 
-@dataclass(slots=True)
-class _Packed:
-    """Whatever the C structures of all layers point into."""
-
-    tensors: list[torch.Tensor] = field(default_factory=list)
-
-    def keep(self, tensor: torch.Tensor) -> int:
-        self.tensors.append(tensor)
-        return tensor.data_ptr()
-
-
 class CpuLayers:
     """Runs the layers of one rank. Not reentrant: one step at a time, between `begin` calls."""
 
@@ -58,14 +48,15 @@ class CpuLayers:
         weights: ModelWeights,
         kv: PagedKV,
         *,
-        keeps_half: bool,
+        storage: Storage,
     ) -> None:
         self._pool = pool
         self._spec = spec
         self._shard = shard
         self._kv = kv
-        self._keeps_half = keeps_half
-        self._owned = _Packed()
+        self._storage = storage
+        self._owned: list[torch.Tensor] = []
+        self._matrices: list[PackedMatrix] = []
         self._attention = [self._pack_attention(index, layer) for index, layer in enumerate(weights.layers)]
         self._ffn = [
             self._pack_mlp(layer, layer.ffn)
@@ -76,6 +67,18 @@ class CpuLayers:
         self._final_norm_H = weights.final_norm_H
         self._head = self._pack(weights.head_VH)
         self._step: _KernelStep | None = None
+
+    @property
+    def name(self) -> str:
+        """Instruction set and what the matrices are kept in, such as `avx512-bfloat16`."""
+        kinds = {str(matrix.panels.dtype).removeprefix("torch.") for matrix in self._matrices}
+        return f"{self._pool.instruction_set}-{kinds.pop() if len(kinds) == 1 else 'mixed'}"
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Mean over all matrices, their factors included."""
+        num_weights = sum(matrix.layout.num_rows * matrix.layout.num_columns for matrix in self._matrices)
+        return float(sum(matrix.num_bytes for matrix in self._matrices) / num_weights)
 
     def begin(self, rotation: Rotation, slots_T: torch.Tensor, sequences: PagedSequences) -> None:
         """Where the tokens of the next calls are: angles, slots to write, pages to read."""
@@ -148,7 +151,7 @@ class CpuLayers:
 
     def _pack_attention(self, index: int, layer: LayerWeights) -> CAttentionLayer:
         return CAttentionLayer(
-            norm_weight=self._owned.keep(layer.attention_norm_H),
+            norm_weight=self._keep(layer.attention_norm_H),
             qkv=self._pack(layer.qkv_QH).layout,
             out=self._pack(layer.out_HA).layout,
             keys=self._kv.keys[index].data_ptr(),
@@ -158,7 +161,7 @@ class CpuLayers:
     def _pack_mlp(self, layer: LayerWeights, mlp: MlpWeights) -> CMlpLayer:
         gate_FH, up_FH = mlp.gate_up_2FH.chunk(2)
         return CMlpLayer(
-            norm_weight=self._owned.keep(layer.ffn_norm_H),
+            norm_weight=self._keep(layer.ffn_norm_H),
             gate=self._pack(gate_FH).layout,
             up=self._pack(up_FH).layout,
             down=self._pack(mlp.down_HF).layout,
@@ -172,8 +175,8 @@ class CpuLayers:
             for stacked in (gate_EFH, up_EFH, experts.down_EHF)
         )
         return CExpertLayer(
-            norm_weight=self._owned.keep(layer.ffn_norm_H),
-            router=self._pack(experts.router_XH).layout,
+            norm_weight=self._keep(layer.ffn_norm_H),
+            router=self._pack_router(experts.router_XH).layout,
             gate=gate,
             up=up,
             down=down,
@@ -183,6 +186,18 @@ class CpuLayers:
         )
 
     def _pack(self, weight: torch.Tensor) -> PackedMatrix:
-        packed = self._pool.pack(weight, keeps_half=self._keeps_half)
-        self._owned.keep(packed.panels)
+        packed = self._pool.pack(weight, self._storage)
+        self._matrices.append(packed)
         return packed
+
+    def _pack_router(self, weight: torch.Tensor) -> PackedMatrix:
+        """Small, and it decides: never in bytes."""
+        exact = Storage.SMALLEST if self._storage is Storage.INT8 else self._storage
+        packed = self._pool.pack(weight, exact)
+        self._keep(packed.panels)
+        return packed
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        """The address of a tensor that C structures point into from now on."""
+        self._owned.append(tensor)
+        return tensor.data_ptr()

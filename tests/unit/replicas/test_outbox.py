@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from replicas.energy.bill import METHOD, RequestJoules
 from replicas.energy.meter import Source
 from replicas.link.messages import EnergyStatement
 from replicas.link.outbox import Outbox, Parcel
-from replicas.request import FinishReason, SequenceDelta, SequenceTiming
+from replicas.request import FinishReason, SequenceDelta, SequenceTiming, TokenLogprobs
 
 TIMING = SequenceTiming(
     queue_us=1, prefill_us=2, decode_us=3, cached_tokens=0, wasted_tokens=0, preemptions=0
@@ -102,3 +103,14 @@ async def test_too_many_entries_overflow() -> None:
         [make_statement(1, prefill_mj=1, final=True), make_statement(2, prefill_mj=1, final=True)]
     )
     await asyncio.wait_for(outbox.overflow(), timeout=5.0)
+
+
+async def test_logprobs_merge_with_their_tokens() -> None:
+    outbox = Outbox()
+    said = [TokenLogprobs(logprob=-float(index)) for index in range(4)]
+    outbox.add_deltas(1, (replace(make_delta(1, 0, (7,)), logprobs=(said[0],), prompt_logprobs=(said[3],)),))
+    outbox.add_deltas(2, (replace(make_delta(1, 1, (8,)), logprobs=(said[1],)),))
+    outbox.add_deltas(3, (replace(make_delta(1, 2, (9,), FinishReason.LENGTH), logprobs=(said[2],)),))
+    (delta,) = (await take(outbox)).deltas
+    assert (delta.token_ids, delta.finish) == ((7, 8, 9), FinishReason.LENGTH)
+    assert (delta.logprobs, delta.prompt_logprobs) == (tuple(said[:3]), (said[3],))

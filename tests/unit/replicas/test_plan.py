@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicas.plan import LAST_SAMPLED, NewRow, PlannedRow, StepPlan, decode_plan, encode_plan
+from replicas.plan import LAST_SAMPLED, NewRow, PlannedRow, ScoredRow, StepPlan, decode_plan, encode_plan
 from replicas.request import SamplingParams
 from replicas.sampling_words import as_float32
 
@@ -41,12 +41,16 @@ ROWS = st.builds(
     new_blocks=st.lists(INT31, max_size=5).map(tuple),
     samples=st.booleans(),
 )
+SCORED = st.builds(ScoredRow, row=INT31, next_id=st.integers(-1, 2**31 - 1))
 PLANS = st.builds(
     StepPlan,
     step=st.integers(0, 2**64 - 1),
     freed_rows=st.lists(INT31, max_size=4).map(tuple),
     new_rows=st.lists(NEW_ROWS, max_size=4).map(tuple),
     rows=st.lists(ROWS, max_size=4).map(tuple),
+    scored=st.lists(st.builds(ScoredRow, row=INT31, next_id=st.integers(-1, 2**31 - 1)), max_size=3).map(
+        tuple
+    ),
 )
 
 

@@ -1,0 +1,99 @@
+"""The share of prompts in steps that decode: a simulated engine whose costs are known."""
+
+from __future__ import annotations
+
+import pytest
+
+from replicas.engine.prefill_pace import MIN_TOKENS, SAVED_STEPS, PrefillPace
+from replicas.request import StepMember, StepRecord
+
+DECODE_MS = 10.0
+TOKEN_MS = 0.25
+LIMIT = 504
+
+
+def make_record(num_decoding: int, num_prompt: int) -> StepRecord:
+    members = [
+        StepMember(request_id=index, new_tokens=1, context_tokens=9, is_prefill=False)
+        for index in range(num_decoding)
+    ]
+    if num_prompt:
+        members.append(StepMember(request_id=99, new_tokens=num_prompt, context_tokens=0, is_prefill=True))
+    duration_ms = (DECODE_MS if num_decoding else 0.0) + TOKEN_MS * num_prompt
+    return StepRecord(step=1, start_ns=0, end_ns=round(duration_ms * 1e6), members=tuple(members))
+
+
+def run(
+    pace: PrefillPace, num_steps: int, *, num_decoding: int = 8, num_prefilling: int = 1
+) -> tuple[list[int], float]:
+    """Prompt tokens of each step of an endless prompt, and the mean time of a step."""
+    chunks, total_ms = [], 0.0
+    for _ in range(num_steps):
+        chunks.append(pace.tokens(num_decoding=num_decoding, num_prefilling=num_prefilling, limit=LIMIT))
+        record = make_record(num_decoding, chunks[-1])
+        total_ms += record.end_ns / 1e6
+        pace.observe(record, num_prefilling=num_prefilling)
+    return chunks, total_ms / num_steps
+
+
+def make_pace(stretch: float) -> PrefillPace:
+    """One that has seen a decode step and a mixed one."""
+    pace = PrefillPace(stretch=stretch)
+    pace.observe(make_record(8, 0), num_prefilling=0)
+    pace.observe(make_record(8, 40), num_prefilling=0)
+    return pace
+
+
+def decode_alone(pace: PrefillPace, num_steps: int) -> None:
+    for _ in range(num_steps):
+        pace.observe(make_record(8, 0), num_prefilling=0)
+
+
+@pytest.mark.parametrize("stretch", [1.5, 2.0, 3.0])
+def test_a_long_prompt_stretches_steps_by_no_more_than_it_may(stretch: float) -> None:
+    chunks, mean_ms = run(make_pace(stretch), 200)
+    assert mean_ms == pytest.approx(stretch * DECODE_MS, rel=0.03)
+    assert min(chunks) >= MIN_TOKENS
+
+
+def test_a_short_prompt_after_a_pause_is_computed_at_once() -> None:
+    pace = make_pace(2.0)
+    decode_alone(pace, 100)
+    burst = (SAVED_STEPS + 1) * DECODE_MS / TOKEN_MS
+    assert pace.tokens(num_decoding=8, num_prefilling=1, limit=10_000) == pytest.approx(burst, abs=1)
+    assert pace.tokens(num_decoding=8, num_prefilling=1, limit=LIMIT) == LIMIT
+
+
+def test_what_is_saved_delays_decoding_by_a_bounded_time_once() -> None:
+    pace = make_pace(2.0)
+    decode_alone(pace, 1000)
+    _, mean_ms = run(pace, 100)
+    assert mean_ms * 100 <= (2.0 * 100 + SAVED_STEPS + 1) * DECODE_MS
+
+
+def test_where_most_sequences_await_their_first_token_prompts_get_most_of_the_time() -> None:
+    _, mean_ms = run(make_pace(2.0), 200, num_decoding=1, num_prefilling=7)
+    assert mean_ms == pytest.approx(8 * DECODE_MS, rel=0.03)
+
+
+def test_costs_are_learned_where_every_step_has_a_prompt() -> None:
+    """The first decode step was of one sequence, and nobody decodes alone ever after."""
+    pace = PrefillPace(stretch=2.0)
+    pace.observe(
+        StepRecord(step=1, start_ns=0, end_ns=10**6, members=make_record(1, 0).members), num_prefilling=0
+    )
+    for num_prompt in (40, 60, 30, 50) * 10:
+        pace.observe(make_record(8, num_prompt), num_prefilling=1)
+    _, mean_ms = run(pace, 200)
+    assert mean_ms == pytest.approx(2.0 * DECODE_MS, rel=0.1)
+
+
+def test_nothing_is_bounded_where_nobody_decodes_or_nothing_is_known() -> None:
+    assert make_pace(1.0).tokens(num_decoding=0, num_prefilling=3, limit=LIMIT) == LIMIT
+    assert PrefillPace(stretch=1.0).tokens(num_decoding=8, num_prefilling=3, limit=LIMIT) == LIMIT
+
+
+def test_prompts_never_stop() -> None:
+    chunks, _ = run(make_pace(1.0), 50, num_prefilling=0)
+    assert chunks[-1] == MIN_TOKENS
+    assert make_pace(1.0).tokens(num_decoding=8, num_prefilling=1, limit=5) == 5
