@@ -73,7 +73,7 @@ async def test_tokens_are_charged_and_what_was_not_used_is_given_back() -> None:
 async def test_joules_of_a_day_run_out() -> None:
     # Ten joules: an answer of eight tokens costs three, as the replica bills it.
     tenants = [{"name": "default", "joules_per_day": 10.0}]
-    async with router_of(tenants=tenants) as router, router.replica():
+    async with router_of(tenants=tenants, ledger={"enabled": False}) as router, router.replica():
         answers = 0
         while answers < 20:
             call = router.inference.Generate(make_request(energy_wait_ms=1000))
