@@ -19,6 +19,7 @@ from cluster.commands.generate import generate
 from cluster.commands.key import app as key_app
 from cluster.commands.ledger import ledger
 from cluster.commands.monitoring import monitoring
+from cluster.commands.roll import roll
 from cluster.commands.router import router
 from cluster.commands.status import status
 from cluster.commands.top import top
@@ -79,7 +80,7 @@ def wattline(
     """Options of `wattline` itself."""
 
 
-for command in (demo, up, down, status, top, chat, generate, router, ledger, monitoring):
+for command in (demo, up, down, status, top, chat, generate, router, roll, ledger, monitoring):
     app.command()(command)
 app.command(context_settings=PASS_THROUGH)(agent)
 app.add_typer(key_app, name="key")

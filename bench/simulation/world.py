@@ -18,10 +18,12 @@ from cluster.router.bookkeeping import Books
 from cluster.router.cache_salt import CacheSalts
 from cluster.router.caller import Caller
 from cluster.router.completion import Completion
+from cluster.router.continuation import Continuations
 from cluster.router.energy_record import EnergyRecord
 from cluster.router.errors import DeadlinePassed, RouterError
 from cluster.router.gate import Gate
 from cluster.router.journal import Journal, Objective
+from cluster.router.resume_token import ResumeSeal
 from cluster.router.resumption import Resumption
 from cluster.router.route_finder import RouteFinder
 from cluster.router.served_model import ServedModel
@@ -95,6 +97,7 @@ class World:
             tenants=self.tenants,
             tokenizing=ThreadPoolExecutor(1),
             salts=CacheSalts(b"simulated"),
+            continuations=Continuations(seal=ResumeSeal(b"simulated"), pool=self.pool, finder=finder),
             books=Books(
                 record=EnergyRecord(16),
                 journal=Journal([(self.model.name, objective)]),

@@ -52,7 +52,7 @@ class Attempt:
 class Run:
     """One choice of a request, and how far it got. Mutable; owned by its stream.
 
-    `index`: of the choice. `job` is what the first attempt was asked for. `outcome` None when the books are
+    `index`: of the choice. `job` is what the caller asked for. `outcome` None when the books are
     closed: the caller went away.
     """
 
@@ -77,8 +77,9 @@ class Run:
 
     @property
     def resumed_at(self) -> tuple[int, ...]:
-        """Offsets of the first token of every attempt but the first."""
-        return tuple(attempt.first_offset for attempt in self.attempts[1:])
+        """Offsets of the first token of every attempt that did not begin the answer."""
+        first, *others = (attempt.first_offset for attempt in self.attempts)
+        return (first, *others) if first > 0 else tuple(others)
 
     @property
     def first_token_s(self) -> float | None:
