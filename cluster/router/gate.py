@@ -21,12 +21,13 @@ from cluster.router.admission.pace import AHEAD_S, Forecast, Pace, takes_more
 from cluster.router.admission.tenant import Tenant
 from cluster.router.balancing.lane_view import LaneView
 from cluster.router.balancing.prediction import prefill_rate
-from cluster.router.errors import NoReplica, Overloaded, RouterError
-from cluster.router.refusal import refusal_of
+from cluster.router.errors import NoReplica, RouterError
+from cluster.router.refusal import Refusals
 from cluster.router.route_finder import Errand, Place, RouteFinder
 from cluster.router.served_model import ServedModel
 
 FULL_RETRY_MS = 250
+TURNED_OUT_RETRY_MS = 1000
 TICK_S = 0.05
 """How often the queue looks for room that comes without a word, and for replicas that left."""
 UNKNOWN = Forecast()
@@ -65,11 +66,13 @@ class Gate:
         *,
         pool: ReplicaPool,
         finder: RouteFinder,
+        refusals: Refusals,
         clock_s: Callable[[], float] = monotonic,
     ) -> None:
         self._model = model
         self._pool = pool
         self._finder = finder
+        self._refusals = refusals
         self._clock_s = clock_s
         self._queue: FairQueue[Ticket] = FairQueue()
         self._pace = Pace()
@@ -110,7 +113,9 @@ class Gate:
         """For what is under way already and lost its place: whatever lane has room. Raises Overloaded."""
         place = self._finder.find(self._model.section, errand)
         if place is None:
-            raise Overloaded("all replicas of this model are full", retry_after_ms=FULL_RETRY_MS)
+            raise self._refusals.overloaded(
+                "all replicas of this model are full", retry_after_ms=FULL_RETRY_MS
+            )
         return place
 
     def correct(self, tenant: Tenant, errand: Errand, *, uncached_tokens: int, output_tokens: int) -> None:
@@ -138,7 +143,7 @@ class Gate:
     async def _wait(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Held:
         decision = self._judge(waiting, deadline_s)
         if decision.verdict is not Verdict.ADMIT:
-            raise refusal_of(decision)
+            raise self._refusals.of(decision)
         if len(self._queue) >= self._model.section.limits.max_queued:
             self._turn_out_last()
         self._queue.push(waiting)
@@ -149,7 +154,9 @@ class Gate:
             async with asyncio.timeout(max_queue_s):
                 held = await waiting.item.place
         except TimeoutError:
-            raise Overloaded(f"no replica was free for {max_queue_s:g} s", retry_after_ms=1000) from None
+            raise self._refusals.overloaded(
+                f"no replica was free for {max_queue_s:g} s", retry_after_ms=TURNED_OUT_RETRY_MS
+            ) from None
         finally:
             if held is None:
                 self._leave(waiting)
@@ -213,7 +220,8 @@ class Gate:
         """In favour of one that is served before it."""
         last = self._queue.last()
         assert last is not None, "a full queue has a last"
-        self._fail(last, Overloaded("requests that go first took this one's place", retry_after_ms=1000))
+        reason = "requests that go first took this one's place"
+        self._fail(last, self._refusals.overloaded(reason, retry_after_ms=TURNED_OUT_RETRY_MS))
 
     def _keep_ticking(self) -> None:
         if self._timer is None:

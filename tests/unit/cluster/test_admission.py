@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -11,6 +12,7 @@ from cluster.router.admission.decision import (
     MAX_RETRY_MS,
     MIN_RETRY_MS,
     Arrival,
+    Decision,
     Verdict,
     Wait,
     decide_arrival,
@@ -22,6 +24,7 @@ from cluster.router.admission.share import Shares
 from cluster.router.admission.tenant import LimitHit, Tenant
 from cluster.router.admission.tenant_account import TenantAccount
 from cluster.router.admission.token_bucket import TokenBucket
+from cluster.router.refusal import Refusals
 from tests.lanes import make_lane
 
 ARRIVAL = Arrival(is_stopping=False, in_flight=0, max_streams=2, has_replica=True, tenant_limit=None)
@@ -208,3 +211,12 @@ def test_a_wallet_carries_debts_but_no_savings_into_the_next_day() -> None:
     assert wallet.balance_mj == 10_000
     wallet.add(Grant(granted_mj=1_000, retry_after_s=0.0, day=3))
     assert wallet.balance_mj == 1_000
+
+
+def test_advice_to_come_back_is_spread_and_never_sooner() -> None:
+    refusals = Refusals(Random(0))
+    decision = Decision(verdict=Verdict.OBJECTIVE, reason="late", retry_after_ms=1000)
+    advised = [refusals.of(decision).retry_after_ms or 0 for _ in range(100)]
+    assert min(advised) >= 1000 and max(advised) <= 1500 and len(set(advised)) > 50
+    limit = Decision(verdict=Verdict.TENANT_LIMIT, reason="limit", retry_after_ms=1000)
+    assert 1000 <= (refusals.of(limit, tenant="t").retry_after_ms or 0) <= 1500
