@@ -14,6 +14,7 @@ from cluster.router.admission.energy_lease import LocalLeases
 from cluster.router.certificates import CertificateFiles
 from cluster.router.gate import Gate
 from cluster.router.journal import Journal, Objective
+from cluster.router.refusal import Refusals
 from cluster.router.route_finder import RouteFinder
 from cluster.router.secret import RouterSecret, draw_secret, read_secret
 from cluster.router.served_model import ServedModel
@@ -50,9 +51,11 @@ def link_tls(section: RouterSection) -> CertificateFiles | None:
     )
 
 
-def open_gates(models: Mapping[str, ServedModel], pool: ReplicaPool, finder: RouteFinder) -> dict[str, Gate]:
+def open_gates(
+    models: Mapping[str, ServedModel], pool: ReplicaPool, finder: RouteFinder, refusals: Refusals
+) -> dict[str, Gate]:
     """One per model; each looks again whenever a replica of its model tells its load."""
-    gates = {name: Gate(model, pool=pool, finder=finder) for name, model in models.items()}
+    gates = {name: Gate(model, pool=pool, finder=finder, refusals=refusals) for name, model in models.items()}
     pool.on_load = lambda model: gates[model].pump()
     return gates
 

@@ -67,6 +67,7 @@ from cluster.router.parts import (
     secret_of,
     serve_models,
 )
+from cluster.router.refusal import Refusals
 from cluster.router.resume_token import ResumeSeal
 from cluster.router.resumption import Resumption
 from cluster.router.route_finder import RouteFinder
@@ -121,15 +122,16 @@ class Router:
         self._tokenizing = ThreadPoolExecutor(section.tokenizer_threads, thread_name_prefix="tokenize")
         self._pool = ReplicaPool(on_change=lambda: self._health.changed())
         finder = RouteFinder(pool=self._pool, random=Random(self.router_id))
-        gates = open_gates(self._models, self._pool, finder)
+        refusals = Refusals(Random(f"{self.router_id} refusals"))
+        gates = open_gates(self._models, self._pool, finder, refusals)
         self._tenants = new_tenants(config)
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
-        self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool))
+        self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool, gates))
         record = EnergyRecord(section.energy_record_count)
         self._journal = new_journal(config)
         self._dashboard = DashboardFeed(read=self._snapshot, router_id=self.router_id, version=release)
         self._ledger = self._new_ledger()
-        self._streams = self._new_streams(record, gates, finder)
+        self._streams = self._new_streams(record, gates, finder, refusals)
         guard = RpcGuard(
             telemetry=self._telemetry,
             metrics=self._metrics,
@@ -279,7 +281,9 @@ class Router:
         self._metrics.add_gauges(lambda: read_recorder(recorder))
         return recorder
 
-    def _new_streams(self, record: EnergyRecord, gates: Mapping[str, Gate], finder: RouteFinder) -> Streams:
+    def _new_streams(
+        self, record: EnergyRecord, gates: Mapping[str, Gate], finder: RouteFinder, refusals: Refusals
+    ) -> Streams:
         section = self._config.router
         secret = secret_of(section)
         return Streams(
@@ -287,6 +291,7 @@ class Router:
             models=self._models,
             pool=self._pool,
             gates=gates,
+            refusals=refusals,
             tenants=self._tenants,
             tokenizing=self._tokenizing,
             books=Books(
