@@ -227,7 +227,7 @@ def overload(
 @app.command()
 def shapley(
     requests: Annotated[int, typer.Option(min=2, help="requests of each mix")] = 300,
-    orders: Annotated[int, typer.Option(min=2, help="orders of arrival sampled per step")] = 32,
+    orders: Annotated[int, typer.Option(min=2, help="orders of arrival sampled per step")] = 256,
     json: JsonOption = None,
 ) -> None:
     """The ledger's bills against Shapley values, over six simulated mixes: joules on the wrong request."""

@@ -14,9 +14,10 @@ from random import Random
 
 from bench.record import write_results
 from bench.shapley import Experts, RefereeDevice, StepCost, Verdict, judge, shapley_joules
+from replicas.energy.learning import CoefficientLearner
 from replicas.energy.ledger import Ledger
 from replicas.energy.meter import Reading, Source
-from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients
+from replicas.energy.weights import GPU_COEFFICIENTS
 from replicas.request import EngineCosts, StepMember, StepRecord
 
 STEP_TOKENS = 2048
@@ -180,11 +181,11 @@ def bill_mix(
     mix: Mix,
     steps: Sequence[PoweredStep],
     *,
-    coefficients: DeviceCoefficients,
+    learner: CoefficientLearner | None = None,
     edge_s: float = EDGE_S,
 ) -> dict[int, float]:
     """Joules by request as our ledger bills them, from the steps' records and a meter with edges."""
-    ledger = Ledger(costs=mix.cost.costs, idle_power_w=IDLE_W, coefficients=coefficients)
+    ledger = Ledger(costs=mix.cost.costs, idle_power_w=IDLE_W, coefficients=GPU_COEFFICIENTS, learner=learner)
     last_ns = {member.request_id: one.record.end_ns for one in steps for member in one.record.members}
     ends = sorted((end_ns, request_id) for request_id, end_ns in last_ns.items())
     bills: dict[int, float] = {}
@@ -230,27 +231,49 @@ def due_joules(mix: Mix, steps: Sequence[PoweredStep], *, num_orders: int, seed:
     return due
 
 
-def referee_mix(mix: Mix, *, num_requests: int, num_orders: int, seed: int = 1) -> tuple[Verdict, int]:
-    """How the shipped coefficients do on one mix, and over how many steps."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """One mix before the referee: billed by the shipped coefficients, and by those learned on the way.
+
+    `ratio` is the learner's predicted by metered energy at the end.
+    """
+
+    num_steps: int
+    shipped: Verdict
+    learned: Verdict
+    ratio: float
+
+
+def referee_mix(mix: Mix, *, num_requests: int, num_orders: int, seed: int = 1) -> Match:
+    """Run, bill twice, and judge one mix. Learning begins with the first request."""
     steps = run_mix(mix, num_requests=num_requests, seed=seed)
-    billed = bill_mix(mix, steps, coefficients=GPU_COEFFICIENTS)
-    return judge(billed, due_joules(mix, steps, num_orders=num_orders)), len(steps)
+    due = due_joules(mix, steps, num_orders=num_orders)
+    learner = CoefficientLearner(GPU_COEFFICIENTS)
+    learned = judge(bill_mix(mix, steps, learner=learner), due)
+    assert learner.ratio is not None, "a mix has windows to learn from"
+    return Match(
+        num_steps=len(steps), shipped=judge(bill_mix(mix, steps), due), learned=learned, ratio=learner.ratio
+    )
 
 
 def run_shapley(num_requests: int, num_orders: int, path: Path | None) -> None:
     """All mixes: print and write what the referee finds."""
     rows: list[dict[str, object]] = []
     for mix in MIXES:
-        verdict, num_steps = referee_mix(mix, num_requests=num_requests, num_orders=num_orders)
-        row: dict[str, object] = {
-            "mix": mix.name,
-            "requests": num_requests,
-            "steps": num_steps,
-            "orders": num_orders,
-            "misallocated_percent": round(100 * verdict.misallocated, 3),
-            "deviation_p50_percent": round(100 * verdict.deviation_p50, 3),
-            "deviation_p95_percent": round(100 * verdict.deviation_p95, 3),
-        }
-        rows.append(row)
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        match = referee_mix(mix, num_requests=num_requests, num_orders=num_orders)
+        for name, verdict in (("shipped", match.shipped), ("learned", match.learned)):
+            row: dict[str, object] = {
+                "mix": mix.name,
+                "coefficients": name,
+                "requests": num_requests,
+                "steps": match.num_steps,
+                "orders": num_orders,
+                "misallocated_percent": round(100 * verdict.misallocated, 3),
+                "deviation_p50_percent": round(100 * verdict.deviation_p50, 3),
+                "deviation_p95_percent": round(100 * verdict.deviation_p95, 3),
+            }
+            if name == "learned":
+                row["calibration_ratio"] = round(match.ratio, 4)
+            rows.append(row)
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     print(write_results("shapley", rows, path))

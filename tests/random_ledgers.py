@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
+from replicas.energy.learning import CoefficientLearner
 from replicas.energy.ledger import Ledger, RequestJoules
 from replicas.energy.meter import Reading, Source
 from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients
@@ -89,9 +90,11 @@ def make_readings(world: World, edges_ms: Sequence[int], *, scale: int = 1) -> l
 
 
 def make_ledger(
-    coefficients: DeviceCoefficients = GPU_COEFFICIENTS, idle_power_w: float | None = IDLE_W
+    coefficients: DeviceCoefficients = GPU_COEFFICIENTS,
+    idle_power_w: float | None = IDLE_W,
+    learner: CoefficientLearner | None = None,
 ) -> Ledger:
-    return Ledger(costs=COSTS, idle_power_w=idle_power_w, coefficients=coefficients)
+    return Ledger(costs=COSTS, idle_power_w=idle_power_w, coefficients=coefficients, learner=learner)
 
 
 def make_coefficients(random: Random) -> DeviceCoefficients:
@@ -150,7 +153,9 @@ def run_through_chaos(seed: int, *, most_steps: int = 24) -> None:
     """
     random = Random(seed)
     world = make_world(random, num_steps=random.randint(1, most_steps))
-    ledger = make_ledger(make_coefficients(random), random.choice((None, IDLE_W)))
+    coefficients = make_coefficients(random)
+    learner = CoefficientLearner(coefficients, windows_to_trust=random.choice((1, 50)))
+    ledger = make_ledger(coefficients, random.choice((None, IDLE_W)), random.choice((None, learner)))
     bills: list[RequestJoules] = []
     events = chaotic_events(random, world)
     last: Reading | None = None
