@@ -68,12 +68,11 @@ class LiveGroup:
         self._learned_file = None if card.config.source == "null" else LearnedFile(card.config, card.engine)
         if feed is not None:
             shipped = coefficients_for(card.engine.device)
+            known = self._learned_file.read() if self._learned_file else None
             ledger = Ledger(
                 costs=card.engine.costs,
                 coefficients=shipped,
-                learner=CoefficientLearner(
-                    shipped, known=self._learned_file.read() if self._learned_file else None
-                ),
+                learner=CoefficientLearner(shipped, known=known),
                 lookahead=card.config.limits.lookahead,
             )
             self._energy = EnergyAccount(ledger, clock=time.monotonic_ns)
