@@ -51,7 +51,7 @@ proto-check: venv ## fail if the committed protobuf code is stale
 pytest: venv ## the CPU tests (ARGS="-k name" to choose)
 	@$(BIN)/python -m pytest -m "not soak" --durations=15 $(ARGS)
 
-soak: venv ## mixed load on the demonstration models, and 10,000 simulated bad afternoons of a router
+soak: venv ## mixed load on the demonstration models, 10,000 simulated bad afternoons of a router, 100,000 ledgers
 	@$(BIN)/python -m pytest -m soak $(ARGS)
 
 bench: venv ## measure engine, line and edge on this machine; results go to bench/results/

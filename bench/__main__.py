@@ -240,5 +240,17 @@ def overload(
     run_overload(seconds, json)
 
 
+@app.command()
+def shapley(
+    requests: Annotated[int, typer.Option(min=2, help="requests of each mix")] = 300,
+    orders: Annotated[int, typer.Option(min=2, help="orders of arrival sampled per step")] = 256,
+    json: JsonOption = None,
+) -> None:
+    """The ledger's bills against Shapley values, over six simulated mixes: joules on the wrong request."""
+    from bench.shapley_mixes import run_shapley
+
+    run_shapley(requests, orders, json)
+
+
 if __name__ == "__main__":
     app()
