@@ -43,7 +43,7 @@ from cluster.router.admission.energy_lease import LocalLeases
 from cluster.router.auth import Authenticator
 from cluster.router.bookkeeping import Books
 from cluster.router.cache_salt import CacheSalts
-from cluster.router.certificates import CertificateFiles
+from cluster.router.certificates import client_certificates, link_certificates
 from cluster.router.cluster_service import ClusterServicer
 from cluster.router.continuation import Continuations
 from cluster.router.energy_record import EnergyRecord
@@ -70,6 +70,7 @@ from cluster.router.secret import RouterSecret, draw_secret, read_secret
 from cluster.router.served_model import ServedModel
 from cluster.router.service import InferenceServicer
 from cluster.router.siblings import Siblings
+from cluster.router.story_record import StoryRecord
 from cluster.router.streams import Streams
 from cluster.router.tenants import Tenants
 from cluster.telemetry.gauges import read_gauges, read_recorder
@@ -119,15 +120,14 @@ class Router:
         self._tokenizing = ThreadPoolExecutor(section.tokenizer_threads, thread_name_prefix="tokenize")
         self._pool = ReplicaPool(on_change=lambda: self._health.changed())
         finder = RouteFinder(pool=self._pool, random=Random(self.router_id))
-        gates = _open_gates(self._models, self._pool, finder)
         self._tenants = _new_tenants(config)
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
         self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool))
         record = EnergyRecord(section.energy_record_count)
-        self._journal = _new_journal(config)
+        self._journal, self._stories = _new_journal(config), StoryRecord()
         self._dashboard = DashboardFeed(read=self._snapshot, router_id=self.router_id, version=release)
         self._ledger = self._new_ledger()
-        self._streams = self._new_streams(record, gates, finder)
+        self._streams = self._new_streams(record, _open_gates(self._models, self._pool, finder), finder)
         guard = RpcGuard(
             telemetry=self._telemetry,
             metrics=self._metrics,
@@ -166,14 +166,14 @@ class Router:
         servicer = self._link_servicer()
         add_strictly(wattline_link_pb2_grpc.add_ReplicaLinkServicer_to_server, servicer, links)
         link_port = Port(key="router.link_port", host=section.link_host, port=section.link_port)
-        link_address = bind(links, link_port, tls=_link_tls(section))
+        link_address = bind(links, link_port, tls=link_certificates(section))
         self._closing.push_async_callback(links.stop, grace=None)
         await links.start()
         if is_again:
             await self._await_replicas()
         clients = self._clients
         grpc_port = Port(key="router.grpc_port", host=section.host, port=section.grpc_port)
-        grpc_address = bind(clients, grpc_port, tls=_client_tls(section))
+        grpc_address = bind(clients, grpc_port, tls=client_certificates(section))
         bind_socket(clients, self._siblings.own_socket)
         self._closing.push_async_callback(clients.stop, grace=CUT_S)
         self._make_pages()
@@ -248,7 +248,7 @@ class Router:
             max_body_bytes=section.max_body_bytes,
         )
         is_shared = section.processes > 1
-        tls = _client_tls(section)
+        tls = client_certificates(section)
         self._pages = [
             HttpServer(guarded, host=section.host, port=section.http_port, tls=tls, is_shared=is_shared)
         ]
@@ -286,6 +286,7 @@ class Router:
             books=Books(
                 record=record,
                 journal=self._journal,
+                stories=self._stories,
                 metrics=self._metrics,
                 telemetry=self._telemetry,
                 ledger=self._ledger,
@@ -303,6 +304,8 @@ class Router:
             models=self._models,
             pool=self._pool,
             journal=self._journal,
+            stories=self._stories,
+            siblings=self._siblings,
             router_id=self.router_id,
             version=release,
         )
@@ -358,23 +361,6 @@ def _serve_models(config: Config, tokenizers: Mapping[str, Tokenizer]) -> dict[s
 
 def _secret_of(section: RouterSection) -> RouterSecret:
     return read_secret(Path(section.secret_file)) if section.secret_file else draw_secret()
-
-
-def _client_tls(section: RouterSection) -> CertificateFiles | None:
-    tls = section.tls
-    if not tls.is_on:
-        return None
-    peer_ca = Path(tls.client_ca) if tls.client_ca else None
-    return CertificateFiles(owner="router.tls", cert=Path(tls.cert), key=Path(tls.key), peer_ca=peer_ca)
-
-
-def _link_tls(section: RouterSection) -> CertificateFiles | None:
-    tls = section.link_tls
-    if not tls.is_on:
-        return None
-    return CertificateFiles(
-        owner="router.link_tls", cert=Path(tls.cert), key=Path(tls.key), peer_ca=Path(tls.ca)
-    )
 
 
 def _open_gates(models: Mapping[str, ServedModel], pool: ReplicaPool, finder: RouteFinder) -> dict[str, Gate]:

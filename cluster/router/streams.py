@@ -114,8 +114,8 @@ class Streams:
         account = self._tenants.account(caller.tenant)
         with caller.span.stage(semconv.ADMISSION):
             await self._tenants.lease_joules(account)
-            with self._counted(model, account):
-                self._admit(model, account)
+            with self._counted(model, caller, account):
+                arrival = self._admit(model, account)
         with self._under_way(model), self._tenants.charging(account) as charge:
             with caller.span.stage(semconv.TOKENIZE):
                 prompt_ids = await self.tokenize(model, completion.prompt)
@@ -124,8 +124,9 @@ class Streams:
             with caller.span.stage(semconv.ROUTE):
                 order = self._size(model, completion, caller, charge.tenant, prompt_ids)
                 charge.expect(tokens=order.expected_tokens, energy_mj=order.expected_mj(model))
-                with self._counted(model, account, is_last=True):
+                with self._counted(model, caller, account, is_last=True):
                     route, run = await self._begin(model, completion, caller, charge.tenant, order)
+                run.arrival = arrival
             runs = [run]
             token = self._continuations.token(
                 completion, prompt_ids, route.connection.identity, tenant=caller.tenant
@@ -189,7 +190,7 @@ class Streams:
 
     @contextmanager
     def _counted(
-        self, model: ServedModel, account: TenantAccount, *, is_last: bool = False
+        self, model: ServedModel, caller: Caller, account: TenantAccount, *, is_last: bool = False
     ) -> Iterator[None]:
         """Count the refusal that happens inside; behind the last hurdle, count an admission else."""
         tenant = self._tenants.label(account.tenant.name)
@@ -197,23 +198,24 @@ class Streams:
             yield
         except (Overloaded, LimitReached, NoReplica) as refusal:
             self._books.count_admission(model, tenant=tenant, refusal=refusal)
+            self._books.tell_refusal(model, caller, refusal)
             raise
         if is_last:
             self._books.count_admission(model, tenant=tenant, refusal=None)
 
-    def _admit(self, model: ServedModel, account: TenantAccount) -> None:
+    def _admit(self, model: ServedModel, account: TenantAccount) -> Arrival:
         """Refuse what need not be tokenised to know that it cannot be served now."""
-        decision = decide_arrival(
-            Arrival(
-                is_stopping=self.is_stopping,
-                in_flight=self.in_flight,
-                max_streams=self._section.max_streams,
-                has_replica=bool(self._pool.ready(model.name)),
-                tenant_limit=account.limit_hit(now_s=self._clock_s()),
-            )
+        arrival = Arrival(
+            is_stopping=self.is_stopping,
+            in_flight=self.in_flight,
+            max_streams=self._section.max_streams,
+            has_replica=bool(self._pool.ready(model.name)),
+            tenant_limit=account.limit_hit(now_s=self._clock_s()),
         )
+        decision = decide_arrival(arrival)
         if decision.verdict is not Verdict.ADMIT:
             raise refusal_of(decision, tenant=account.tenant.name)
+        return arrival
 
     def _size(
         self,
