@@ -32,6 +32,7 @@ from tests.router_fixture import (
 pytestmark = pytest.mark.chaos
 
 WAIT_S = 120.0
+NUM_STALLED = 8
 FOREVER = 1_000_000
 """Tokens that no test waits for."""
 Call = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
@@ -121,7 +122,7 @@ async def test_readers_that_stall_slow_nobody_and_are_cut() -> None:
     ):
         replica.running.clear()
         endless = make_request(max_tokens=FOREVER, ignore_eos=True)
-        stalled = [router.inference.Generate(endless) for _ in range(100)]
+        stalled = [router.inference.Generate(endless) for _ in range(NUM_STALLED)]
         await replica.wait_command("submit", count=len(stalled))
         replica.tokens_per_step = 256
         replica.running.set()
