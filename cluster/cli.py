@@ -24,6 +24,7 @@ from cluster.commands.router import router
 from cluster.commands.status import status
 from cluster.commands.top import top
 from cluster.commands.up import up
+from cluster.commands.why import why
 
 EXAMPLES = """\
  Examples
@@ -39,6 +40,7 @@ EXAMPLES = """\
    wattline status --watch
    wattline top                                the dashboard, in this terminal
    wattline generate "Once upon a time" -m llama-demo --json | jq .energy
+   wattline why REQUEST_ID                     what happened to a request, and why
    wattline energy report --since 1h --by tenant
 
    wattline down
@@ -80,7 +82,7 @@ def wattline(
     """Options of `wattline` itself."""
 
 
-for command in (demo, up, down, status, top, chat, generate, router, roll, ledger, monitoring):
+for command in (demo, up, down, status, top, why, chat, generate, router, roll, ledger, monitoring):
     app.command()(command)
 app.command(context_settings=PASS_THROUGH)(agent)
 app.add_typer(key_app, name="key")

@@ -189,6 +189,15 @@ class Client:
             last_requests=tuple(to_request_state(request) for request in answer.last_requests),
         )
 
+    def explain(self, request_or_trace_id: str) -> tuple[cluster_pb.RequestStory, ...]:
+        """What happened to a request, or to all of a trace, once they ended. Raises CallError.
+
+        The messages themselves: they are read once, to be shown or written down.
+        """
+        request = cluster_pb.ExplainRequest(id=request_or_trace_id)
+        answer = self._call([stub.Explain for stub in self._cluster], request)
+        return tuple(answer.stories)
+
     def _call(
         self,
         methods: Sequence[Callable[..., Answer]],

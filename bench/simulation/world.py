@@ -28,6 +28,7 @@ from cluster.router.resume_token import ResumeSeal
 from cluster.router.resumption import Resumption
 from cluster.router.route_finder import RouteFinder
 from cluster.router.served_model import ServedModel
+from cluster.router.story_record import StoryRecord
 from cluster.router.streams import Streams
 from cluster.router.tenants import Tenants
 from cluster.telemetry.metrics import RouterMetrics
@@ -104,6 +105,7 @@ class World:
             books=Books(
                 record=EnergyRecord(16),
                 journal=Journal([(self.model.name, objective)]),
+                stories=StoryRecord(),
                 metrics=metrics,
                 telemetry=self._telemetry,
                 ledger=None,

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cluster.link.batch_sizes import BatchSizes
 from cluster.router.errors import RouterError
 from cluster.text.answer_text import AnswerText, Piece
 from replicas.request import FinishReason, SequenceTiming, TokenLogprobs
@@ -69,6 +70,9 @@ class TokenStream:
         """Offset of the next token from the link; everything else is a duplicate or a gap."""
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         """Set by the link before the first tokens are."""
+        self.batches = BatchSizes()
+        """Filled by the link."""
+        self.submitted_s = clock_s()
         self.wasted_tokens = 0
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
 
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.admission.decision import Decision, Verdict, Wait, decide_wait
+from cluster.router.admission.decision import Verdict, Wait, decide_wait
 from cluster.router.admission.fair_queue import FairQueue, Waiting, virtual_tokens
 from cluster.router.admission.pace import AHEAD_S, Forecast, Pace, takes_more
 from cluster.router.admission.tenant import Tenant
@@ -141,7 +141,8 @@ class Gate:
             head.item.place.set_result(held)
 
     async def _wait(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Held:
-        decision = self._judge(waiting, deadline_s)
+        question = self._question(waiting, deadline_s)
+        decision = decide_wait(question)
         if decision.verdict is not Verdict.ADMIT:
             raise self._refusals.of(decision)
         if len(self._queue) >= self._model.section.limits.max_queued:
@@ -160,10 +161,10 @@ class Gate:
         finally:
             if held is None:
                 self._leave(waiting)
-        return held
+        return replace(held, place=replace(held.place, wait=question))
 
-    def _judge(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Decision:
-        """The question to the pure decision."""
+    def _question(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Wait:
+        """What the pure decision is asked."""
         section, errand, now_s = self._model.section, waiting.item.errand, self._clock_s()
         lanes = self._known_lanes(now_s)
         tenant, cost = waiting.tenant, waiting.cost
@@ -179,18 +180,16 @@ class Gate:
         waiting.item.since_s, waiting.item.forecast = now_s, forecast
         rate = max([prefill_rate(lane) for lane in lanes], default=1.0)
         ttft_ms = section.slo.ttft_ms if section.slo.refuse_late else None
-        return decide_wait(
-            Wait(
-                num_queued=len(self._queue),
-                max_queued=section.limits.max_queued,
-                can_displace=self._can_displace(waiting, is_below_share=is_below_share),
-                is_below_share=is_below_share,
-                wait_s=forecast.mean_s,
-                late_s=forecast.late_s,
-                start_s=AHEAD_S + prompt_tokens / rate,
-                deadline_s=deadline_s,
-                target_ttft_s=None if ttft_ms is None else ttft_ms / 1e3,
-            )
+        return Wait(
+            num_queued=len(self._queue),
+            max_queued=section.limits.max_queued,
+            can_displace=self._can_displace(waiting, is_below_share=is_below_share),
+            is_below_share=is_below_share,
+            wait_s=forecast.mean_s,
+            late_s=forecast.late_s,
+            start_s=AHEAD_S + prompt_tokens / rate,
+            deadline_s=deadline_s,
+            target_ttft_s=None if ttft_ms is None else ttft_ms / 1e3,
         )
 
     def _hold(self, errand: Errand) -> Held | None:

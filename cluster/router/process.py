@@ -74,6 +74,7 @@ from cluster.router.route_finder import RouteFinder
 from cluster.router.rpc import RpcGuard
 from cluster.router.service import InferenceServicer
 from cluster.router.siblings import Siblings
+from cluster.router.story_record import StoryRecord
 from cluster.router.streams import Streams
 from cluster.telemetry.gauges import read_gauges, read_recorder
 from cluster.telemetry.metrics import RouterMetrics
@@ -128,7 +129,7 @@ class Router:
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
         self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool, gates))
         record = EnergyRecord(section.energy_record_count)
-        self._journal = new_journal(config)
+        self._journal, self._stories = new_journal(config), StoryRecord()
         self._dashboard = DashboardFeed(read=self._snapshot, router_id=self.router_id, version=release)
         self._ledger = self._new_ledger()
         self._streams = self._new_streams(record, gates, finder, refusals)
@@ -297,6 +298,7 @@ class Router:
             books=Books(
                 record=record,
                 journal=self._journal,
+                stories=self._stories,
                 metrics=self._metrics,
                 telemetry=self._telemetry,
                 ledger=self._ledger,
@@ -314,6 +316,8 @@ class Router:
             models=self._models,
             pool=self._pool,
             journal=self._journal,
+            stories=self._stories,
+            siblings=self._siblings,
             router_id=self.router_id,
             version=release,
         )

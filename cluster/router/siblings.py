@@ -11,6 +11,8 @@ from pathlib import Path
 
 import grpc
 
+from protos import wattline_cluster_pb2 as cluster_pb
+from protos import wattline_cluster_pb2_grpc as cluster_rpc
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as rpc
 
@@ -67,3 +69,21 @@ class Siblings:
             except grpc.aio.AioRpcError:
                 return None
         return answer
+
+    async def explain(self, request: cluster_pb.ExplainRequest) -> cluster_pb.ExplainResponse | None:
+        """The first sibling's answer that has one: a trace id does not say whose it is. None: nobody has."""
+        if self._folder is None:
+            return None
+        asked = cluster_pb.ExplainRequest(id=request.id, only_here=True)
+        for index in range(self._count):
+            if index == self._index:
+                continue
+            async with grpc.aio.insecure_channel(f"unix:{self._folder / socket_name(index)}") as channel:
+                try:
+                    answer: cluster_pb.ExplainResponse = await cluster_rpc.ClusterStub(channel).Explain(
+                        asked, timeout=ASK_TIMEOUT_S
+                    )
+                except grpc.aio.AioRpcError:
+                    continue
+            return answer
+        return None

@@ -117,7 +117,7 @@ class Streams:
         with caller.span.stage(semconv.ADMISSION):
             await self._tenants.lease_joules(account)
             with self._counted(model, account, caller):
-                self._admit(model, account)
+                arrival = self._admit(model, account)
         with self._under_way(model), self._tenants.charging(account) as charge:
             with caller.span.stage(semconv.TOKENIZE):
                 prompt_ids = await self.tokenize(model, completion.prompt)
@@ -128,6 +128,7 @@ class Streams:
                 charge.expect(tokens=order.expected_tokens, energy_mj=order.expected_mj(model))
                 with self._counted(model, account, caller, is_last=True):
                     route, run = await self._begin(model, completion, caller, charge.tenant, order)
+                run.arrival = arrival
             runs = [run]
             token = self._continuations.token(
                 completion, prompt_ids, route.connection.identity, tenant=caller.tenant
@@ -199,23 +200,24 @@ class Streams:
             yield
         except (Overloaded, LimitReached, NoReplica) as refusal:
             self._books.count_refusal(model, refusal, tenant=tenant, arrived_s=caller.arrived_s)
+            self._books.tell_refusal(model, caller, refusal)
             raise
         if is_last:
             self._books.count_admission(model, tenant=tenant)
 
-    def _admit(self, model: ServedModel, account: TenantAccount) -> None:
+    def _admit(self, model: ServedModel, account: TenantAccount) -> Arrival:
         """Refuse what need not be tokenised to know that it cannot be served now."""
-        decision = decide_arrival(
-            Arrival(
-                is_stopping=self.is_stopping,
-                in_flight=self.in_flight,
-                max_streams=self._section.max_streams,
-                has_replica=bool(self._pool.ready(model.name)),
-                tenant_limit=account.limit_hit(now_s=self._clock_s()),
-            )
+        arrival = Arrival(
+            is_stopping=self.is_stopping,
+            in_flight=self.in_flight,
+            max_streams=self._section.max_streams,
+            has_replica=bool(self._pool.ready(model.name)),
+            tenant_limit=account.limit_hit(now_s=self._clock_s()),
         )
+        decision = decide_arrival(arrival)
         if decision.verdict is not Verdict.ADMIT:
             raise self._refusals.of(decision, tenant=account.tenant.name)
+        return arrival
 
     def _size(
         self,

@@ -90,7 +90,8 @@ class Submission:
             span=span,
             attempts=[first_attempt(route, rest)],
             index=index,
-            delivered_ids=array("I", delivered_ids),
+            wait=route.place.wait if route.place else None,
+            delivered_ids=array("I", completion.delivered_ids),
         )
 
 
@@ -104,6 +105,7 @@ def first_attempt(route: Route, job: EngineJob) -> Attempt:
         lane=route.lane,
         first_offset=job.first_offset,
         prompt_tokens=len(job.prompt_ids),
+        decision=route.place.decision if route.place else None,
     )
 
 

@@ -130,6 +130,7 @@ async def test_only_operators_see_and_steer_the_whole(keys: Keys) -> None:
     async with asking_router(keys, operators=["ops"]) as router:
         for refused in (
             await fail(router.cluster.Status(cluster_pb.StatusRequest(), metadata=acme)),
+            await fail(router.cluster.Explain(cluster_pb.ExplainRequest(id="0"), metadata=acme)),
             await fail(router.cluster.WatchSignals(cluster_pb.WatchSignalsRequest(), metadata=acme)),
             await fail(
                 router.cluster.DrainReplica(
