@@ -15,6 +15,7 @@ from rich.table import Table
 
 from bench.closed_loop import LineRun, run_closed_loop
 from bench.engine import EngineSetup, EngineUnderTest
+from bench.priority import share_priority_below
 from bench.record import summarize, write_results
 from bench.rows import SEED, checkpoint_shape, energy_fields, identity, make_workload, wattline_version
 from bench.workload import Case, ModelShape, Workload
@@ -189,6 +190,7 @@ def serving(config: Config) -> Iterator[Stack]:
         free = config.router.model_copy(update={"grpc_port": 0, "http_port": 0, "link_port": 0})
         quiet = config.model_copy(update={"router": free, "runtime_dir": folder})
         with running_stack(quiet, console) as (stack, _interrupts):
+            share_priority_below()
             yield stack
 
 
