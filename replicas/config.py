@@ -14,7 +14,7 @@ KERNELS = ("auto", "float32", "off")
 the bytes and widened exactly; `float32`: kept as floats; `off`, or no compiler: torch."""
 QUANTIZATIONS = ("none", "int8")
 """`int8`: all matrices but embedding and router in bytes, with a factor per row (`layers/quantize.py`)."""
-METERS = ("auto", "nvml", "cpu-model", "fake")
+METERS = ("auto", "nvml", "rapl", "cpu-model", "fake")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
