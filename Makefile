@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 # with another checkout, is noticed.
 STAMP_TEXT := $(shell cat pyproject.toml constraints.txt 2>/dev/null | sha256sum | cut -c1-16) $(CURDIR)
 
-.PHONY: help venv demo test lint types layers proto proto-check pytest bench soak format
+.PHONY: help venv demo test lint types layers proto proto-check pytest bench gpu-check soak format
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,8 +51,11 @@ proto-check: venv ## fail if the committed protobuf code is stale
 pytest: venv ## the CPU tests (ARGS="-k name" to choose)
 	@$(BIN)/python -m pytest -m "not soak" --durations=15 $(ARGS)
 
-soak: venv ## mixed load on the demonstration models, and 10,000 simulated bad afternoons of a router
+soak: venv ## mixed load on the demonstration models, 10,000 simulated bad afternoons of a router, 100,000 ledgers
 	@$(BIN)/python -m pytest -m soak $(ARGS)
 
 bench: venv ## measure engine, line and edge on this machine; results go to bench/results/
 	@$(BIN)/python -m bench $(ARGS)
+
+gpu-check: ## check and measure this machine's NVIDIA GPU, eight minutes (ARGS="--quick"); installs nothing
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu_check $(ARGS)

@@ -1,4 +1,4 @@
-"""The three suites: engine alone, the whole line beside it, and what the edge costs per token."""
+"""The engine alone, and the whole line beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from cluster.serving.stack import Stack
 
 WARM_UP_OUTPUT_TOKENS = 8
-NULL_VOCAB_SIZE = 32_000
 COLUMNS = (
     "system",
     "model",
@@ -81,34 +79,6 @@ async def run_line_suite(
         rows += await measure_engine(section.name, setup, cases, output_tokens)
     add_line_share(rows)
     finish("line", rows, path)
-
-
-async def run_edge_suite(
-    concurrencies: Sequence[int], output_tokens: int, step_ms: float, path: Path | None
-) -> None:
-    """CPU microseconds per streamed token of router, supervisor and ranks, over a null engine."""
-    section = ModelSection.model_validate(
-        {
-            "name": "null",
-            "source": "null",
-            "null_engine": {"step_ms": step_ms, "vocab_size": NULL_VOCAB_SIZE, "prefill_tokens_per_s": 1e9},
-            "limits": {"max_sequences": max(concurrencies), "step_tokens": 2048},
-        }
-    )
-    rows: list[dict[str, object]] = []
-    with serving(Config.model_validate({"models": [section]})) as stack:
-        for concurrency in concurrencies:
-            workload = make_workload("mix", shape_of(section), concurrency, output_tokens)
-            before = cpu_seconds(stack)
-            row = await measure_line(stack, section, workload, warm_up=False)
-            after = cpu_seconds(stack)
-            tokens = len(workload.prompts) * output_tokens
-            row |= {
-                f"{role}_cpu_us_per_token": round((after[role] - before[role]) * 1e6 / tokens, 2)
-                for role in after
-            }
-            rows.append(row)
-    finish("edge", rows, path)
 
 
 async def measure_engine(
@@ -201,28 +171,6 @@ def shape_of(section: ModelSection) -> ModelShape:
         null = section.null_engine
         return ModelShape(vocab_size=null.vocab_size, context_tokens=null.context_tokens)
     return checkpoint_shape(Path(section.source))
-
-
-def cpu_seconds(stack: Stack) -> dict[str, float]:
-    """CPU time so far of the router, the supervisors and the ranks."""
-    state = stack.status()
-    assert state is not None
-    replicas = [replica for model in state.models for replica in model.replicas]
-    router = [
-        one
-        for one in psutil.Process().children(recursive=True)
-        if "cluster.router" in " ".join(one.cmdline())
-    ]
-    return {
-        "router": sum(cpu_of(one.pid) for one in router),
-        "supervisor": sum(cpu_of(replica.supervisor_pid) for replica in replicas),
-        "ranks": sum(cpu_of(rank.pid) for replica in replicas for rank in replica.ranks),
-    }
-
-
-def cpu_of(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
 
 
 def show(row: dict[str, object]) -> None:

@@ -14,6 +14,7 @@ KERNELS = ("auto", "float32", "off")
 the bytes and widened exactly; `float32`: kept as floats; `off`, or no compiler: torch."""
 QUANTIZATIONS = ("none", "int8")
 """`int8`: all matrices but embedding and router in bytes, with a factor per row (`layers/quantize.py`)."""
+HOST_KV_BYTES = 256 * 2**20
 METERS = ("auto", "nvml", "cpu-model", "fake")
 
 
@@ -48,7 +49,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """Bounds of one engine. `num_blocks` 0: from `kv_cache_bytes` per rank."""
+    """Bounds of one engine. `num_blocks` 0: from `kv_cache_bytes` per rank.
+
+    `kv_cache_bytes` 0: on a CUDA device what `gpu_memory_ratio` of its memory leaves beside weights and
+    steps, elsewhere 256 MiB.
+    """
 
     max_sequences: int = 64
     max_waiting: int = 1024
@@ -56,11 +61,14 @@ class EngineLimits:
     step_tokens: int = 512
     block_tokens: int = 16
     num_blocks: int = 0
-    kv_cache_bytes: int = 256 * 2**20
+    kv_cache_bytes: int = 0
+    gpu_memory_ratio: float = 0.9
+    cuda_graphs: bool = True
+    """Replay decode steps from graphs, on CUDA devices whose kernels allow it."""
     context_tokens: int = 0
     """Longest prompt plus output; 0: what the model allows."""
     lookahead: int = 0
-    """Steps planned before the tokens of the last one are known: 0 on CPU, 1 on CUDA."""
+    """Steps planned before the tokens of the last one are known; `lookahead_on` says what suits a device."""
     decode_stretch: float = 2.0
     """How much longer prompts may make the steps of those that decode (`engine/prefill_pace.py`)."""
     prefix_caching: bool = True
@@ -74,6 +82,23 @@ class EngineLimits:
             raise ValueError(f"limits.decode_stretch is {self.decode_stretch}; at least 1")
         if self.lookahead not in (0, 1):
             raise ValueError(f"limits.lookahead is {self.lookahead}; 0 or 1")
+        if not 0.0 < self.gpu_memory_ratio <= 1.0:
+            raise ValueError(f"limits.gpu_memory_ratio is {self.gpu_memory_ratio}; above 0, at most 1")
+
+    @property
+    def has_fixed_cache(self) -> bool:
+        """Whether the size of the KV cache is configured, not found from the device."""
+        return bool(self.num_blocks or self.kv_cache_bytes)
+
+    @property
+    def host_kv_bytes(self) -> int:
+        """Bytes of the KV cache of a rank whose memory is not a device's of its own."""
+        return self.kv_cache_bytes or HOST_KV_BYTES
+
+
+def lookahead_on(device: str) -> int:
+    """A GPU has its next step queued while the host reads the last; a CPU computes on the same cores."""
+    return 1 if device.startswith("cuda") else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

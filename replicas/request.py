@@ -51,6 +51,16 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
+    def has_filter(self) -> bool:
+        """Whether only the likeliest tokens may be drawn."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def is_temperature_only(self) -> bool:
+        """Nothing but temperature and seed is asked for; greedy, whatever filters say, is such a case."""
+        return (self.is_greedy or not self.has_filter) and self.is_plain
+
+    @property
     def is_plain(self) -> bool:
         """Nothing but temperature, top-p, top-k and seed is asked for."""
         return (

@@ -9,10 +9,12 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from replicas.config import RankConfig
 from replicas.errors import RankLost
 from replicas.parallel.collectives import make_collectives
+from replicas.parallel.one_shot import SmallSum
 from replicas.parallel.process_group import ProcessGroupCollectives, open_store
 from tests.scripted_rank import make_scripts, run_script
 
@@ -76,4 +78,49 @@ def lose_a_peer(queue: Queue[Report], config: RankConfig, folder: Path) -> None:
         gloo.all_reduce(torch.ones(3))
     except RankLost as error:
         queue.put((0, "gloo-lost", type(error.__cause__).__name__))
+    gloo.close()
+
+
+def choose_small_sums(queue: Queue[Report], rank: int, folder: Path) -> None:
+    """Offer a group a way to add up that rank 1 lacks, a wrong one and a right one; then rank 1 is late."""
+    store = open_store(folder / "store", rendezvous="", rank=rank, size=2, epoch=3, timeout_s=60.0)
+    gloo = ProcessGroupCollectives(store, rank=rank, size=2, device=torch.device("cpu"), timeout_s=60.0)
+    served: list[tuple[int, ...]] = []
+
+    def add_right(x: torch.Tensor) -> torch.Tensor:
+        served.append(tuple(x.shape))
+        return x.copy_(gloo.all_gather(x).sum(0))
+
+    def add_wrong(x: torch.Tensor) -> torch.Tensor:
+        return add_right(x).add_(0.25 if rank == 1 else 0.0)
+
+    def open_right() -> SmallSum:
+        return add_right
+
+    def open_wrong() -> SmallSum:
+        return add_wrong
+
+    def open_alone() -> SmallSum:
+        if rank == 1:
+            raise RuntimeError("no peer access")
+        return add_wrong
+
+    for name, open_small in (("alone", open_alone), ("wrong", open_wrong), ("right", open_right)):
+        gloo.try_small_sum(open_small)
+        queue.put((rank, name, gloo.small_sums))
+    served.clear()
+    sums = [gloo.all_reduce(torch.full(shape, 1.0 + rank)) for shape in ((8,), (3,), (70_000,))]
+    queue.put((rank, "sums", [float(x.max()) for x in sums]))
+    queue.put((rank, "served", served))
+    gloo.set_timeout(0.3)
+    if rank == 0:
+        try:
+            gloo.barrier()
+        except RankLost:
+            queue.put((rank, "late", "barrier"))
+        try:
+            dist.all_reduce(torch.ones(2))
+        except RuntimeError:
+            queue.put((rank, "late", "sum"))
+        gloo.abort()
     gloo.close()

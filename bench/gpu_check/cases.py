@@ -48,7 +48,7 @@ def _tiny_product_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Ke
     yield prefill_case(single, ((0, 70), (66, 33)), dtype=dtype, device=device)
     half = ExpertShape(num_experts=8, num_local=4, first_expert=2, num_choices=2, hidden=40, size=24)
     whole = ExpertShape(num_experts=5, num_local=5, first_expert=0, num_choices=3, hidden=32, size=16)
-    for shape, tokens in ((half, 1), (half, 21), (whole, 37)):
+    for shape, tokens in ((half, 1), (half, 21), (whole, 1), (whole, 37)):
         yield gated_case(tokens, shape, dtype=dtype, device=device)
         yield down_case(tokens, shape, dtype=dtype, device=device)
 

@@ -51,7 +51,9 @@ class LimitsSection(Section):
     step_tokens: int = Field(512, ge=16, le=65536)
     block_tokens: int = Field(16, ge=1, le=1024)
     num_blocks: int = Field(0, ge=0)
-    kv_cache_mib: int = Field(256, ge=1)
+    kv_cache_mib: int = Field(0, ge=0, description="per rank; 0: 256 on a CPU, what a GPU has left on CUDA")
+    gpu_memory_ratio: float = Field(0.9, gt=0.0, le=1.0, description="of a GPU that a rank may use in all")
+    cuda_graphs: bool = Field(True, description="replay decode steps from CUDA graphs")
     context_tokens: int = Field(0, ge=0)
     decode_stretch: float = Field(
         2.0, ge=1.0, le=1000.0, description="how much longer prompts may make the steps of those that decode"
@@ -77,6 +79,8 @@ class LimitsSection(Section):
             block_tokens=self.block_tokens,
             num_blocks=self.num_blocks,
             kv_cache_bytes=self.kv_cache_mib * 2**20,
+            gpu_memory_ratio=self.gpu_memory_ratio,
+            cuda_graphs=self.cuda_graphs,
             context_tokens=self.context_tokens,
             lookahead=lookahead,
             decode_stretch=self.decode_stretch,

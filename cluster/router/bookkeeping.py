@@ -59,12 +59,17 @@ class Books:
         self._telemetry = telemetry
         self._clock_s = clock_s
 
-    def count_admission(self, model: ServedModel, *, tenant: str, refusal: RouterError | None) -> None:
-        """Called once per request that was valid; `tenant` is a label."""
-        if refusal is not None:
-            model.refused_total += 1
-        outcome = "admitted" if refusal is None else REFUSALS.get(type(refusal), "overloaded")
+    def count_admission(self, model: ServedModel, *, tenant: str) -> None:
+        """This or `count_refusal` is called once per request that was valid; `tenant` is a label."""
+        self._metrics.count_admission(model.name, tenant, "admitted")
+
+    def count_refusal(
+        self, model: ServedModel, refusal: RouterError, *, tenant: str, arrived_s: float
+    ) -> None:
+        model.refused_total += 1
+        outcome = REFUSALS.get(type(refusal), "overloaded")
         self._metrics.count_admission(model.name, tenant, outcome)
+        self._metrics.observe_refusal(model.name, self._clock_s() - arrived_s)
 
     def tell_refusal(self, model: ServedModel, caller: Caller, refusal: RouterError) -> None:
         """Remember for `wattline why` what a request was refused for."""

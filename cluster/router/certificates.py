@@ -17,7 +17,7 @@ from typing import Any
 
 import grpc
 
-from cluster.config import ConfigError, RouterSection
+from cluster.config import ConfigError
 from cluster.router.watched_files import WatchedFiles
 
 logger = logging.getLogger(__name__)
@@ -108,23 +108,4 @@ def _grpc_configuration(files: CertificateFiles) -> Any:
     return grpc.ssl_server_certificate_configuration(
         [(files.key.read_bytes(), files.cert.read_bytes())],
         root_certificates=files.peer_ca.read_bytes() if files.peer_ca else None,
-    )
-
-
-def client_certificates(section: RouterSection) -> CertificateFiles | None:
-    """What clients are shown. None: TLS is off there."""
-    tls = section.tls
-    if not tls.is_on:
-        return None
-    peer_ca = Path(tls.client_ca) if tls.client_ca else None
-    return CertificateFiles(owner="router.tls", cert=Path(tls.cert), key=Path(tls.key), peer_ca=peer_ca)
-
-
-def link_certificates(section: RouterSection) -> CertificateFiles | None:
-    """What replicas are shown, and asked for. None: TLS is off there."""
-    tls = section.link_tls
-    if not tls.is_on:
-        return None
-    return CertificateFiles(
-        owner="router.link_tls", cert=Path(tls.cert), key=Path(tls.key), peer_ca=Path(tls.ca)
     )

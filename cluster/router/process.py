@@ -25,11 +25,10 @@ from grpc_reflection.v1alpha import reflection
 from starlette.routing import BaseRoute
 
 from cluster.addresses import RouterAddresses, join_host_port
-from cluster.config import Config, RouterSection
+from cluster.config import Config
 from cluster.dashboard.feed import DashboardFeed
 from cluster.dashboard.routes import dashboard_routes
 from cluster.dashboard.snapshot import take_snapshot
-from cluster.ledger.leases import StoreLeases
 from cluster.ledger.location import ledger_address
 from cluster.ledger.recorder import LedgerRecorder
 from cluster.link.replica_pool import ReplicaPool
@@ -39,11 +38,9 @@ from cluster.oip.service import OipServicer, add_oip
 from cluster.openai.exchange import ExchangeGuard
 from cluster.openai.routes import OpenAIRoutes
 from cluster.router import cluster_service, service
-from cluster.router.admission.energy_lease import LocalLeases
 from cluster.router.auth import Authenticator
 from cluster.router.bookkeeping import Books
 from cluster.router.cache_salt import CacheSalts
-from cluster.router.certificates import client_certificates, link_certificates
 from cluster.router.cluster_service import ClusterServicer
 from cluster.router.continuation import Continuations
 from cluster.router.energy_record import EnergyRecord
@@ -60,19 +57,25 @@ from cluster.router.health import HealthBoard
 from cluster.router.http_app import build_app
 from cluster.router.http_guard import HttpGuard
 from cluster.router.http_server import HttpServer
-from cluster.router.journal import Journal, Objective
 from cluster.router.ledger_entries import replica_sums
+from cluster.router.parts import (
+    client_tls,
+    link_tls,
+    new_journal,
+    new_tenants,
+    open_gates,
+    secret_of,
+    serve_models,
+)
+from cluster.router.refusal import Refusals
 from cluster.router.resume_token import ResumeSeal
 from cluster.router.resumption import Resumption
 from cluster.router.route_finder import RouteFinder
 from cluster.router.rpc import RpcGuard
-from cluster.router.secret import RouterSecret, draw_secret, read_secret
-from cluster.router.served_model import ServedModel
 from cluster.router.service import InferenceServicer
 from cluster.router.siblings import Siblings
 from cluster.router.story_record import StoryRecord
 from cluster.router.streams import Streams
-from cluster.router.tenants import Tenants
 from cluster.telemetry.gauges import read_gauges, read_recorder
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
@@ -113,21 +116,23 @@ class Router:
         self._authenticator = Authenticator(section.auth)
         self.router_id = f"router-{secrets.token_hex(4)}"
         release = version("wattline")
-        self._models = _serve_models(config, tokenizers)
+        self._models = serve_models(config, tokenizers)
         self._metrics = RouterMetrics()
         self._telemetry = Telemetry(config.telemetry, router_id=self.router_id, version=release)
         self._worker = DetokenizeWorker(asyncio.get_running_loop())
         self._tokenizing = ThreadPoolExecutor(section.tokenizer_threads, thread_name_prefix="tokenize")
         self._pool = ReplicaPool(on_change=lambda: self._health.changed())
         finder = RouteFinder(pool=self._pool, random=Random(self.router_id))
-        self._tenants = _new_tenants(config)
+        refusals = Refusals(Random(f"{self.router_id} refusals"))
+        gates = open_gates(self._models, self._pool, finder, refusals)
+        self._tenants = new_tenants(config)
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
-        self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool))
+        self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool, gates))
         record = EnergyRecord(section.energy_record_count)
-        self._journal, self._stories = _new_journal(config), StoryRecord()
+        self._journal, self._stories = new_journal(config), StoryRecord()
         self._dashboard = DashboardFeed(read=self._snapshot, router_id=self.router_id, version=release)
         self._ledger = self._new_ledger()
-        self._streams = self._new_streams(record, _open_gates(self._models, self._pool, finder), finder)
+        self._streams = self._new_streams(record, gates, finder, refusals)
         guard = RpcGuard(
             telemetry=self._telemetry,
             metrics=self._metrics,
@@ -147,14 +152,8 @@ class Router:
         self._cluster = self._cluster_servicer(guard, release)
         self._clients = self._client_server()
         self._pages: list[HttpServer] = []
-        self._closing = AsyncExitStack()
+        self._closing = self._to_close()
         """What has to be closed, in the reverse order of its start."""
-        self._closing.push_async_callback(self._telemetry.close)
-        if self._ledger is not None:
-            self._closing.push_async_callback(self._ledger.close)
-        self._closing.push_async_callback(self._tenants.close)
-        self._closing.callback(self._worker.close)
-        self._closing.callback(self._tokenizing.shutdown, wait=False, cancel_futures=True)
 
     async def start(self, *, is_again: bool = False) -> RouterAddresses:
         """Bind every port, then serve. Raises PortInUse; `stop` is due all the same.
@@ -166,14 +165,14 @@ class Router:
         servicer = self._link_servicer()
         add_strictly(wattline_link_pb2_grpc.add_ReplicaLinkServicer_to_server, servicer, links)
         link_port = Port(key="router.link_port", host=section.link_host, port=section.link_port)
-        link_address = bind(links, link_port, tls=link_certificates(section))
+        link_address = bind(links, link_port, tls=link_tls(section))
         self._closing.push_async_callback(links.stop, grace=None)
         await links.start()
         if is_again:
             await self._await_replicas()
         clients = self._clients
         grpc_port = Port(key="router.grpc_port", host=section.host, port=section.grpc_port)
-        grpc_address = bind(clients, grpc_port, tls=client_certificates(section))
+        grpc_address = bind(clients, grpc_port, tls=client_tls(section))
         bind_socket(clients, self._siblings.own_socket)
         self._closing.push_async_callback(clients.stop, grace=CUT_S)
         self._make_pages()
@@ -248,7 +247,7 @@ class Router:
             max_body_bytes=section.max_body_bytes,
         )
         is_shared = section.processes > 1
-        tls = client_certificates(section)
+        tls = client_tls(section)
         self._pages = [
             HttpServer(guarded, host=section.host, port=section.http_port, tls=tls, is_shared=is_shared)
         ]
@@ -258,6 +257,16 @@ class Router:
             self._closing.push_async_callback(pages.stop)
         # Pages hold their connection as long as there is news: without this, HTTP could not stop in time.
         self._closing.callback(self._dashboard.close)
+
+    def _to_close(self) -> AsyncExitStack:
+        stack = AsyncExitStack()
+        stack.push_async_callback(self._telemetry.close)
+        if self._ledger is not None:
+            stack.push_async_callback(self._ledger.close)
+        stack.push_async_callback(self._tenants.close)
+        stack.callback(self._worker.close)
+        stack.callback(self._tokenizing.shutdown, wait=False, cancel_futures=True)
+        return stack
 
     def _snapshot(self) -> dict[str, Any]:
         return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
@@ -273,14 +282,17 @@ class Router:
         self._metrics.add_gauges(lambda: read_recorder(recorder))
         return recorder
 
-    def _new_streams(self, record: EnergyRecord, gates: Mapping[str, Gate], finder: RouteFinder) -> Streams:
+    def _new_streams(
+        self, record: EnergyRecord, gates: Mapping[str, Gate], finder: RouteFinder, refusals: Refusals
+    ) -> Streams:
         section = self._config.router
-        secret = _secret_of(section)
+        secret = secret_of(section)
         return Streams(
             section=section,
             models=self._models,
             pool=self._pool,
             gates=gates,
+            refusals=refusals,
             tenants=self._tenants,
             tokenizing=self._tokenizing,
             books=Books(
@@ -349,38 +361,3 @@ class Router:
         if self._config.router.has_reflection:
             reflection.enable_server_reflection(names, server)
         return server
-
-
-def _serve_models(config: Config, tokenizers: Mapping[str, Tokenizer]) -> dict[str, ServedModel]:
-    limit_bytes = config.router.max_prompt_bytes
-    return {
-        model.name: ServedModel(model, tokenizers[model.name], max_prompt_bytes=limit_bytes)
-        for model in config.models
-    }
-
-
-def _secret_of(section: RouterSection) -> RouterSecret:
-    return read_secret(Path(section.secret_file)) if section.secret_file else draw_secret()
-
-
-def _open_gates(models: Mapping[str, ServedModel], pool: ReplicaPool, finder: RouteFinder) -> dict[str, Gate]:
-    """One per model; each looks again whenever a replica of its model tells its load."""
-    gates = {name: Gate(model, pool=pool, finder=finder) for name, model in models.items()}
-    pool.on_load = lambda model: gates[model].pump()
-    return gates
-
-
-def _new_tenants(config: Config) -> Tenants:
-    """Their joules are leased from the ledger store; without one each router has the whole budgets."""
-    tenants = [section.to_tenant() for section in config.tenants]
-    budgets_j = {one.name: one.joules_per_day for one in tenants if one.joules_per_day is not None}
-    if config.ledger.enabled:
-        return Tenants(tenants, leases=StoreLeases(ledger_address(config), budgets_j))
-    return Tenants(tenants, leases=LocalLeases(budgets_j, wall_s=time))
-
-
-def _new_journal(config: Config) -> Journal:
-    return Journal(
-        (model.name, Objective(ttft_ms=model.slo.ttft_ms, tpot_ms=model.slo.tpot_ms))
-        for model in config.models
-    )

@@ -43,7 +43,7 @@ from cluster.router.errors import (
 )
 from cluster.router.gate import Gate
 from cluster.router.order import Order, Route, route_to, size_order
-from cluster.router.refusal import refusal_of
+from cluster.router.refusal import Refusals
 from cluster.router.resumption import Resumption
 from cluster.router.route_finder import Place
 from cluster.router.run import Attempt, Run
@@ -79,8 +79,10 @@ class Streams:
         resumption: Resumption,
         salts: CacheSalts,
         continuations: Continuations,
+        refusals: Refusals,
         clock_s: Callable[[], float] = monotonic,
     ) -> None:
+        self._refusals = refusals
         self._section = section
         self._models = models
         self._pool = pool
@@ -114,7 +116,7 @@ class Streams:
         account = self._tenants.account(caller.tenant)
         with caller.span.stage(semconv.ADMISSION):
             await self._tenants.lease_joules(account)
-            with self._counted(model, caller, account):
+            with self._counted(model, account, caller):
                 arrival = self._admit(model, account)
         with self._under_way(model), self._tenants.charging(account) as charge:
             with caller.span.stage(semconv.TOKENIZE):
@@ -124,7 +126,7 @@ class Streams:
             with caller.span.stage(semconv.ROUTE):
                 order = self._size(model, completion, caller, charge.tenant, prompt_ids)
                 charge.expect(tokens=order.expected_tokens, energy_mj=order.expected_mj(model))
-                with self._counted(model, caller, account, is_last=True):
+                with self._counted(model, account, caller, is_last=True):
                     route, run = await self._begin(model, completion, caller, charge.tenant, order)
                 run.arrival = arrival
             runs = [run]
@@ -190,18 +192,18 @@ class Streams:
 
     @contextmanager
     def _counted(
-        self, model: ServedModel, caller: Caller, account: TenantAccount, *, is_last: bool = False
+        self, model: ServedModel, account: TenantAccount, caller: Caller, *, is_last: bool = False
     ) -> Iterator[None]:
         """Count the refusal that happens inside; behind the last hurdle, count an admission else."""
         tenant = self._tenants.label(account.tenant.name)
         try:
             yield
         except (Overloaded, LimitReached, NoReplica) as refusal:
-            self._books.count_admission(model, tenant=tenant, refusal=refusal)
+            self._books.count_refusal(model, refusal, tenant=tenant, arrived_s=caller.arrived_s)
             self._books.tell_refusal(model, caller, refusal)
             raise
         if is_last:
-            self._books.count_admission(model, tenant=tenant, refusal=None)
+            self._books.count_admission(model, tenant=tenant)
 
     def _admit(self, model: ServedModel, account: TenantAccount) -> Arrival:
         """Refuse what need not be tokenised to know that it cannot be served now."""
@@ -214,7 +216,7 @@ class Streams:
         )
         decision = decide_arrival(arrival)
         if decision.verdict is not Verdict.ADMIT:
-            raise refusal_of(decision, tenant=account.tenant.name)
+            raise self._refusals.of(decision, tenant=account.tenant.name)
         return arrival
 
     def _size(

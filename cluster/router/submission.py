@@ -69,16 +69,17 @@ class Submission:
             scores_prompt=completion.wants_prompt_logprobs and index == 0,
             on_overflow=lambda: caller.interrupt(SlowConsumer(limit_bytes=limit_bytes)),
         )
-        rest = _rest_of(job, completion)
-        stream, account = route.connection.submit(rest)
-        attempt = Attempt(
-            connection=route.connection,
-            stream=stream,
-            account=account,
-            lane=route.lane,
-            first_offset=rest.first_offset,
-            prompt_tokens=len(rest.prompt_ids),
-            decision=route.place.decision if route.place else None,
+        delivered_ids = completion.delivered_ids
+        rest = (
+            job.resumed(
+                delivered_ids,
+                attempt=0,
+                lane=route.lane,
+                deadline_s=deadline_s,
+                cached_tokens=route.cached_tokens,
+            )
+            if delivered_ids
+            else job
         )
         return Run(
             request_id=caller.request_id,
@@ -87,23 +88,24 @@ class Submission:
             model=model,
             job=job,
             span=span,
-            attempts=[attempt],
+            attempts=[first_attempt(route, rest)],
             index=index,
             wait=route.place.wait if route.place else None,
             delivered_ids=array("I", completion.delivered_ids),
         )
 
 
-def _rest_of(job: EngineJob, completion: Completion) -> EngineJob:
-    """What its caller does not have yet."""
-    if not completion.delivered_ids:
-        return job
-    return job.resumed(
-        completion.delivered_ids,
-        attempt=0,
-        lane=job.lane,
-        deadline_s=job.deadline_s,
-        cached_tokens=job.cached_tokens,
+def first_attempt(route: Route, job: EngineJob) -> Attempt:
+    """The job on its way. Raises Overloaded, ReplicaStopped."""
+    stream, account = route.connection.submit(job)
+    return Attempt(
+        connection=route.connection,
+        stream=stream,
+        account=account,
+        lane=route.lane,
+        first_offset=job.first_offset,
+        prompt_tokens=len(job.prompt_ids),
+        decision=route.place.decision if route.place else None,
     )
 
 

@@ -21,11 +21,9 @@ from cluster.serving.placement import place
 from cluster.serving.ray_ranks import RayRankGroup
 from cluster.serving.run_folder import RunFolder
 from cluster.sources import resolve_source
-from replicas.config import LinkCredentials, ReplicaConfig
+from replicas.config import LinkCredentials, ReplicaConfig, lookahead_on
 from replicas.supervisor.supervisor import Supervisor
 
-CUDA_LOOKAHEAD = 1
-"""On a GPU the next step is planned while one runs."""
 NOTE_PERIOD_S = 0.25
 
 logger = logging.getLogger(__name__)
@@ -98,7 +96,7 @@ def replica_config(
         routers=router.link_addresses or (f"{router.link_host}:{router.link_port}",),
         link_credentials=_link_credentials(router.link_tls),
         parallel=section.parallel.to_parallel(),
-        limits=section.limits.to_engine(lookahead=CUDA_LOOKAHEAD if device == "cuda" else 0),
+        limits=section.limits.to_engine(lookahead=lookahead_on(device)),
         null=section.null_engine.to_null(),
         device=device,
         dtype=section.dtype,

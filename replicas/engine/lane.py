@@ -24,6 +24,7 @@ from replicas.engine.block_pool import BlockPool
 from replicas.engine.prefix_hash import extend_hashes
 from replicas.engine.prefix_leaders import MIN_SHARED_TOKENS, choose_leader
 from replicas.engine.sequence import Sequence, SequenceState
+from replicas.request import CacheChange
 
 _by_order = attrgetter("order")
 
@@ -165,6 +166,18 @@ class Lane:
             tables = [each.blocks for each in victims]
             num_free = self.pool.num_free + self.pool.num_freed_by(tables, without=cached)
         return victims
+
+    def take_cache_change(self, index: int) -> CacheChange | None:
+        """What this lane, number `index`, filed and let go since the last call; None: nothing."""
+        added, removed = self.pool.take_changes()
+        return CacheChange(lane=index, added=added, removed=removed) if added or removed else None
+
+    def check(self) -> None:
+        """Assert that queues and blocks agree, by a pass over all of them; for tests."""
+        self.pool.check(block for sequence in self.running for block in sequence.blocks)
+        prefilling = [sequence for sequence in self.running if not sequence.is_decoding]
+        assert self.prefilling == prefilling, "who prefills is not who says so"
+        assert all(not sequence.blocks for sequence in self.waiting), "waiting sequences hold no blocks"
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """The blocks a waiting sequence need not compute; at least its last token is left."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from replicas.engine.sequence import Sequence
-from replicas.plan import PlannedRow, StepPlan
+from replicas.engine.sequence import Sequence, SequenceState
+from replicas.plan import PlannedRow, StepOutcome, StepPlan
 from replicas.record import record
+from replicas.request import StepMember
 
 
 @record
@@ -17,6 +18,18 @@ class ScheduledRow:
     planned: PlannedRow
     is_prefill: bool
     repeated: int
+
+    def member(self) -> StepMember:
+        """Its part of the step, for the energy ledger: all of it is wasted on a sequence that has ended."""
+        num_tokens = len(self.planned.token_ids)
+        has_ended = self.sequence.state is SequenceState.FINISHED
+        return StepMember(
+            request_id=self.sequence.request.request_id,
+            new_tokens=num_tokens,
+            context_tokens=self.planned.start_pos,
+            is_prefill=self.is_prefill,
+            wasted_tokens=num_tokens if has_ended else self.repeated,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,3 +52,14 @@ def plan_row(sequence: Sequence, count: int, *, is_prefill: bool) -> ScheduledRo
         row=sequence.row, start_pos=start_pos, token_ids=token_ids, new_blocks=new_blocks, samples=samples
     )
     return ScheduledRow(sequence=sequence, planned=planned, is_prefill=is_prefill, repeated=repeated)
+
+
+def take_scores(step: ScheduledStep, outcome: StepOutcome) -> None:
+    """Hand each scored row its part of the scores, also one that was preempted meanwhile: they hold."""
+    at = 0
+    for row, scored in zip(step.scored, step.plan.scored, strict=True):
+        end = at + len(scored.targets(row.planned.token_ids))
+        if row.sequence.state is not SequenceState.FINISHED:
+            row.sequence.take_scores(row.planned, list(outcome.scores[at:end]))
+        at = end
+    assert at == len(outcome.scores), "a runner scores what it is asked to"

@@ -21,7 +21,7 @@ from replicas.config import EngineLimits
 from replicas.engine.lane import Lane
 from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.request_check import check_request
-from replicas.engine.scheduled_step import ScheduledRow, ScheduledStep, plan_row
+from replicas.engine.scheduled_step import ScheduledRow, ScheduledStep, plan_row, take_scores
 from replicas.engine.sequence import Sequence, SequenceState
 from replicas.errors import BadRequest
 from replicas.plan import EngineShape, NewRow, StepOutcome, StepPlan
@@ -37,6 +37,9 @@ from replicas.request import (
 
 MAX_SCORED_TOKENS = 256
 """Of prompts that are scored, per step and lane: each takes a row of logits over the whole vocabulary."""
+PACKED_TOKENS_CPU = 128
+"""Prompt tokens after which a step on a CPU takes no further prompt: more rows make it no faster, and all of
+them wait for the last. A single prompt still gets the whole budget."""
 NO_TOKEN = -1
 """A runner's answer for a row whose logits were not finite."""
 
@@ -62,6 +65,8 @@ class Scheduler:
         )
         """The most tokens, prompt and output, of one sequence; as many as fit when it is alone."""
         self._sequences: dict[int, Sequence] = {}
+        is_cpu = shape.device == "cpu"
+        self._packed_tokens = PACKED_TOKENS_CPU if is_cpu else limits.step_tokens
         self._free_rows = list(range(limits.max_sequences))
         self._freed_rows: list[int] = []
         self._deltas: list[SequenceDelta] = []
@@ -172,20 +177,12 @@ class Scheduler:
         """Take in what the oldest step under way sampled; says who was in it, for the energy ledger."""
         sampled = zip(outcome.sampled_ids, outcome.logprobs or repeat(None), strict=False)
         if step.scored:
-            _take_scores(step, outcome)
+            take_scores(step, outcome)
         members = []
         for row in step.rows:
             sequence, num_tokens = row.sequence, len(row.planned.token_ids)
             has_ended = sequence.state is SequenceState.FINISHED
-            members.append(
-                StepMember(
-                    request_id=sequence.request.request_id,
-                    new_tokens=num_tokens,
-                    context_tokens=row.planned.start_pos,
-                    is_prefill=row.is_prefill,
-                    wasted_tokens=num_tokens if has_ended else row.repeated,
-                )
-            )
+            members.append(row.member())
             token = next(sampled) if row.planned.samples else None
             if has_ended:
                 continue
@@ -205,14 +202,8 @@ class Scheduler:
 
     def take_cache_changes(self) -> tuple[CacheChange, ...]:
         """What the prefix caches filed and let go since the last call; lanes without news are left out."""
-        changes = [(index, *lane.pool.take_changes()) for index, lane in enumerate(self._lanes)]
-        return tuple(
-            [
-                CacheChange(lane=index, added=added, removed=removed)
-                for index, added, removed in changes
-                if added or removed
-            ]
-        )
+        changes = [lane.take_cache_change(index) for index, lane in enumerate(self._lanes)]
+        return tuple([change for change in changes if change is not None])
 
     def load(
         self, *, step_ms: float, prefill_tokens_per_s: float, decode_tokens_per_s: float
@@ -243,10 +234,7 @@ class Scheduler:
     def check(self) -> None:
         """Assert that queues, rows and blocks agree, by a pass over all of them; for tests."""
         for lane in self._lanes:
-            lane.pool.check(block for sequence in lane.running for block in sequence.blocks)
-            prefilling = [sequence for sequence in lane.running if not sequence.is_decoding]
-            assert lane.prefilling == prefilling, "who prefills is not who says so"
-            assert all(not sequence.blocks for sequence in lane.waiting), "waiting sequences hold no blocks"
+            lane.check()
         running = [sequence for lane in self._lanes for sequence in lane.running]
         rows = sorted([*self._free_rows, *(sequence.row for sequence in running if sequence.row is not None)])
         assert rows == list(range(self._limits.max_sequences)), "a row is lost or shared"
@@ -277,8 +265,8 @@ class Scheduler:
     ) -> None:
         """Prompt chunks: of what runs already, then of what can be admitted."""
         candidates = chain(tuple(lane.prefilling), self._admit(lane, new_rows, now_ns))
-        to_score = MAX_SCORED_TOKENS
-        while budget > 0 and (sequence := next(candidates, None)) is not None:
+        to_score, least_budget = MAX_SCORED_TOKENS, max(budget - self._packed_tokens, 0)
+        while budget > least_budget and (sequence := next(candidates, None)) is not None:
             count = min(sequence.num_uncomputed, budget)
             if sequence.is_scoring:
                 count = min(count, to_score)
@@ -407,14 +395,3 @@ class Scheduler:
                 self._finish(sequence, FinishReason.DEADLINE, now_ns)
         deadlines = (sequence.request.deadline_ns for sequence in self._sequences.values())
         self._next_deadline_ns = min((at for at in deadlines if at is not None), default=math.inf)
-
-
-def _take_scores(step: ScheduledStep, outcome: StepOutcome) -> None:
-    """Hand each scored row its part of the scores, also one that was preempted meanwhile: they hold."""
-    at = 0
-    for row, scored in zip(step.scored, step.plan.scored, strict=True):
-        end = at + len(scored.targets(row.planned.token_ids))
-        if row.sequence.state is not SequenceState.FINISHED:
-            row.sequence.take_scores(row.planned, list(outcome.scores[at:end]))
-        at = end
-    assert at == len(outcome.scores), "a runner scores what it is asked to"

@@ -77,6 +77,13 @@ class PagedKV:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
 
+    def resize(self, num_blocks: int) -> None:
+        """An empty cache of `num_blocks`. Only before anything holds on to the memory of the old one."""
+        for caches in (self.keys, self.values):
+            for layer, old in enumerate(caches):
+                caches[layer] = old.new_empty(0)
+                caches[layer] = torch.zeros((num_blocks, *old.shape[1:]), device=old.device, dtype=old.dtype)
+
     def write(self, layer: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, slots_T: torch.Tensor) -> None:
         """Store the tokens at `slots_T` = block * block tokens + place in the block."""
         self.keys[layer].view(-1, *k_TKD.shape[1:]).index_copy_(0, slots_T, k_TKD)
@@ -88,9 +95,8 @@ class PagedKV:
         keys, values = self.keys[layer], self.values[layer]
         return keys.index_select(0, flat).flatten(0, 1), values.index_select(0, flat).flatten(0, 1)
 
-    def scrub(self, blocks: Sequence[int]) -> None:
-        """Turn values that are not finite into zeros, in blocks a broken sequence leaves to others."""
-        index = torch.tensor(sorted(set(blocks)), device=self.keys[0].device, dtype=torch.int64)
+    def scrub(self, index: torch.Tensor) -> None:
+        """Turn values that are not finite into zeros, in distinct blocks that a broken sequence leaves."""
         for cache in (*self.keys, *self.values):
             clean = cache.index_select(0, index).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             cache.index_copy_(0, index, clean)

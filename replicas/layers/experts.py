@@ -1,7 +1,8 @@
 """Mixture of experts: which experts a token goes to, and the sum of what they make of it.
 
-Routing is the same on every rank; a rank runs its own experts and gives a partial sum. Two ways to run
-them: a loop over the experts hit (CPU), and two grouped products without a word to the host (CUDA).
+Routing is the same on every rank; a rank runs its own experts and gives a partial sum. Three ways to run
+them: a loop over the experts hit (CPU), two grouped products without a word to the host (CUDA, bfloat16, the
+one type these products take there), and all experts over all tokens (CUDA, other types; slow).
 Shape letters: T tokens, H hidden, F hidden columns, X all experts, E local experts, C choices per token,
 M = T*C token-expert pairs, S the pairs of local experts.
 """
@@ -20,7 +21,9 @@ def mix_experts(
 ) -> tuple[torch.Tensor, torch.Tensor | int]:
     """The local experts' part of the output [T, H], and how many distinct experts were hit on all ranks."""
     choices_TC, shares_TC = route(x_TH, weights.router_XH, num_choices)
-    run = run_grouped if x_TH.is_cuda else run_loop
+    if x_TH.device.type == "cpu":
+        return run_loop(x_TH, weights, choices_TC, shares_TC, first_expert)
+    run = run_grouped if x_TH.dtype == torch.bfloat16 else run_all
     return run(x_TH, weights, choices_TC, shares_TC, first_expert)
 
 
@@ -84,6 +87,25 @@ def run_grouped(
     unsorted_MH = torch.empty_like(y_MH).index_copy_(0, order_M, y_MH)
     y_TCH = unsorted_MH.view(num_tokens, num_choices, -1) * shares_TC.unsqueeze(2)
     return y_TCH.sum(dim=1), (counts_X > 0).sum()
+
+
+def run_all(
+    x_TH: torch.Tensor,
+    weights: ExpertWeights,
+    choices_TC: torch.Tensor,
+    shares_TC: torch.Tensor,
+    first_expert: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every local expert over every token, with a share of zero where it was not chosen."""
+    num_experts, num_local = weights.router_XH.shape[0], weights.gate_up_E2FH.shape[0]
+    shares_TX = shares_TC.new_zeros((len(x_TH), num_experts)).scatter_(1, choices_TC, shares_TC)
+    y_TH = torch.zeros_like(x_TH)
+    for expert in range(num_local):
+        hidden_TF = gate(linear(x_TH, weights.gate_up_E2FH[expert]))
+        share_T1 = shares_TX[:, first_expert + expert].unsqueeze(1)
+        y_TH += linear(hidden_TF, weights.down_EHF[expert]) * share_T1
+    is_hit_X = torch.zeros(num_experts, dtype=torch.int64, device=x_TH.device)
+    return y_TH, is_hit_X.index_fill_(0, choices_TC.reshape(-1), 1).sum()
 
 
 def _spans(counts: list[int]) -> list[tuple[int, int, int]]:

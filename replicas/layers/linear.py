@@ -18,7 +18,7 @@ _TRANSPOSED_MIN, _TRANSPOSED_MAX = 2, 8
 
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x @ weight.T, contiguous; the one place that picks how."""
-    if _TRANSPOSED_MIN <= x_TI.shape[0] <= _TRANSPOSED_MAX and not x_TI.is_cuda:
+    if x_TI.device.type == "cpu" and _TRANSPOSED_MIN <= x_TI.shape[0] <= _TRANSPOSED_MAX:
         return torch.mm(weight_OI, x_TI.t()).t().contiguous()
     return functional.linear(x_TI, weight_OI)
 

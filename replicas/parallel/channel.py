@@ -57,9 +57,6 @@ class PlanFollower(Protocol):
         Raises `RankLost` when the leader is gone without closing.
         """
 
-    def has_message(self) -> bool:
-        """Whether `receive` would return at once."""
-
     def reply(self, reply: StepReply) -> None:
         """Answer the oldest message not answered yet."""
 

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 
 from replicas.config import RankConfig
+from replicas.errors import BadParallelism
+from replicas.parallel.one_shot import open_one_shot
 from replicas.parallel.process_group import ProcessGroupCollectives, open_store
 from replicas.parallel.shared_memory import SharedMemoryCollectives
 
@@ -30,6 +32,9 @@ class Collectives(Protocol):
 
     def barrier(self, timeout_s: float | None = None) -> None:
         """Return when every rank is here; `timeout_s` None: the group's timeout."""
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """How long a peer may keep this rank waiting from now on: patient while ranks load and compile."""
 
     def abort(self) -> None:
         """Make every rank's current and next operation raise RankLost."""
@@ -52,6 +57,9 @@ class SoloCollectives:
         return x.unsqueeze(0)
 
     def barrier(self, timeout_s: float | None = None) -> None:
+        pass
+
+    def set_timeout(self, timeout_s: float) -> None:
         pass
 
     def abort(self) -> None:
@@ -82,10 +90,30 @@ def make_collectives(config: RankConfig) -> Collectives:
         epoch=config.epoch,
         timeout_s=config.attach_timeout_s,
     )
-    return ProcessGroupCollectives(
+    device = device_of(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    collectives = ProcessGroupCollectives(
         store,
         rank=config.rank,
         size=config.num_ranks,
-        device=torch.device(config.device),
-        timeout_s=config.collective_timeout_s,
+        device=device,
+        timeout_s=config.attach_timeout_s,
     )
+    if device.type == "cuda" and not config.rendezvous:
+        collectives.try_small_sum(lambda: open_one_shot(collectives.group_name, device))
+    return collectives
+
+
+def device_of(config: RankConfig) -> torch.device:
+    """Every rank of a group sees all GPUs of the group on its host, in rank order."""
+    device = torch.device(config.device)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    num_devices = torch.cuda.device_count()
+    if config.rank >= num_devices:
+        raise BadParallelism(
+            f"rank {config.rank} of {config.num_ranks} needs a GPU of its own; {num_devices} are visible; "
+            "lower parallel.tensor and parallel.expert, or check CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", config.rank)

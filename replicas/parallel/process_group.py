@@ -6,7 +6,9 @@ picks and leaves in a file, which is gone once all ranks read it. Keys carry the
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,26 +17,38 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from replicas.errors import RankLost
+from replicas.parallel.one_shot import DTYPES, SmallSum, is_small
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.01
 _CONNECT_TIMEOUT_S = 2.0
+_CHECKED = 1024
+_CHECK_ROUNDINGS = 4
+"""Of the sum of a check, per rank: another order of additions rounds differently."""
 # The older name warns from torch 2.13 on, the newer is missing before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class ProcessGroupCollectives:
-    """One rank's end of the process's default group. One per process."""
+    """One rank's end of the process's default group. One per process.
+
+    `small_sums` says what small all-reduces go through: the backend, or `one-shot`.
+    """
 
     def __init__(self, store: Store, *, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
         self.rank = rank
         self.size = size
         self._store = store
+        self._device = device
         self._timeout_s = timeout_s
         self._barriers = 0
+        self._small_sum: SmallSum | None = None
         is_cuda = device.type == "cuda"
+        self._backend = self.small_sums = "nccl" if is_cuda else "gloo"
         try:
             dist.init_process_group(
-                "nccl" if is_cuda else "gloo",
+                self._backend,
                 store=store,
                 rank=rank,
                 world_size=size,
@@ -44,7 +58,33 @@ class ProcessGroupCollectives:
         except RuntimeError as error:
             raise RankLost(f"rank {rank} could not join the group: {error}") from error
 
+    @property
+    def group_name(self) -> str:
+        group = dist.group.WORLD
+        assert group is not None, "the group was joined"
+        return group.group_name
+
+    def try_small_sum(self, open_small: Callable[[], SmallSum]) -> None:
+        """Use it for small messages from now on, if it gives every rank what the group does.
+
+        All ranks together, once, at start-up: they use it all, or none. The log says which, and why.
+        """
+        reason = "checked"
+        try:
+            small_sum: SmallSum | None = open_small()
+        except (RuntimeError, AttributeError, OSError) as error:
+            small_sum, reason = None, f"not available: {error}"
+        if not self._do_all(small_sum is not None) or small_sum is None:
+            reason = reason if small_sum is None else "another rank has none"
+        elif not self._do_all(self._is_right(small_sum)):
+            reason = f"it does not give what {self._backend} gives"
+        else:
+            self._small_sum, self.small_sums = small_sum, "one-shot"
+        logger.info("small_sums rank=%d through=%s reason=%s", self.rank, self.small_sums, reason)
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if self._small_sum is not None and is_small(x):
+            return self._small_sum(x)
         try:
             dist.all_reduce(x)
         except RuntimeError as error:
@@ -58,6 +98,11 @@ class ProcessGroupCollectives:
         except RuntimeError as error:
             raise RankLost(f"all_gather on rank {self.rank}: {error}") from error
         return gathered
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """NCCL looks after its operations from a thread of its own, which ends the process; gloo raises."""
+        self._timeout_s = timeout_s
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
 
     def barrier(self, timeout_s: float | None = None) -> None:
         """Goes through the store, so that it may last longer than a collective."""
@@ -74,6 +119,22 @@ class ProcessGroupCollectives:
         group = dist.group.WORLD
         if group is not None:
             group.abort()
+
+    def _is_right(self, small_sum: SmallSum) -> bool:
+        """Compare sums of what differs between ranks and is not round. No early end: all add together."""
+        is_right = True
+        for dtype in DTYPES:
+            x = torch.linspace(-1.0, 1.0 + self.rank, _CHECKED, device=self._device).to(dtype)
+            wanted = x.clone()
+            dist.all_reduce(wanted)
+            tolerance = _CHECK_ROUNDINGS * torch.finfo(dtype).eps * self.size
+            is_right &= torch.allclose(small_sum(x), wanted, rtol=tolerance, atol=tolerance)
+        return is_right
+
+    def _do_all(self, answer: bool) -> bool:
+        """Whether every rank says yes."""
+        mine = torch.tensor([int(answer)], device=self._device)
+        return bool(self.all_gather(mine).all())
 
     def close(self) -> None:
         if dist.is_initialized():

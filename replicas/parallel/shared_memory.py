@@ -94,6 +94,9 @@ class SharedMemoryCollectives:
                 rows[peer, start : start + limit] = slab
         return gathered
 
+    def set_timeout(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+
     def barrier(self, timeout_s: float | None = None) -> None:
         """Return when every rank is here. `timeout_s` None: the timeout of every operation."""
         self._publish()

@@ -6,7 +6,6 @@ connection means that the other side is gone, unless rank 0 said goodbye.
 
 from __future__ import annotations
 
-import select
 import socket
 import struct
 import time
@@ -90,9 +89,6 @@ class TcpFollower:
             return _receive_exactly(self._connection, size_bytes)
         except OSError as error:
             raise RankLost(f"rank 0 is gone: {error}") from error
-
-    def has_message(self) -> bool:
-        return bool(select.select([self._connection], [], [], 0)[0])
 
     def reply(self, reply: StepReply) -> None:
         try:

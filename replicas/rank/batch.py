@@ -7,6 +7,7 @@ Shape letters: T tokens of the step, S sampled tokens, B rows of a decode group,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,26 @@ class Batch:
     device_sequences: DeviceSequences | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatStep:
+    """A step on the host: rows in flat order, `num_decodes` of one token each first, and their tokens.
+
+    Row i of `ordered` ends before flat token `ends[i]`. Token ids may be LAST_SAMPLED. `sampled` holds a flat
+    index for each of `draws`, which are in the order of the plan, and behind them one for each of `targets`.
+    """
+
+    ordered: list[PlannedRow]
+    num_decodes: int
+    ends: list[int]
+    token_ids_T: Ints
+    positions_T: Ints
+    slots_T: Ints
+    rows_T: Ints
+    sampled: list[int]
+    draws: tuple[Draw, ...]
+    targets: tuple[Target, ...] = ()
+
+
 class Rows:
     """What a rank remembers of the sequences in its batch; changed by plans alone."""
 
@@ -102,6 +123,9 @@ class Rows:
                 self._num_blocks[planned.row] = held + len(planned.new_blocks)
                 self._tables[planned.row, held : self._num_blocks[planned.row]] = planned.new_blocks
 
+    def num_blocks_of(self, row: int) -> int:
+        return self._num_blocks[row]
+
     def blocks_of(self, row: int) -> list[int]:
         return [int(block) for block in self._tables[row, : self._num_blocks[row]]]
 
@@ -111,8 +135,8 @@ class Rows:
         # A row without finite logits has id -1; it will be dropped, but until then needs a real token.
         self._last_ids.index_copy_(0, rows, ids_S.clamp(min=0))
 
-    def batch(self, plan: StepPlan) -> Batch:
-        """The tensors of an applied plan."""
+    def flatten(self, plan: StepPlan) -> FlatStep:
+        """The flat tokens of an applied plan, on the host."""
         decodes = [row for row in plan.rows if len(row.token_ids) == 1]
         decodes.sort(key=lambda row: row.start_pos)
         chunks = [row for row in plan.rows if len(row.token_ids) > 1]
@@ -128,19 +152,40 @@ class Rows:
         sampled = [row for row in plan.rows if row.samples]
         sampled_ends = [last_index[row.row] for row in sampled]
         scored_ends, targets = self._targets(plan, ordered, ends) if plan.scored else ([], ())
-        spans: list[Span] = []
-        if self._has_spans:
-            spans += self._decode_groups(decodes)
-            spans += [self._chunk(row, end) for row, end in zip(chunks, ends[len(decodes) :], strict=True)]
-        return Batch(
-            token_ids_T=self._token_ids(ordered, rows),
-            positions_T=self._to_device(positions),
-            slots_T=self._to_device(slots),
-            spans=tuple(spans),
-            sequences=self._sequences(ordered, ends),
-            sampled_S=self._to_device(sampled_ends + scored_ends),
+        ids = [token_id for row in ordered for token_id in row.token_ids]
+        return FlatStep(
+            ordered=ordered,
+            num_decodes=len(decodes),
+            ends=ends,
+            token_ids_T=np.asarray(ids, dtype=np.int64),
+            positions_T=positions,
+            slots_T=slots,
+            rows_T=rows,
+            sampled=sampled_ends + scored_ends,
             draws=tuple(self._draw(row) for row in sampled),
             targets=targets,
+        )
+
+    def batch(self, plan: StepPlan) -> Batch:
+        """The tensors of an applied plan."""
+        flat = self.flatten(plan)
+        decodes, chunks = flat.ordered[: flat.num_decodes], flat.ordered[flat.num_decodes :]
+        spans: list[Span] = []
+        if self._has_spans:
+            groups = decode_groups(decodes, block_tokens=self._block_tokens, most_tokens=self._group_tokens)
+            spans += [self._decode_group(decodes[start:end], start) for start, end in groups]
+            spans += [
+                self._chunk(row, end) for row, end in zip(chunks, flat.ends[flat.num_decodes :], strict=True)
+            ]
+        return Batch(
+            token_ids_T=self._token_ids(flat),
+            positions_T=self._to_device(flat.positions_T),
+            slots_T=self._to_device(flat.slots_T),
+            spans=tuple(spans),
+            sequences=self._sequences(flat.ordered, flat.ends),
+            sampled_S=self._to_device(flat.sampled),
+            draws=flat.draws,
+            targets=flat.targets,
         )
 
     def _targets(
@@ -174,29 +219,12 @@ class Rows:
         sampling = self._sampling_of(row.row)
         return Draw(row=row.row, sampling=sampling, position=row.start_pos + len(row.token_ids))
 
-    def _token_ids(self, ordered: list[PlannedRow], rows: Ints) -> torch.Tensor:
-        ids = [token_id for row in ordered for token_id in row.token_ids]
-        ids_T = self._to_device(ids)
-        if LAST_SAMPLED not in ids:
+    def _token_ids(self, flat: FlatStep) -> torch.Tensor:
+        ids_T = self._to_device(flat.token_ids_T)
+        if LAST_SAMPLED not in flat.token_ids_T:
             return ids_T
-        last_T = self._last_ids.index_select(0, self._to_device(rows))
+        last_T = self._last_ids.index_select(0, self._to_device(flat.rows_T))
         return torch.where(ids_T == LAST_SAMPLED, last_T, ids_T)
-
-    def _decode_groups(self, decodes: list[PlannedRow]) -> list[Span]:
-        """Rows of like context together: as many as fit the padded size, none twice as long as another."""
-        groups: list[Span] = []
-        start = 0
-        while start < len(decodes):
-            end = start + 1
-            while end < len(decodes):
-                longest = decodes[end].start_pos + 1
-                is_alike = longest <= 2 * (decodes[start].start_pos + 1) or longest <= 2 * self._block_tokens
-                if not is_alike or longest * (end + 1 - start) > self._group_tokens:
-                    break
-                end += 1
-            groups.append(self._decode_group(decodes[start:end], start))
-            start = end
-        return groups
 
     def _decode_group(self, rows: list[PlannedRow], start: int) -> DecodeGroup:
         lengths = [row.start_pos + 1 for row in rows]
@@ -237,3 +265,23 @@ class Rows:
 
     def _to_device(self, values: Ints | list[int]) -> torch.Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self._device, non_blocking=True)
+
+
+def decode_groups(
+    decodes: Sequence[PlannedRow], *, block_tokens: int, most_tokens: int
+) -> list[tuple[int, int]]:
+    """Spans of rows, sorted by context, of like context: as many as fit the padded size, none twice as long
+    as another."""
+    groups: list[tuple[int, int]] = []
+    start = 0
+    while start < len(decodes):
+        end = start + 1
+        while end < len(decodes):
+            longest = decodes[end].start_pos + 1
+            is_alike = longest <= 2 * (decodes[start].start_pos + 1) or longest <= 2 * block_tokens
+            if not is_alike or longest * (end + 1 - start) > most_tokens:
+                break
+            end += 1
+        groups.append((start, end))
+        start = end
+    return groups

@@ -9,30 +9,65 @@ most alternatives that any of them asks for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from replicas.parallel.collectives import Collectives
 from replicas.rank.batch import Draw, Target
+from replicas.rank.transfer import Part, Upload
 from replicas.request import TokenLogprobs
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The draws that ask for logprobs, staged for the device, and the most alternatives asked for."""
+
+    index_M: Part
+    most: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedTargets:
+    """Tokens that are known and scored, staged for the device."""
+
+    ids_S: Part
+    asked: Asked | None
+
+
+def stage_targets(targets: Sequence[Target], upload: Upload) -> StagedTargets | None:
+    """What `measure_targets` needs; None if there are none."""
+    if not targets:
+        return None
+    return StagedTargets(
+        ids_S=upload.integers([target.token_id for target in targets]), asked=stage_logprobs(targets, upload)
+    )
+
+
+def stage_logprobs(draws: Sequence[Draw | Target], upload: Upload) -> Asked | None:
+    """What `measure_logprobs` needs; None if no row asks."""
+    asking = _asking(draws)
+    if not asking:
+        return None
+    most = max(draws[index].sampling.num_logprobs or 0 for index in asking)
+    return Asked(index_M=upload.integers(asking), most=most)
+
+
 def measure_logprobs(
-    logits_SV: torch.Tensor, ids_S: torch.Tensor, draws: Sequence[Draw | Target], collectives: Collectives
+    logits_SV: torch.Tensor, ids_S: torch.Tensor, asked: Asked | None, collectives: Collectives
 ) -> torch.Tensor | None:
     """[M, 1 + 2K]: logprob of the sampled id, K best ids, their logprobs; None if no row asks.
 
     Ids are exact in float32: the sampler asserts that a vocabulary is small enough.
     """
-    asking = _asking(draws)
-    if not asking:
+    if asked is None:
         return None
-    index_M = torch.tensor(asking, dtype=torch.int64, device=logits_SV.device)
+    index_M = asked.index_M.tensor
     part_MV = logits_SV.index_select(0, index_M).to(torch.float32)
     whole_MW = collectives.all_gather(part_MV).transpose(0, 1).flatten(1).log_softmax(dim=1)
     # A row without finite logits has id -1; what is said of it is dropped with it.
     sampled_M1 = whole_MW.gather(1, ids_S.index_select(0, index_M).clamp(min=0).unsqueeze(1))
-    best_MK, ids_MK = whole_MW.topk(max(draws[index].sampling.num_logprobs or 0 for index in asking), dim=1)
+    best_MK, ids_MK = whole_MW.topk(asked.most, dim=1)
     return torch.cat((sampled_M1, ids_MK.to(torch.float32), best_MK), dim=1)
 
 
@@ -50,13 +85,12 @@ def read_logprobs(
 
 
 def measure_targets(
-    logits_SV: torch.Tensor, targets: Sequence[Target], collectives: Collectives
+    logits_SV: torch.Tensor, staged: StagedTargets | None, collectives: Collectives
 ) -> torch.Tensor | None:
     """The same of tokens that are known already."""
-    if not targets:
+    if staged is None:
         return None
-    ids_S = torch.tensor([target.token_id for target in targets], device=logits_SV.device)
-    return measure_logprobs(logits_SV, ids_S, targets, collectives)
+    return measure_logprobs(logits_SV, staged.ids_S.tensor, staged.asked, collectives)
 
 
 def read_scores(

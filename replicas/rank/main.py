@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -25,6 +26,7 @@ MODEL_FACTORY = "replicas.rank.model"
 
 def run_rank(config: RankConfig) -> None:
     """Live as one rank of a group; return after an orderly shutdown, raise for anything else."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     module = importlib.import_module(NULL_FACTORY if config.source == NULL_SOURCE else MODEL_FACTORY)
     factory: RunnerFactory = module.build_runner
     serve_rank(config, factory)

@@ -12,7 +12,12 @@ def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
     """Load this rank's shard; returns when all ranks of the group have, and their kernels are warm."""
     runner = ModelRunner.build(config, make_collectives(config), progress)
     runner.warmup()
-    shape = EngineShape(
+    return BuiltRunner(runner=runner, shape=shape_of(runner))
+
+
+def shape_of(runner: ModelRunner) -> EngineShape:
+    """What a runner says of itself."""
+    return EngineShape(
         architecture=runner.spec.architecture,
         vocab_size=runner.spec.vocab_size,
         context_tokens=runner.context_tokens,
@@ -26,4 +31,3 @@ def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
         scores_prompts=True,
         quantization=runner.quantization,
     )
-    return BuiltRunner(runner=runner, shape=shape)

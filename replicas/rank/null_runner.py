@@ -91,7 +91,7 @@ class NullRunner:
     ) -> None:
         if config.vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(f"null.vocab_size is {config.vocab_size}; at least {MIN_VOCAB_SIZE}")
-        num_blocks = limits.num_blocks or limits.kv_cache_bytes // (
+        num_blocks = limits.num_blocks or limits.host_kv_bytes // (
             limits.block_tokens * NULL_COSTS.kv_bytes_per_token
         )
         self._config = config

@@ -157,12 +157,16 @@ def _follow(config: RankConfig, build: RunnerFactory) -> None:
 
 
 def _run_plans(runner: Runner, follower: PlanFollower, *, lookahead: int) -> None:
-    """Launch each plan as it comes; answer it at the latest when `lookahead` more are under way."""
+    """Launch each plan as it comes; answer it when `lookahead` more are under way.
+
+    A step under way keeps no later plan waiting: rank 0 has it published before this device is done. Rank 0
+    asks for answers as late, so the last ones before an idle time come with the next plan.
+    """
     flights: deque[tuple[int, PendingStep, int]] = deque()
     while (payload := follower.receive()) is not None:
         plan = decode_plan(payload)
         flights.append((plan.step, runner.launch(plan), time.monotonic_ns()))
-        while flights and (len(flights) > lookahead or not follower.has_message()):
+        while len(flights) > lookahead:
             step, pending, started_ns = flights.popleft()
             outcome = pending.result()
             follower.reply(

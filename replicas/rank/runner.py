@@ -6,72 +6,61 @@ the same plans in the same order and return the same ids. Decides nothing about 
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from replicas.config import EngineLimits, RankConfig
-from replicas.errors import BadCheckpoint, RankLost
+from replicas.config import RankConfig
+from replicas.errors import RankLost
 from replicas.layers.attention import PagedKV
-from replicas.layers.kernels.layers import CpuLayers
-from replicas.layers.kernels.library import Storage, open_pool
 from replicas.layers.quantize import round_weights
 from replicas.models.checkpoint import Checkpoint
 from replicas.models.costs import costs_of
 from replicas.models.decoder import Decoder
 from replicas.models.spec import ModelSpec
 from replicas.models.weights import ModelWeights, Progress, load_weights
-from replicas.parallel.collectives import Collectives
+from replicas.parallel.collectives import Collectives, device_of
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
 from replicas.rank.batch import Batch, Rows
+from replicas.rank.buckets import bucket_sizes
+from replicas.rank.device_batch import DeviceRows
+from replicas.rank.device_kernels import TRITON_KERNELS
+from replicas.rank.device_memory import (
+    PROBE_BLOCKS,
+    blocks_that_fit,
+    configured_blocks,
+    measure_step_bytes,
+    read_device_memory,
+)
+from replicas.rank.device_setup import (
+    context_tokens,
+    cpu_layers,
+    cuda_support,
+    device_name,
+    digest_of,
+    dtype_of,
+    keep_large_buffers,
+    kv_block_bytes,
+)
+from replicas.rank.device_steps import DeviceSteps, DeviceSupport, StepParts
 from replicas.rank.logit_edits import LogitEdits
-from replicas.rank.logprobs import measure_logprobs, measure_targets, read_logprobs, read_scores
-from replicas.rank.sampler import NOT_FINITE, sample
+from replicas.rank.logprobs import (
+    measure_logprobs,
+    measure_targets,
+    read_logprobs,
+    read_scores,
+    stage_logprobs,
+    stage_targets,
+)
+from replicas.rank.pending import Drawn, FinishedStep
+from replicas.rank.sampler import NOT_FINITE, draw_tokens, stage_sampling
+from replicas.rank.transfer import Upload
 from replicas.request import TORCH_KERNELS, SamplingParams
 
 _LOAD_SKEW_S = 1800.0
 """How much longer the slowest rank may take to load. A rank that dies meanwhile is noticed at once."""
 _WARMUP_DECODES = (1, 2, 8, 32)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """A step that ran on the CPU, here and now."""
-
-    outcome: StepOutcome
-
-    def result(self) -> StepOutcome:
-        return self.outcome
-
-
-class _Enqueued:
-    """A step on a CUDA device: ids, the experts hit, and logprobs, on their way into pinned memory."""
-
-    def __init__(
-        self,
-        runner: ModelRunner,
-        batch: Batch,
-        words: torch.Tensor,
-        logprobs: torch.Tensor | None,
-        scores: torch.Tensor | None,
-    ) -> None:
-        self._runner = runner
-        self._batch = batch
-        self._words = _to_pinned(words)
-        self._logprobs = None if logprobs is None else _to_pinned(logprobs)
-        self._scores = None if scores is None else _to_pinned(scores)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
-
-    def result(self) -> StepOutcome:
-        self._event.synchronize()
-        return self._runner.outcome(self._batch, self._words.tolist(), self._logprobs, self._scores)
 
 
 class ModelRunner:
@@ -89,66 +78,84 @@ class ModelRunner:
         shard: Shard,
         weights: ModelWeights,
         weights_digest: str,
+        support: DeviceSupport | None = None,
     ) -> None:
         limits = config.limits
         self.spec = spec
         self.weights_digest = weights_digest
         self._limits = limits
+        self._timeout_s = config.collective_timeout_s
         self._shard = shard
         self._collectives = collectives
         self._device = weights.embedding_VH.device
         dtype = weights.embedding_VH.dtype
         self.dtype = str(dtype).removeprefix("torch.")
-        self.device = _device_name(self._device)
-        self.num_blocks = _num_blocks(spec, shard, limits, dtype.itemsize)
-        self.context_tokens = _context_tokens(spec, limits)
-        kv = PagedKV(
-            num_layers=spec.num_layers,
-            num_blocks=self.num_blocks,
-            block_tokens=limits.block_tokens,
-            num_kv_heads=shard.num_kv_heads,
-            head_dim=spec.head_dim,
-            device=self._device,
-            dtype=dtype,
+        self.device = device_name(self._device)
+        self._block_bytes = kv_block_bytes(spec, shard, limits.block_tokens, dtype.itemsize)
+        is_sized_later = self._device.type == "cuda" and not limits.has_fixed_cache
+        self.num_blocks = (
+            PROBE_BLOCKS if is_sized_later else configured_blocks(limits, block_bytes=self._block_bytes)
         )
-        self._kv = kv
-        self._kernels = _cpu_layers(config, spec, shard, weights, kv)
-        self.kernels = TORCH_KERNELS if self._kernels is None else self._kernels.name
+        self.context_tokens = context_tokens(spec, limits)
+        kv = self._kv = self._new_cache(dtype)
+        self._kernels = cpu_layers(config, spec, shard, weights, kv)
         self.quantization = config.quantization
         weight_bytes = dtype.itemsize if self._kernels is None else self._kernels.bytes_per_weight
         self.costs = costs_of(spec, config.parallel, weight_bytes=weight_bytes, kv_bytes=dtype.itemsize)
         if config.quantization == "int8" and self._kernels is None:
             weights = round_weights(weights)
-        self._rows = Rows(
-            max_sequences=limits.max_sequences,
-            max_blocks=-(-self.context_tokens // limits.block_tokens),
-            block_tokens=limits.block_tokens,
-            device=self._device,
-            dtype=dtype,
-            has_spans=self._kernels is None,
-        )
+        device_kernels = None if support is None else support.kernels
+        device_layers = None if device_kernels is None else device_kernels.layers(spec, shard, weights, kv)
+        self._has_spans = device_layers is None
+        self.kernels = TORCH_KERNELS if self._kernels is None else self._kernels.name
+        if device_layers is not None:
+            self.kernels = TRITON_KERNELS
+        max_blocks = -(-self.context_tokens // limits.block_tokens)
+        self._rows = self._new_rows(max_blocks, dtype)
         self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
-        self.decoder = Decoder(spec, shard, weights, kv, collectives, self._kernels)
+        self.decoder = Decoder(spec, shard, weights, kv, collectives, self._kernels, device_layers)
+        self._support = support
+        self._steps = None if support is None else self._device_steps(support, max_blocks)
 
     @classmethod
-    def build(cls, config: RankConfig, collectives: Collectives, progress: Progress) -> ModelRunner:
-        """Load this rank's shard; returns when all ranks have loaded, and the same model."""
-        device = torch.device(config.device)
+    def build(
+        cls,
+        config: RankConfig,
+        collectives: Collectives,
+        progress: Progress,
+        support: DeviceSupport | None = None,
+    ) -> ModelRunner:
+        """Load this rank's shard; returns when all ranks have loaded, and the same model.
+
+        `support` None: what the device has; a CPU runs its steps here and now.
+        """
+        device = device_of(config)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            support = support or cuda_support(config, device)
         else:
             torch.set_num_threads(config.threads)
-            _keep_large_buffers()
-        dtype = _dtype_of(config.dtype, device)
+            keep_large_buffers()
+        dtype = dtype_of(config.dtype, device)
         folder = Path(config.source)
         spec = ModelSpec.from_folder(folder)
         shard = shard_of(spec, config.parallel, config.rank)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             weights = load_weights(checkpoint, spec, shard, device=device, dtype=dtype, progress=progress)
-            digest = _digest_of(checkpoint.digest(), config)
-        runner = cls(config, collectives, spec=spec, shard=shard, weights=weights, weights_digest=digest)
+            digest = digest_of(checkpoint.digest(), config)
+        runner = cls(
+            config,
+            collectives,
+            spec=spec,
+            shard=shard,
+            weights=weights,
+            weights_digest=digest,
+            support=support,
+        )
         collectives.barrier(_LOAD_SKEW_S)
+        if device.type == "cuda" and not config.limits.has_fixed_cache:
+            runner.size_cache()
         runner._refuse_other_models()
         return runner
 
@@ -156,56 +163,145 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run a step, or enqueue it. Block tables change here; what was sampled is in the result."""
         for row in self._broken_rows.intersection(plan.freed_rows):
-            self._kv.scrub(self._rows.blocks_of(row))
-            self._broken_rows.remove(row)
+            self._scrub(row)
         self._rows.apply(plan)
         for new in plan.new_rows:
             self._edits.set_row(new)
         if not plan.rows:
-            return _Finished(StepOutcome(sampled_ids=()))
+            return FinishedStep(StepOutcome(sampled_ids=()))
+        if self._steps is not None:
+            return self._steps.launch(plan)
         batch = self._rows.batch(plan)
         logits_SV, experts_hit = self.decoder.logits(batch)
-        num_draws = len(batch.draws)
-        scores = measure_targets(logits_SV[num_draws:], batch.targets, self._collectives)
-        logits_SV = logits_SV[:num_draws]
-        logprobs = None
-        if batch.draws:
-            edited_SV = self._edits.apply(logits_SV, batch.draws)
-            ids_S = sample(edited_SV, batch.draws, self._shard, self._collectives)
-            self._rows.remember(batch.draws, ids_S)
-            self._edits.remember(batch.draws, ids_S)
-            logprobs = measure_logprobs(logits_SV, ids_S, batch.draws, self._collectives)
-        else:
-            ids_S = batch.sampled_S[:0]
-        if self._device.type != "cuda":
-            return _Finished(self.outcome(batch, [*ids_S.tolist(), int(experts_hit)], logprobs, scores))
-        hit_1 = torch.as_tensor(experts_hit, dtype=torch.int64, device=self._device).view(1)
-        return _Enqueued(self, batch, torch.cat((ids_S, hit_1)), logprobs, scores)
+        upload, draws = Upload(), batch.draws
+        edits = self._edits.stage(draws, upload) if draws else None
+        sampling = stage_sampling(draws, upload)
+        asked = stage_logprobs(draws, upload)
+        targets = stage_targets(batch.targets, upload)
+        upload.send()
+        scores = measure_targets(logits_SV[len(draws) :], targets, self._collectives)
+        ids_S, logprobs, logits_SV = batch.sampled_S[:0], None, logits_SV[: len(draws)]
+        if edits is not None:
+            edited_SV = self._edits.apply(logits_SV, edits)
+            ids_S = draw_tokens(edited_SV, sampling, self._shard, self._collectives)
+            self._rows.remember(draws, ids_S)
+            self._edits.remember(edits, ids_S)
+            logprobs = measure_logprobs(logits_SV, ids_S, asked, self._collectives)
+        return FinishedStep(self.outcome(batch, [*ids_S.tolist(), int(experts_hit)], logprobs, scores))
 
     def outcome(
         self,
-        batch: Batch,
+        drawn: Drawn,
         words: list[int],
         logprobs: torch.Tensor | None,
         scores: torch.Tensor | None,
     ) -> StepOutcome:
         """From the words a step leaves: ids, then the experts hit. Notes rows that must be scrubbed."""
         *ids, experts_hit = words
-        for draw, token_id in zip(batch.draws, ids, strict=True):
+        for draw, token_id in zip(drawn.draws, ids, strict=True):
             if token_id == NOT_FINITE:
                 self._broken_rows.add(draw.row)
         return StepOutcome(
             sampled_ids=tuple(ids),
             experts_hit=experts_hit,
-            logprobs=() if logprobs is None else read_logprobs(logprobs.tolist(), batch.draws),
-            scores=() if scores is None else read_scores(scores.tolist(), batch.targets),
+            logprobs=() if logprobs is None else read_logprobs(logprobs.tolist(), drawn.draws),
+            scores=() if scores is None else read_scores(scores.tolist(), drawn.targets),
         )
 
+    @torch.inference_mode()
     def warmup(self) -> None:
-        """Run a prefill chunk and a few decode batches on the scratch block, so that kernels are loaded.
+        """Run a prefill chunk and a few decode batches on the scratch block, so that kernels are loaded, and
+        record the graphs. Leaves no row behind.
 
-        All ranks call it together, before any plan. Leaves no row behind.
+        All ranks call it together, before any plan. From then on no peer may be late.
         """
+        self._run_chunk()
+        for count in _WARMUP_DECODES:
+            if count <= min(self._limits.max_sequences, self._limits.step_tokens):
+                self._run_decodes(count)
+        if self._steps is not None:
+            self._steps.capture()
+        self._collectives.set_timeout(self._timeout_s)
+
+    def close(self) -> None:
+        """Release weights, cache and collectives. The runner cannot be used afterwards."""
+        self._collectives.close()
+        if self._kernels is not None:
+            self._kernels.close()
+        del self.decoder, self._kv, self._rows
+
+    def _new_cache(self, dtype: torch.dtype) -> PagedKV:
+        return PagedKV(
+            num_layers=self.spec.num_layers,
+            num_blocks=self.num_blocks,
+            block_tokens=self._limits.block_tokens,
+            num_kv_heads=self._shard.num_kv_heads,
+            head_dim=self.spec.head_dim,
+            device=self._device,
+            dtype=dtype,
+        )
+
+    def _new_rows(self, max_blocks: int, dtype: torch.dtype) -> Rows:
+        return Rows(
+            max_sequences=self._limits.max_sequences,
+            max_blocks=max_blocks,
+            block_tokens=self._limits.block_tokens,
+            device=self._device,
+            dtype=dtype,
+            has_spans=self._kernels is None,
+        )
+
+    def _device_steps(self, support: DeviceSupport, max_blocks: int) -> DeviceSteps:
+        limits = self._limits
+        device_rows = DeviceRows(
+            self._rows,
+            max_sequences=limits.max_sequences,
+            max_blocks=max_blocks,
+            block_tokens=limits.block_tokens,
+            device=self._device,
+            dtype=self._kv.keys[0].dtype,
+        )
+        parts = StepParts(
+            run=self._logits,
+            reader=self,
+            rows=self._rows,
+            device_rows=device_rows,
+            edits=self._edits,
+            shard=self._shard,
+            collectives=self._collectives,
+            has_spans=self._has_spans,
+        )
+        sizes = bucket_sizes(
+            min(limits.max_sequences, limits.step_tokens), has_experts=self.spec.num_experts > 0
+        )
+        return DeviceSteps(parts, support, sizes)
+
+    def _logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
+        return self.decoder.logits(batch)
+
+    @torch.inference_mode()
+    def size_cache(self) -> None:
+        """Take what the device has left for the KV cache: the same number of blocks on all ranks."""
+        step_bytes = measure_step_bytes(self._device, self._run_chunk)
+        most_rows = min(self._limits.max_sequences, self._limits.step_tokens)
+        graph_bytes = measure_step_bytes(self._device, lambda: self._run_decodes(most_rows))
+        memory = read_device_memory(self._device, step_bytes=step_bytes, graph_bytes=graph_bytes)
+        ratio = self._limits.gpu_memory_ratio
+        mine = blocks_that_fit(memory, ratio=ratio, block_bytes=self._block_bytes)
+        every_rank = self._collectives.all_gather(torch.tensor([mine], device=self._device))
+        self.num_blocks = int(every_rank.min())
+        self._kv.resize(self.num_blocks)
+
+    def _scrub(self, row: int) -> None:
+        """Before others get the blocks of a row whose numbers broke."""
+        upload = Upload(None if self._support is None else self._support.transfer)
+        blocks = upload.integers(sorted(set(self._rows.blocks_of(row))))
+        upload.send()
+        self._kv.scrub(blocks.tensor)
+        self._broken_rows.remove(row)
+
+    def _run_chunk(self) -> None:
+        """The longest prefill there is, into scratch."""
         num_tokens = min(self._limits.step_tokens, self.context_tokens)
         chunk = PlannedRow(
             row=0,
@@ -215,21 +311,15 @@ class ModelRunner:
             samples=True,
         )
         self._run_alone((chunk,))
-        for count in _WARMUP_DECODES:
-            if count <= min(self._limits.max_sequences, self._limits.step_tokens):
-                self._run_alone(
-                    tuple(
-                        PlannedRow(row=row, start_pos=0, token_ids=(0,), new_blocks=(0,), samples=True)
-                        for row in range(count)
-                    )
-                )
 
-    def close(self) -> None:
-        """Release weights, cache and collectives. The runner cannot be used afterwards."""
-        self._collectives.close()
-        if self._kernels is not None:
-            self._kernels.close()
-        del self.decoder, self._kv, self._rows
+    def _run_decodes(self, count: int) -> None:
+        """A decode step of `count` rows, into scratch."""
+        self._run_alone(
+            tuple(
+                PlannedRow(row=row, start_pos=0, token_ids=(0,), new_blocks=(0,), samples=True)
+                for row in range(count)
+            )
+        )
 
     def _run_alone(self, planned: tuple[PlannedRow, ...]) -> None:
         new_rows = tuple(NewRow(row=row.row, sampling=SamplingParams()) for row in planned)
@@ -248,80 +338,3 @@ class ModelRunner:
                     f"rank {rank} loaded another model or cache than rank {self._collectives.rank}: "
                     f"{theirs.tolist()} against {mine.tolist()} (digest words, blocks, context)"
                 )
-
-
-def _to_pinned(values: torch.Tensor) -> torch.Tensor:
-    """A copy that is complete once the stream has come this far."""
-    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return pinned.copy_(values, non_blocking=True)
-
-
-def _dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on CUDA; float32 on CPUs, where half precision is 2 to 9 times slower."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[name]
-
-
-def _digest_of(checkpoint_digest: str, config: RankConfig) -> str:
-    """Rounded weights are other weights; and ranks that split rows round each part by itself."""
-    if config.quantization == "none":
-        return checkpoint_digest
-    parallel = config.parallel
-    rounded = f"{checkpoint_digest} {config.quantization} {parallel.tensor} {parallel.expert}"
-    return hashlib.blake2b(rounded.encode(), digest_size=16).hexdigest()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _cpu_layers(
-    config: RankConfig, spec: ModelSpec, shard: Shard, weights: ModelWeights, kv: PagedKV
-) -> CpuLayers | None:
-    """The compiled kernels where they serve: float32 on a CPU with a compiler. Torch then needs one thread:
-    two pools would fight for the same cores."""
-    dtype, device = weights.embedding_VH.dtype, weights.embedding_VH.device
-    if config.kernels == "off" or device.type != "cpu" or dtype != torch.float32:
-        return None
-    pool = open_pool(config.threads)
-    if pool is None:
-        return None
-    storage = Storage.SMALLEST if config.kernels == "auto" else Storage.FLOAT32
-    if config.quantization == "int8":
-        storage = Storage.INT8
-    layers = CpuLayers(pool, spec, shard, weights, kv, storage=storage)
-    torch.set_num_threads(1)
-    return layers
-
-
-def _num_blocks(spec: ModelSpec, shard: Shard, limits: EngineLimits, itemsize: int) -> int:
-    """The configured number, or as many as fit `kv_cache_bytes`: the same on every rank of a group."""
-    block_bytes = 2 * spec.num_layers * limits.block_tokens * shard.num_kv_heads * spec.head_dim * itemsize
-    num_blocks = limits.num_blocks or limits.kv_cache_bytes // block_bytes
-    if num_blocks < 2:
-        raise BadCheckpoint(
-            f"limits give {num_blocks} KV blocks (num_blocks={limits.num_blocks}, "
-            f"kv_cache_bytes={limits.kv_cache_bytes}); at least 2 blocks of {block_bytes} bytes are needed"
-        )
-    return num_blocks
-
-
-def _context_tokens(spec: ModelSpec, limits: EngineLimits) -> int:
-    if limits.context_tokens > spec.context_tokens:
-        raise BadCheckpoint(
-            f"limits.context_tokens={limits.context_tokens} is above the model's "
-            f"max_position_embeddings={spec.context_tokens}; lower it, or 0 for the model's own"
-        )
-    return limits.context_tokens or spec.context_tokens
-
-
-def _keep_large_buffers() -> None:
-    """Have glibc reuse freed blocks of up to 32 MiB: fresh pages for every large activation cost up to 4x."""
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        mmap_threshold, trim_threshold = -3, -1
-        libc.mallopt(mmap_threshold, 32 * 2**20)
-        libc.mallopt(trim_threshold, 512 * 2**20)

@@ -9,7 +9,12 @@ import pytest
 
 from replicas.config import ParallelConfig, RankConfig
 from tests.checkpoints import make_granite_moe, make_llama
-from tests.rank_processes import follow_scripts, lose_a_peer, spawn_ranks
+from tests.rank_processes import (
+    choose_small_sums,
+    follow_scripts,
+    lose_a_peer,
+    spawn_ranks,
+)
 from tests.rank_threads import make_rank_config, run_rank_threads
 from tests.scripted_rank import ScriptedResult, make_script_configs, make_scripts, run_script
 
@@ -71,3 +76,19 @@ def test_a_killed_peer_is_lost_at_once(tmp_path: Path) -> None:
     assert whole[0, "shared-lost"] == "the process of rank 1 ended"
     assert whole[0, "gloo-lost"] == "RuntimeError"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_small_sums_go_another_way_only_if_it_is_right_on_every_rank(tmp_path: Path) -> None:
+    """And once a group is warm, a peer that is late is lost."""
+    exit_codes, reports = spawn_ranks(choose_small_sums, [(rank, tmp_path) for rank in range(2)])
+    assert exit_codes == [0, 0]
+    for rank in range(2):
+        said = [(what, value) for who, what, value in reports if who == rank]
+        assert said[:5] == [
+            ("alone", "gloo"),
+            ("wrong", "gloo"),
+            ("right", "one-shot"),
+            ("sums", [3.0, 3.0, 3.0]),
+            ("served", [(8,)]),
+        ]
+    assert [value for _, what, value in reports if what == "late"] == ["barrier", "sum"]

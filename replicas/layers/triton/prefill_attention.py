@@ -65,7 +65,7 @@ def prefill_attention(
         TILE_D=power_of_two(head_dim, LEAST_DOT),
         TILE_L=32 if is_wide else 64,
         PRECISION=dot_precision(q_TND.dtype),
-        num_warps=8 if tile_rows >= 128 and head_dim > 64 else 4,
+        num_warps=8 if head_dim > 64 and (is_wide or tile_rows >= 128) else 4,
         num_stages=2 if is_wide else 3,
     )
 

@@ -98,7 +98,7 @@ def test_values_that_are_not_finite_do_not_outlive_their_sequence() -> None:
     kept = stage.kv.keys[0][blocks[0], 1].clone()
     stage.kv.keys[0][blocks[0], 0] = torch.nan
     stage.kv.values[0][blocks[1]] = torch.inf
-    stage.kv.scrub(blocks)
+    stage.kv.scrub(torch.tensor(blocks))
     assert all(cache.isfinite().all() for cache in (*stage.kv.keys, *stage.kv.values))
     assert torch.equal(stage.kv.keys[0][blocks[0], 1], kept)
 

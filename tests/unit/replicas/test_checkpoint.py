@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,34 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
 
 
 NORM = "model.layers.1.input_layernorm.weight"
+
+
+def test_only_one_tensor_at_a_time_waits_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read is gone before the next is: on a GPU the host never holds more than one tensor."""
+    source = make_granite_moe(tmp_path / "moe", vocab_size=515)
+    read_before: list[weakref.ref[torch.Tensor]] = []
+    read = Checkpoint.read
+
+    def watched(
+        self: Checkpoint, name: str, shape: tuple[int, ...], part: tuple[tuple[int, int], ...]
+    ) -> torch.Tensor:
+        assert all(before() is None for before in read_before)
+        tensor = read(self, name, shape, part)
+        read_before.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", watched)
+    spec = ModelSpec.from_folder(source)
+    with Checkpoint(source) as opened:
+        load_weights(
+            opened,
+            spec,
+            shard_of(spec, ParallelConfig(), 0),
+            device=torch.device("cpu"),
+            dtype=torch.bfloat16,
+            progress=lambda stage, done, total: None,
+        )
+    assert len(read_before) == len(Checkpoint(source).tensors)
 
 
 @pytest.mark.parametrize(

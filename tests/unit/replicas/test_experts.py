@@ -7,7 +7,7 @@ import torch
 from transformers import GraniteMoeConfig
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeForCausalLM
 
-from replicas.layers.experts import mix_experts, route, run_grouped, run_loop
+from replicas.layers.experts import mix_experts, route, run_all, run_grouped, run_loop
 from replicas.layers.linear import linear, linear_into
 from replicas.models.weights import ExpertWeights
 
@@ -76,7 +76,7 @@ def test_the_mixture_is_that_of_transformers(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 70])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_loop_and_grouped_products_agree_and_ranks_add_up(num_tokens: int, num_ranks: int) -> None:
+def test_all_ways_agree_and_ranks_add_up(num_tokens: int, num_ranks: int) -> None:
     x_TH, weights = make_tokens(num_tokens), make_weights()
     choices_TC, shares_TC = route(x_TH, weights.router_XH, C)
     whole_TH, whole_hit = run_loop(x_TH, weights, choices_TC, shares_TC, 0)
@@ -84,9 +84,10 @@ def test_loop_and_grouped_products_agree_and_ranks_add_up(num_tokens: int, num_r
     for first in range(0, X, X // num_ranks):
         part = local_part(weights, first, X // num_ranks)
         loop_TH, loop_hit = run_loop(x_TH, part, choices_TC, shares_TC, first)
-        grouped_TH, grouped_hit = run_grouped(x_TH, part, choices_TC, shares_TC, first)
-        torch.testing.assert_close(grouped_TH, loop_TH, rtol=1e-4, atol=1e-3)
-        assert loop_hit == int(grouped_hit) == whole_hit
+        for run in (run_grouped, run_all):
+            other_TH, other_hit = run(x_TH, part, choices_TC, shares_TC, first)
+            torch.testing.assert_close(other_TH, loop_TH, rtol=1e-4, atol=1e-3)
+            assert loop_hit == int(other_hit) == whole_hit
         total_TH += loop_TH
     torch.testing.assert_close(total_TH, whole_TH, rtol=1e-4, atol=1e-3)
 

@@ -10,7 +10,8 @@ import torch
 from replicas.parallel.degrees import Shard
 from replicas.plan import NewRow
 from replicas.rank.batch import Draw
-from replicas.rank.logit_edits import LogitEdits
+from replicas.rank.logit_edits import Edits, LogitEdits
+from replicas.rank.transfer import Upload
 from replicas.request import SamplingParams
 from tests.shards import make_shard, shard_of_logits
 
@@ -50,6 +51,28 @@ def make_draws(rows: list[int]) -> list[Draw]:
     return [Draw(row=row, sampling=SAMPLINGS[row], position=9) for row in rows]
 
 
+def apply(edits: LogitEdits, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return edits.apply(logits, stage(edits, rows))
+
+
+def remember(edits: LogitEdits, rows: list[int], ids: torch.Tensor) -> None:
+    """A step that samples `ids` for `rows`."""
+    staged = stage(edits, rows)
+    edits.apply(torch.zeros(len(rows), edits_rows(edits)), staged)
+    edits.remember(staged, ids)
+
+
+def stage(edits: LogitEdits, rows: list[int]) -> Edits:
+    upload = Upload()
+    staged = edits.stage(make_draws(rows), upload)
+    upload.send()
+    return staged
+
+
+def edits_rows(edits: LogitEdits) -> int:
+    return edits._shard.vocab_rows
+
+
 def make_edits(shard: Shard, *, answered: int) -> LogitEdits:
     """One row per sampling; the first `answered` tokens come as history, the others are sampled."""
     edits = LogitEdits(max_sequences=8, shard=shard, device=torch.device("cpu"))
@@ -58,7 +81,7 @@ def make_edits(shard: Shard, *, answered: int) -> LogitEdits:
         edits.set_row(NewRow(row=row, sampling=sampling, history=history, num_prompt=len(PROMPT)))
     rows = list(range(len(SAMPLINGS)))
     for token_id in ANSWER[answered:]:
-        edits.remember(make_draws(rows), torch.full((len(rows),), token_id))
+        remember(edits, rows, torch.full((len(rows),), token_id))
     return edits
 
 
@@ -71,7 +94,7 @@ def test_edits_are_those_of_the_plain_reference(num_ranks: int, answered: int) -
     for rank in range(num_ranks):
         shard = make_shard(VOCAB_SIZE, rank=rank, num_ranks=num_ranks)
         edits = make_edits(shard, answered=answered)
-        parts.append(edits.apply(shard_of_logits(logits, shard), make_draws(rows)))
+        parts.append(apply(edits, shard_of_logits(logits, shard), rows))
     edited = torch.cat(parts, dim=1)
     assert bool((edited[:, VOCAB_SIZE:] == -torch.inf).all())
     wanted = [reference(logits[at].tolist(), SAMPLINGS[row], ANSWER) for at, row in enumerate(rows)]
@@ -82,14 +105,14 @@ def test_rows_that_ask_for_nothing_are_the_tensor_that_came() -> None:
     shard = make_shard(VOCAB_SIZE)
     edits = make_edits(shard, answered=2)
     logits = shard_of_logits(make_logits(2), shard)
-    assert edits.apply(logits, make_draws([0, 0])) is logits
+    assert apply(edits, logits, [0, 0]) is logits
 
 
 def test_the_given_logits_stay_as_they_are() -> None:
     shard = make_shard(VOCAB_SIZE)
     logits = shard_of_logits(make_logits(2), shard)
     before = logits.clone()
-    make_edits(shard, answered=4).apply(logits, make_draws([2, 5]))
+    apply(make_edits(shard, answered=4), logits, [2, 5])
     assert torch.equal(logits, before)
 
 
@@ -100,7 +123,7 @@ def test_a_row_taken_anew_remembers_nothing() -> None:
     edits.set_row(NewRow(row=5, sampling=sampling, history=PROMPT, num_prompt=len(PROMPT)))
     edits.set_row(NewRow(row=2, sampling=SAMPLINGS[0]))
     logits = make_logits(2)
-    edited = edits.apply(shard_of_logits(logits, shard), make_draws([5, 2]))[:, :VOCAB_SIZE]
+    edited = apply(edits, shard_of_logits(logits, shard), [5, 2])[:, :VOCAB_SIZE]
     assert torch.allclose(edited[0], torch.tensor(reference(logits[0].tolist(), sampling, ())))
     assert torch.equal(edited[1], logits[1])
 
@@ -108,7 +131,7 @@ def test_a_row_taken_anew_remembers_nothing() -> None:
 def test_a_row_whose_logits_were_not_finite_counts_nothing() -> None:
     shard = make_shard(VOCAB_SIZE)
     edits = make_edits(shard, answered=4)
-    edits.remember(make_draws([5]), torch.tensor([-1]))
+    remember(edits, [5], torch.tensor([-1]))
     logits = make_logits(1)
-    edited = edits.apply(shard_of_logits(logits, shard), make_draws([5]))[0, :VOCAB_SIZE]
+    edited = apply(edits, shard_of_logits(logits, shard), [5])[0, :VOCAB_SIZE]
     assert torch.allclose(edited, torch.tensor(reference(logits[0].tolist(), SAMPLINGS[5], ANSWER)))

@@ -10,7 +10,8 @@ import torch
 from replicas.config import ParallelConfig, RankConfig
 from replicas.parallel.collectives import Collectives, SoloCollectives
 from replicas.rank.batch import Draw
-from replicas.rank.logprobs import measure_logprobs, read_logprobs
+from replicas.rank.logprobs import Asked, measure_logprobs, read_logprobs, stage_logprobs
+from replicas.rank.transfer import Upload
 from replicas.request import SamplingParams, TokenLogprobs
 from tests.rank_threads import make_rank_config, run_rank_threads
 from tests.shards import make_shard, shard_of_logits
@@ -38,6 +39,13 @@ def make_draws(asked: tuple[int | None, ...]) -> list[Draw]:
     ]
 
 
+def stage(draws: list[Draw]) -> Asked | None:
+    upload = Upload()
+    asked = stage_logprobs(draws, upload)
+    upload.send()
+    return asked
+
+
 def check(said: tuple[TokenLogprobs | None, ...]) -> None:
     first, second, third, _ = said
     assert first is not None and second is None and third is not None
@@ -58,7 +66,7 @@ def test_logprobs_are_those_of_the_whole_vocabulary(tmp_path: Path, num_ranks: i
     def work(config: RankConfig, collectives: Collectives) -> object:
         shard = make_shard(VOCAB_SIZE, rank=config.rank, num_ranks=num_ranks)
         logits = shard_of_logits(make_logits(), shard)
-        measured = measure_logprobs(logits, torch.tensor(IDS), make_draws(ASKED), collectives)
+        measured = measure_logprobs(logits, torch.tensor(IDS), stage(make_draws(ASKED)), collectives)
         assert measured is not None and measured.shape == (3, 41)
         said = read_logprobs(measured.tolist(), make_draws(ASKED))
         check(said)
@@ -72,4 +80,4 @@ def test_logprobs_are_those_of_the_whole_vocabulary(tmp_path: Path, num_ranks: i
 def test_rows_that_do_not_ask_cost_nothing() -> None:
     logits = shard_of_logits(make_logits()[:2], make_shard(VOCAB_SIZE))
     draws = make_draws((None, None))
-    assert measure_logprobs(logits, torch.tensor([1, 2]), draws, SoloCollectives()) is None
+    assert measure_logprobs(logits, torch.tensor([1, 2]), stage(draws), SoloCollectives()) is None

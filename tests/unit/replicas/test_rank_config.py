@@ -11,6 +11,7 @@ from replicas.config import (
     NullEngineConfig,
     ParallelConfig,
     RankConfig,
+    lookahead_on,
     rank_config_from_json,
     rank_config_to_json,
 )
@@ -36,3 +37,7 @@ def test_an_unknown_key_is_named() -> None:
     fields["limits"]["max_sequence"] = 3
     with pytest.raises(TypeError, match="max_sequence"):
         rank_config_from_json(json.dumps(fields))
+
+
+def test_a_gpu_plans_one_step_ahead() -> None:
+    assert [lookahead_on(device) for device in ("cpu", "cuda", "cuda:1")] == [0, 1, 1]

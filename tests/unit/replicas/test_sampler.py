@@ -10,7 +10,7 @@ import torch
 from replicas.config import ParallelConfig, RankConfig
 from replicas.parallel.collectives import Collectives, SoloCollectives
 from replicas.rank.batch import Draw
-from replicas.rank.sampler import NOT_FINITE, gumbel_noise, sample
+from replicas.rank.sampler import NOT_FINITE, best_tokens, gumbel_noise, pick_tokens, row_keys, sample
 from replicas.request import SamplingParams
 from tests.rank_threads import make_rank_config, run_rank_threads
 from tests.shards import make_shard, shard_of_logits
@@ -27,6 +27,10 @@ def make_logits(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
 
 def make_draws(params: SamplingParams, positions: range) -> list[Draw]:
     return [Draw(row=0, sampling=params, position=position) for position in positions]
+
+
+def noise_of(draws: list[Draw], first_id: int, count: int) -> torch.Tensor:
+    return gumbel_noise(torch.from_numpy(row_keys(draws)), first_id, count)
 
 
 GREEDY = SamplingParams()
@@ -86,6 +90,24 @@ def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
     assert together == alone
 
 
+def test_picking_with_fixed_shapes_gives_the_same_tokens() -> None:
+    logits = make_logits(6, 200)
+    logits[3, 7] = torch.nan
+    params = [SamplingParams(temperature=0.3 * (index % 3), seed=index) for index in range(6)]
+    draws = [Draw(row=row, sampling=each, position=40 + row) for row, each in enumerate(params)]
+    shard = make_shard(200)
+    picked = pick_tokens(
+        shard_of_logits(logits, shard),
+        torch.from_numpy(row_keys(draws)),
+        torch.tensor([each.temperature for each in params]),
+        shard,
+        SoloCollectives(),
+        best_tokens,
+    )
+    assert picked.tolist() == sample_solo(logits, draws)
+    assert picked[3] == NOT_FINITE
+
+
 def test_position_and_seed_change_the_draw_and_nothing_else_does() -> None:
     logits = make_logits(1, 200).expand(50, -1)
     base = SamplingParams(temperature=1.0, seed=5)
@@ -98,8 +120,8 @@ def test_position_and_seed_change_the_draw_and_nothing_else_does() -> None:
 def test_the_noise_never_changes() -> None:
     """Recorded values: a change here breaks the continuity of sequences between versions."""
     draws = [Draw(row=0, sampling=SamplingParams(seed=12345), position=678)]
-    noise = gumbel_noise(draws, 10, 4, torch.device("cpu"))
-    assert torch.equal(noise, gumbel_noise(draws, 0, 64, torch.device("cpu"))[:, 10:14])
+    noise = noise_of(draws, 10, 4)
+    assert torch.equal(noise, noise_of(draws, 0, 64)[:, 10:14])
     torch.testing.assert_close(
         noise, torch.tensor([[-0.131318, 0.766969, 0.474014, -0.322366]]), rtol=1e-5, atol=1e-5
     )
@@ -107,7 +129,7 @@ def test_the_noise_never_changes() -> None:
 
 def test_the_noise_is_gumbel() -> None:
     draws = make_draws(SamplingParams(seed=3), range(50))
-    noise = gumbel_noise(draws, 0, 4000, torch.device("cpu"))
+    noise = noise_of(draws, 0, 4000)
     assert noise.isfinite().all()
     assert float(noise.mean()) == pytest.approx(0.5772, abs=0.01)
     assert float(noise.var()) == pytest.approx(1.6449, abs=0.03)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from replicas.config import EngineLimits
 from replicas.engine.scheduled_step import ScheduledStep
 from replicas.engine.scheduler import Scheduler
@@ -15,7 +17,12 @@ CAPACITY = 4 + 8
 
 
 def make_scheduler(
-    *, num_blocks: int = 50, step_tokens: int = 8, max_sequences: int = 4, num_lanes: int = 1
+    *,
+    num_blocks: int = 50,
+    step_tokens: int = 8,
+    max_sequences: int = 4,
+    num_lanes: int = 1,
+    device: str = "cpu",
 ) -> Scheduler:
     """Blocks of 4 tokens. Without prefix caching: the prompts here all begin the same."""
     limits = EngineLimits(
@@ -33,7 +40,7 @@ def make_scheduler(
         eos_token_ids=(2,),
         weights_digest="",
         dtype="float32",
-        device="cpu",
+        device=device,
         costs=NULL_COSTS,
     )
     return Scheduler(limits, shape, num_lanes=num_lanes)
@@ -109,6 +116,15 @@ def test_decodes_come_first_and_prefill_chunks_fill_the_budget() -> None:
         PlannedRow(row=0, start_pos=4, token_ids=(50,), new_blocks=(5,), samples=True),
         PlannedRow(row=1, start_pos=7, token_ids=(17, 18, 19), new_blocks=(), samples=True),
     )
+
+
+@pytest.mark.parametrize(("device", "counts"), [("cpu", [2, 2, 1]), ("cuda:0", [5])])
+def test_a_step_on_a_cpu_packs_only_as_many_prompts_as_make_it_faster(device: str, counts: list[int]) -> None:
+    scheduler = make_scheduler(step_tokens=512, max_sequences=5, num_blocks=120, device=device)
+    for request_id in range(5):
+        submit(scheduler, request_id, 80, max_tokens=1)
+    assert [len(run(scheduler).rows) for _ in counts] == counts
+    assert scheduler.is_idle
 
 
 def test_a_step_is_planned_before_the_last_ones_tokens_are_known() -> None:
