@@ -158,12 +158,13 @@ def line(
     ] = Path("examples/demo.yaml"),
     concurrency: ConcurrencyOption = "1,8,32",
     output_tokens: Annotated[int, typer.Option(help="tokens each request produces")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="times line and engine run every case, in turn")] = 3,
     json: JsonOption = None,
 ) -> None:
     """The whole line: gRPC client, router, link, engine under Ray Serve, beside the engine alone."""
     from bench.suites import run_line_suite
 
-    asyncio.run(run_line_suite(config, parse_concurrency(concurrency), output_tokens, json))
+    asyncio.run(run_line_suite(config, parse_concurrency(concurrency), output_tokens, rounds, json))
 
 
 @app.command()

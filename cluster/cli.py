@@ -18,6 +18,7 @@ from cluster.commands.energy import app as energy
 from cluster.commands.generate import generate
 from cluster.commands.key import app as key_app
 from cluster.commands.ledger import ledger
+from cluster.commands.meters import meters
 from cluster.commands.monitoring import monitoring
 from cluster.commands.roll import roll
 from cluster.commands.router import router
@@ -82,7 +83,7 @@ def wattline(
     """Options of `wattline` itself."""
 
 
-for command in (demo, up, down, status, top, why, chat, generate, router, roll, ledger, monitoring):
+for command in (demo, up, down, status, top, why, chat, generate, router, roll, ledger, meters, monitoring):
     app.command()(command)
 app.command(context_settings=PASS_THROUGH)(agent)
 app.add_typer(key_app, name="key")

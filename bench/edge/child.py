@@ -75,13 +75,12 @@ class Child:
         """End of input, then SIGKILL to its session."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await self._process.wait()
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            await self._process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        await self._process.wait()
 
     def _last_words(self) -> str:
         return Path(self._log.name).read_text(errors="replace")[-LOG_TAIL_BYTES:].strip() or "it said nothing"

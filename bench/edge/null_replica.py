@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.edge.child import Listening, keep_stdout, serve_until_told
+from bench.priority import share_priority_below
 from replicas.config import EngineLimits, NullEngineConfig, ReplicaConfig
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
@@ -69,6 +70,7 @@ async def serve(plan: ReplicaPlan, out_fd: int) -> None:
         supervisor = Supervisor(replica, SubprocessRankGroup(runtime_dir=Path(folder)), lambda _: None)
         await supervisor.start()
         try:
+            share_priority_below()
             pids = {"supervisor": os.getpid(), "rank": supervisor.processes[0].pid}
             await serve_until_told(Listening(address="", pids=pids), out_fd)
         finally:

@@ -14,6 +14,7 @@ import tempfile
 import psutil
 
 from bench.edge.child import Listening, keep_stdout, serve_until_told
+from bench.priority import share_priority_below
 
 SERVICER = "protos.wattline_inference_pb2_grpc.add_InferenceServicer_to_server"
 ROLES = {"proxy": "ray::ProxyActor", "replica": "ray::ServeReplica"}
@@ -59,6 +60,7 @@ def main() -> None:
                 grpc_options={"port": port, "grpc_servicer_functions": [SERVICER]},
             )
             serve.run(app)
+            share_priority_below()
             listening = Listening(
                 address=f"127.0.0.1:{port}", pids=find_pids(), version=f"ray {ray.__version__}"
             )

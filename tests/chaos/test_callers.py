@@ -1,4 +1,4 @@
-"""Callers that vanish, freeze, give up, are late, or never stop asking. Cases 13, 15, 16 and 18."""
+"""Callers that vanish, freeze, give up, are late, or never stop asking. Cases 13 to 16 and 18."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from tests.router_fixture import (
 pytestmark = pytest.mark.chaos
 
 WAIT_S = 120.0
+NUM_STALLED = 8
 FOREVER = 1_000_000
 """Tokens that no test waits for."""
 Call = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
@@ -106,6 +107,31 @@ async def test_a_caller_that_is_gone_stops_the_engine(how: signal.Signals) -> No
         await replica.wait_command("cancel")
         await until_idle(router)
         assert replica.load().running == [0]
+
+
+@pytest.mark.slow
+async def test_readers_that_stall_slow_nobody_and_are_cut() -> None:
+    """Case 14. Promise: what is held for a slow reader is bounded, and others have all their tokens."""
+    config = make_config(
+        router={"stall_buffer_bytes": 4096}, model={"limits": {"max_output_tokens": FOREVER}}
+    )
+    async with (
+        asyncio.timeout(WAIT_S),
+        run_test_router(config) as router,
+        router.replica(context_tokens=2 * FOREVER, max_sequences=128, step_s=0.001) as replica,
+    ):
+        replica.running.clear()
+        endless = make_request(max_tokens=FOREVER, ignore_eos=True)
+        stalled = [router.inference.Generate(endless) for _ in range(NUM_STALLED)]
+        await replica.wait_command("submit", count=len(stalled))
+        replica.tokens_per_step = 256
+        replica.running.set()
+        answer = await collect(router.inference.Generate(make_request(max_tokens=500, ignore_eos=True)))
+        assert answer.token_ids == expected(500)
+        await replica.wait_command("cancel", count=len(stalled))
+        for call in stalled:
+            assert (await fail(call)).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await until_idle(router)
 
 
 STATES = ("queued", "prefill", "decode", "failover")

@@ -41,7 +41,7 @@ def fill(stream: TokenStream, overflow: Overflow, *, num_alternatives: int | Non
     """Tokens until it overflows; their numbers and words are objects of their own, as the link's are."""
     count = 0
     while not overflow.count:
-        logprobs = ()
+        logprobs: tuple[TokenLogprobs, ...] = ()
         if num_alternatives is not None:
             top = tuple((40_000 + count + index, -0.5 * count) for index in range(num_alternatives))
             logprobs = (TokenLogprobs(logprob=-0.25 * count, top=top),)
