@@ -42,7 +42,9 @@ async def explain(router: TestRouter, request_or_trace_id: str) -> list[cluster_
 
 async def test_an_answer_has_its_story_by_request_and_by_trace(router: TestRouter) -> None:
     async with router.replica(replica_id="a"), router.replica(replica_id="b"):
-        answer = await collect(router.inference.Generate(make_request(SECRET), timeout=3600.0))
+        answer = await collect(
+            router.inference.Generate(make_request(SECRET, energy_wait_ms=5000), timeout=3600.0)
+        )
         (story,) = await explain(router, answer.final.request_id)
         (same,) = await explain(router, answer.final.trace_id)
     assert same.request_id == story.request_id == answer.final.request_id
