@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from replicas.errors import BadParallelism
 
-LAYOUTS = ("shared",)
+LAYOUTS = ("shared", "dispatch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "float32", "off")
 METERS = ("auto", "nvml", "cpu-model", "fake")
@@ -15,11 +15,13 @@ METERS = ("auto", "nvml", "cpu-model", "fake")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of a group. In the `shared` layout every rank holds a tensor shard and an expert shard.
+    """Degrees of a group, and how its ranks share the work of a step.
 
     Ranks = max(tensor, expert): attention is split over `tensor` ranks and experts over `expert` ranks, so
-    each must be 1 or the number of ranks. Example: `tensor=2, expert=2` is two ranks, each with half of
-    every attention layer and half of the experts; `tensor=1, expert=2` replicates attention.
+    each must be 1 or the number of ranks. In the `shared` layout all ranks run every sequence. Example:
+    `tensor=2, expert=2` is two ranks, each with half of every attention layer and half of the experts;
+    `tensor=1, expert=2` replicates attention. In the `dispatch` layout every rank has sequences and a KV
+    cache of its own, its lane; only what the experts see goes to all ranks and back. It needs `tensor=1`.
     """
 
     tensor: int = 1
@@ -36,15 +38,28 @@ class ParallelConfig:
                 f"parallel.tensor={self.tensor} and parallel.expert={self.expert} make no group: "
                 "with both above 1 they must be equal"
             )
+        if self.layout == "dispatch" and (self.tensor > 1 or self.expert == 1):
+            raise BadParallelism(
+                f"parallel.layout is 'dispatch' with tensor={self.tensor} and expert={self.expert}; "
+                "it splits experts alone: set tensor to 1 and expert to the number of ranks, 2 or more"
+            )
 
     @property
     def num_ranks(self) -> int:
         return max(self.tensor, self.expert)
 
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of the scheduler: sets of sequences that have a KV cache of their own."""
+        return self.num_ranks if self.layout == "dispatch" else 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """Bounds of one engine. `num_blocks` 0: from `kv_cache_bytes` per rank."""
+    """Bounds of one lane of an engine; the `shared` layout has one lane, `dispatch` one per rank.
+
+    `num_blocks` 0: from `kv_cache_bytes` per rank.
+    """
 
     max_sequences: int = 64
     max_waiting: int = 1024

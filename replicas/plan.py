@@ -26,7 +26,7 @@ LAST_SAMPLED = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRow:
-    """A sequence takes a row of the batch: `row` in [0, max_sequences).
+    """A sequence takes a row of the batch. Row r belongs to lane r // max_sequences.
 
     For a row with penalties alone: `history` is all its tokens, cached ones too, of which the first
     `num_prompt` are the client's prompt.
@@ -58,7 +58,8 @@ class PlannedRow:
 class StepPlan:
     """One step. `freed_rows` are cleared before `new_rows` are set, and both before `rows` run.
 
-    A row preempted and resumed appears in `freed_rows` and later again in `new_rows`.
+    `rows` come lane by lane, within a lane decodes first; blocks are numbered within their lane. A row
+    preempted and resumed appears in `freed_rows` and later again in `new_rows`.
     """
 
     step: int

@@ -15,7 +15,11 @@ class ParallelSection(Section):
 
     tensor: int = Field(1, ge=1, le=64, description="ranks that split every attention and dense layer")
     expert: int = Field(1, ge=1, le=64, description="ranks that split the experts of a MoE model")
-    layout: Literal["shared"] = Field("shared", description="every rank runs the whole step")
+    layout: Literal["shared", "dispatch"] = Field(
+        "shared",
+        description="shared: every rank runs every sequence; dispatch: each rank has sequences and a KV "
+        "cache of its own and shares the experts alone (a MoE model, tensor 1, expert = ranks)",
+    )
 
     @model_validator(mode="after")
     def _degrees_make_a_group(self) -> ParallelSection:
@@ -42,7 +46,7 @@ LEAST_OF_LIMIT = {"num_blocks": 2, "context_tokens": 16}
 
 
 class LimitsSection(Section):
-    """Bounds of one replica of a model. `EngineLimits` says what each means."""
+    """Bounds of one lane of a replica (`dispatch` has one per rank). `EngineLimits` says what each means."""
 
     max_sequences: int = Field(64, ge=1, le=4096)
     max_waiting: int = Field(1024, ge=1, le=65536)

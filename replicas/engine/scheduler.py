@@ -4,6 +4,7 @@ Continuous batching: each step takes one token of every decoding sequence first,
 of each lane with prefill chunks, oldest of the highest priority first. When a decoding sequence finds no free
 block, the newest sequence of the lowest priority in its lane gives up its blocks and is computed again
 later; the oldest therefore always advances, and since a request alone in its lane fits, all of them end.
+Lanes share steps and nothing else: each has its own blocks, queue, token budget and `max_sequences` rows.
 
 A step may be planned while the one before is under way (`EngineLimits.lookahead`): tokens not known yet are
 placeholders, and a row that turns out to have ended discards its overrun token as wasted.
@@ -12,7 +13,6 @@ Pure: no clock, no torch, no protobuf. Called by the engine alone, from one thre
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator
 from itertools import repeat
@@ -45,11 +45,12 @@ class Scheduler:
         self._shape = shape
         self._lanes = tuple(
             Lane(
+                rows=range(lane * limits.max_sequences, (lane + 1) * limits.max_sequences),
                 num_blocks=shape.num_blocks,
                 block_tokens=limits.block_tokens,
                 caches_prefixes=limits.prefix_caching,
             )
-            for _ in range(num_lanes)
+            for lane in range(num_lanes)
         )
         self.context_tokens = min(
             shape.context_tokens,
@@ -58,7 +59,6 @@ class Scheduler:
         )
         """The most tokens, prompt and output, of one sequence; as many as fit when it is alone."""
         self._sequences: dict[int, Sequence] = {}
-        self._free_rows = list(range(limits.max_sequences))
         self._freed_rows: list[int] = []
         self._deltas: list[SequenceDelta] = []
         self._num_arrived = 0
@@ -100,7 +100,8 @@ class Scheduler:
             self._refuse(request, ("INVALID_ARGUMENT", str(error)))
             return
         # Waiting ones for whom a row is free do not count: a burst between two steps fills the rows too.
-        num_queued = len(self._sequences) - self._limits.max_sequences
+        lane = self._lanes[request.lane]
+        num_queued = lane.num_sequences - lane.num_rows
         if num_queued >= self._limits.max_waiting:
             self._refuse(request, ("RESOURCE_EXHAUSTED", f"{num_queued} requests wait already; retry later"))
             return
@@ -112,7 +113,7 @@ class Scheduler:
         )
         self._num_arrived += 1
         self._sequences[request.request_id] = sequence
-        self._lanes[request.lane].enqueue(sequence)
+        lane.enqueue(sequence)
         if request.deadline_ns is not None:
             self._next_deadline_ns = min(self._next_deadline_ns, request.deadline_ns)
 
@@ -128,14 +129,12 @@ class Scheduler:
         """Plan the next step; None when no sequence can compute anything now."""
         if now_ns >= self._next_deadline_ns:
             self._expire(now_ns)
-        decodes: list[ScheduledRow] = []
-        prefills: list[ScheduledRow] = []
+        rows: list[ScheduledRow] = []
         new_rows: list[NewRow] = []
         for lane in self._lanes:
             self._preempt_for_priority(lane)
-            budget = self._schedule_decodes(lane, decodes)
-            self._schedule_prefills(lane, prefills, new_rows, budget, now_ns)
-        rows = (*decodes, *prefills)
+            budget = self._schedule_decodes(lane, rows)
+            self._schedule_prefills(lane, rows, new_rows, budget, now_ns)
         if not rows:
             return None
         self._step += 1
@@ -146,7 +145,7 @@ class Scheduler:
             rows=tuple([row.planned for row in rows]),
         )
         self._freed_rows.clear()
-        return ScheduledStep(plan=plan, rows=rows)
+        return ScheduledStep(plan=plan, rows=tuple(rows))
 
     def commit(self, step: ScheduledStep, outcome: StepOutcome, *, now_ns: int) -> tuple[StepMember, ...]:
         """Take in what the oldest step under way sampled; says who was in it, for the energy ledger."""
@@ -200,22 +199,17 @@ class Scheduler:
 
     def check_idle(self) -> None:
         """Assert that nothing is held when nothing lives."""
-        assert len(self._free_rows) == self._limits.max_sequences, "an idle engine holds rows"
         for lane in self._lanes:
-            assert lane.pool.num_free == lane.pool.num_total, "an idle engine holds blocks"
+            lane.check_idle()
 
     def check(self) -> None:
         """Assert that queues, rows and blocks agree, by a pass over all of them; for tests."""
         for lane in self._lanes:
-            lane.pool.check(block for sequence in lane.running for block in sequence.blocks)
-            assert all(not sequence.blocks for sequence in lane.waiting), "waiting sequences hold no blocks"
-        running = [sequence for lane in self._lanes for sequence in lane.running]
-        rows = sorted([*self._free_rows, *(sequence.row for sequence in running if sequence.row is not None)])
-        assert rows == list(range(self._limits.max_sequences)), "a row is lost or shared"
-        num_queued = sum(len(lane.waiting) + len(lane.running) for lane in self._lanes)
+            lane.check()
+        num_queued = sum(lane.num_sequences for lane in self._lanes)
         assert num_queued == len(self._sequences), "a live sequence is in exactly one queue"
 
-    def _schedule_decodes(self, lane: Lane, decodes: list[ScheduledRow]) -> int:
+    def _schedule_decodes(self, lane: Lane, rows: list[ScheduledRow]) -> int:
         """One token of each decoding sequence; the budget that is left."""
         budget = self._limits.step_tokens
         for sequence in tuple(lane.running):
@@ -230,12 +224,12 @@ class Scheduler:
                 continue
             if lane.needs_block(sequence) and not self._grow(lane, sequence):
                 continue
-            decodes.append(plan_row(sequence, 1, is_prefill=False))
+            rows.append(plan_row(sequence, 1, is_prefill=False))
             budget -= 1
         return budget
 
     def _schedule_prefills(
-        self, lane: Lane, prefills: list[ScheduledRow], new_rows: list[NewRow], budget: int, now_ns: int
+        self, lane: Lane, rows: list[ScheduledRow], new_rows: list[NewRow], budget: int, now_ns: int
     ) -> None:
         """Prompt chunks: of what runs already, then of what can be admitted."""
         for sequence in lane.running:
@@ -243,25 +237,24 @@ class Scheduler:
                 return
             if not sequence.is_decoding:
                 count = min(sequence.num_uncomputed, budget)
-                prefills.append(plan_row(sequence, count, is_prefill=True))
+                rows.append(plan_row(sequence, count, is_prefill=True))
                 budget -= count
         for sequence in self._admit(lane, new_rows, now_ns):
             count = min(sequence.num_uncomputed, budget)
-            prefills.append(plan_row(sequence, count, is_prefill=True))
+            rows.append(plan_row(sequence, count, is_prefill=True))
             budget -= count
             if budget == 0:
                 return
 
     def _admit(self, lane: Lane, new_rows: list[NewRow], now_ns: int) -> Iterator[Sequence]:
         """Strictly in order: a long request at the head is not overtaken, so it cannot starve."""
-        while lane.waiting and self._free_rows:
+        while lane.waiting:
             sequence = lane.waiting[0]
             # Preempted while its token was under way: the token decides whether it goes on.
-            if sequence.num_pending or not lane.has_blocks_for(sequence):
+            if sequence.num_pending or not lane.has_room_for(sequence):
                 return
             lane.admit(sequence)
-            sequence.row = heapq.heappop(self._free_rows)
-            new_rows.append(sequence.new_row(sequence.row))
+            new_rows.append(sequence.new_row())
             if sequence.scheduled_ns is None:
                 sequence.scheduled_ns = now_ns
                 self._num_prompt_tokens += len(sequence.request.prompt_ids)
@@ -284,20 +277,18 @@ class Scheduler:
             return
         head = lane.waiting[0]
         if not head.num_pending and head.request.priority > lane.running[-1].request.priority:
-            for victim in lane.victims_for(head, has_row=bool(self._free_rows)):
+            for victim in lane.victims_for(head):
                 self._preempt(lane, victim)
 
     def _preempt(self, lane: Lane, sequence: Sequence) -> None:
-        lane.remove(sequence)
-        self._free_row(sequence)
+        self._remove(lane, sequence)
         sequence.preempt()
         lane.enqueue(sequence)
 
-    def _free_row(self, sequence: Sequence) -> None:
+    def _remove(self, lane: Lane, sequence: Sequence) -> None:
         if sequence.row is not None:
             self._freed_rows.append(sequence.row)
-            heapq.heappush(self._free_rows, sequence.row)
-            sequence.row = None
+        lane.remove(sequence)
 
     def _prove_computed(self, row: ScheduledRow, *, is_finite: bool) -> None:
         """A sampled row has read the KV of its whole sequence: good for others, or for nobody.
@@ -344,8 +335,7 @@ class Scheduler:
         logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         """Blocks go back now; a step under way that still writes to them runs before whatever reuses them."""
-        self._lanes[sequence.request.lane].remove(sequence)
-        self._free_row(sequence)
+        self._remove(self._lanes[sequence.request.lane], sequence)
         sequence.finish()
         del self._sequences[sequence.request.request_id]
         self._deltas.append(

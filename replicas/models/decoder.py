@@ -1,8 +1,9 @@
 """The decoder: one skeleton for Llama, Granite and Granite MoE, on flat tokens.
 
 Plain tensors and functions; what differs between the architectures is numbers of the spec and the kind of
-MLP. Every rank runs it on the same batch with its own shard; compiled kernels, where there are any, take the
-place of the torch leaves of a half layer. Shape letters: T tokens of the step, H hidden,
+MLP. Every rank runs it with its own shard, on the same batch or, in the `dispatch` layout, on a batch of its
+own, of which only the experts see all ranks' tokens (U of them). Compiled kernels, where there are any, take
+the place of the torch leaves of a half layer. Shape letters: T tokens of the step, H hidden,
 S tokens whose logits are asked for, V local vocabulary rows.
 """
 
@@ -18,7 +19,7 @@ from replicas.layers.norm import rms_norm
 from replicas.layers.rope import Rotation, inverse_frequencies, rotate, rotation_at
 from replicas.models.spec import ModelSpec
 from replicas.models.weights import LayerWeights, MlpWeights, ModelWeights
-from replicas.parallel.collectives import Collectives
+from replicas.parallel.collectives import Collectives, SoloCollectives
 from replicas.parallel.degrees import Shard
 from replicas.rank.batch import Batch
 
@@ -45,22 +46,25 @@ class Decoder:
         self._kernels = kernels
         self._kv = kv
         self._collectives = collectives
+        self._vocab_ranks = SoloCollectives() if shard.is_dispatched else collectives
         device = weights.embedding_VH.device
         self._frequencies_R = inverse_frequencies(spec.rope, spec.head_dim).to(device)
 
     def logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
         """Run a step: float32 logits [S, V] of this rank's vocabulary rows, and the experts hit."""
         spec = self._spec
-        x_TH = embed(batch.token_ids_T, self._embedding_VH, self._shard.vocab_start, self._collectives)
+        x_TH = embed(batch.token_ids_T, self._embedding_VH, self._shard.vocab_start, self._vocab_ranks)
         if spec.embedding_multiplier != 1.0:
             x_TH *= spec.embedding_multiplier
         rotation = rotation_at(batch.positions_T, self._frequencies_R, x_TH.dtype)
-        if self._kernels is not None:
+        has_tokens = len(x_TH) > 0
+        if self._kernels is not None and has_tokens:
             self._kernels.begin(rotation, batch.slots_T, batch.sequences)
         experts_hit: torch.Tensor | int = 0
         for index in range(spec.num_layers):
-            x_TH.add_(self._attention(index, x_TH, rotation, batch), alpha=spec.residual_multiplier)
-            ffn_TH, layer_hit = self._ffn(index, x_TH)
+            if has_tokens:
+                x_TH.add_(self._attention(index, x_TH, rotation, batch), alpha=spec.residual_multiplier)
+            ffn_TH, layer_hit = self._ffn(index, x_TH, batch.lane_tokens)
             x_TH.add_(ffn_TH, alpha=spec.residual_multiplier)
             experts_hit = experts_hit + layer_hit
         logits_SV = self._head(x_TH.index_select(0, batch.sampled_S))
@@ -73,15 +77,21 @@ class Decoder:
             out_TH = self._torch_attention(index, self._layers[index], x_TH, rotation, batch)
         return self._collectives.all_reduce(out_TH) if self._shard.is_attention_split else out_TH
 
-    def _ffn(self, index: int, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
-        experts_hit: torch.Tensor | int
+    def _ffn(
+        self, index: int, x_TH: torch.Tensor, lane_tokens: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor | int]:
+        if not self._shard.is_dispatched:
+            out_TH, experts_hit = self._ffn_part(index, x_TH)
+            return self._collectives.all_reduce(out_TH) if self._shard.is_ffn_split else out_TH, experts_hit
+        x_UH = self._collectives.all_gather_rows(x_TH, lane_tokens)
+        out_UH, experts_hit = self._ffn_part(index, x_UH)
+        return self._collectives.reduce_scatter_rows(out_UH, lane_tokens), experts_hit
+
+    def _ffn_part(self, index: int, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
+        """What this rank's columns or experts make of the tokens, and how many experts were hit anywhere."""
         if self._kernels is not None:
-            out_TH, experts_hit = self._kernels.ffn(index, x_TH)
-        else:
-            out_TH, experts_hit = self._torch_ffn(self._layers[index], x_TH)
-        if self._shard.is_ffn_split:
-            out_TH = self._collectives.all_reduce(out_TH)
-        return out_TH, experts_hit
+            return self._kernels.ffn(index, x_TH)
+        return self._torch_ffn(self._layers[index], x_TH)
 
     def _head(self, x_SH: torch.Tensor) -> torch.Tensor:
         if self._kernels is not None:

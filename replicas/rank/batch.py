@@ -46,6 +46,8 @@ class Batch:
     sequences: PagedSequences
     sampled_S: torch.Tensor
     draws: tuple[Draw, ...]
+    lane_tokens: tuple[int, ...] = ()
+    """In the `dispatch` layout: the tokens of every rank in this step; this one may have none."""
 
 
 class Rows:
@@ -97,8 +99,10 @@ class Rows:
         # A row without finite logits has id -1; it will be dropped, but until then needs a real token.
         self._last_ids.index_copy_(0, rows, ids_S.clamp(min=0))
 
-    def batch(self, plan: StepPlan) -> Batch:
+    def batch(self, plan: StepPlan, lane_tokens: tuple[int, ...] = ()) -> Batch:
         """The tensors of an applied plan."""
+        if not plan.rows:
+            return self._idle_batch(lane_tokens)
         decodes = [row for row in plan.rows if len(row.token_ids) == 1]
         decodes.sort(key=lambda row: row.start_pos)
         chunks = [row for row in plan.rows if len(row.token_ids) > 1]
@@ -124,6 +128,21 @@ class Rows:
             sequences=self._sequences(ordered, ends),
             sampled_S=self._to_device([last_index[row.row] for row in sampled]),
             draws=tuple(self._draw(row) for row in sampled),
+            lane_tokens=lane_tokens,
+        )
+
+    def _idle_batch(self, lane_tokens: tuple[int, ...]) -> Batch:
+        """A step in which only other ranks have rows."""
+        nothing = self._to_device([])
+        return Batch(
+            token_ids_T=nothing,
+            positions_T=nothing,
+            slots_T=nothing,
+            spans=(),
+            sequences=self._sequences([], []),
+            sampled_S=nothing,
+            draws=(),
+            lane_tokens=lane_tokens,
         )
 
     def _sequences(self, ordered: list[PlannedRow], ends: list[int]) -> PagedSequences:

@@ -18,10 +18,16 @@ from replicas.request import TokenLogprobs
 
 
 def measure_logprobs(
-    logits_SV: torch.Tensor, ids_S: torch.Tensor, draws: Sequence[Draw], collectives: Collectives
+    logits_SV: torch.Tensor,
+    ids_S: torch.Tensor,
+    draws: Sequence[Draw],
+    collectives: Collectives,
+    *,
+    num_best: int | None = None,
 ) -> torch.Tensor | None:
     """[M, 1 + 2K]: logprob of the sampled id, K best ids, their logprobs; None if no row asks.
 
+    K is `num_best` where it is given. Rows keep what they asked for in `read_logprobs`.
     Ids are exact in float32: the sampler asserts that a vocabulary is small enough.
     """
     asking = _asking(draws)
@@ -32,7 +38,9 @@ def measure_logprobs(
     whole_MW = collectives.all_gather(part_MV).transpose(0, 1).flatten(1).log_softmax(dim=1)
     # A row without finite logits has id -1; what is said of it is dropped with it.
     sampled_M1 = whole_MW.gather(1, ids_S.index_select(0, index_M).clamp(min=0).unsqueeze(1))
-    best_MK, ids_MK = whole_MW.topk(max(draws[index].sampling.num_logprobs or 0 for index in asking), dim=1)
+    if num_best is None:
+        num_best = max(draws[index].sampling.num_logprobs or 0 for index in asking)
+    best_MK, ids_MK = whole_MW.topk(num_best, dim=1)
     return torch.cat((sampled_M1, ids_MK.to(torch.float32), best_MK), dim=1)
 
 

@@ -73,9 +73,9 @@ def _serve(config: RankConfig, build: RunnerFactory, supervisor: RankSocket) -> 
     leader = _open_leader(config)
     built = build(config, report)
     runner: Runner = built.runner if leader is None else GroupRunner(built.runner, leader)
-    scheduler = Scheduler(config.limits, built.shape)
+    scheduler = Scheduler(config.limits, built.shape, num_lanes=config.parallel.num_lanes)
     engine = Engine(runner, scheduler, lookahead=config.limits.lookahead)
-    _warm_up(engine, built.shape)
+    _warm_up(engine, built.shape, num_lanes=scheduler.num_lanes)
     if leader is not None:
         leader.timeout_s = config.collective_timeout_s
     supervisor.send(_ready(config, built.shape, scheduler, engine))
@@ -104,12 +104,18 @@ def _apply(engine: Engine, command: Command) -> None:
             engine.stop(command.request_id)
 
 
-def _warm_up(engine: Engine, shape: EngineShape) -> None:
-    """Generate golden tokens through every rank: a prefill and decodes whose logits must be finite."""
+def _warm_up(engine: Engine, shape: EngineShape, *, num_lanes: int) -> None:
+    """Generate golden tokens in every lane: a prefill and decodes whose logits must be finite."""
     prompt_ids = tuple(pos % shape.vocab_size for pos in range(GOLDEN_PROMPT_TOKENS))
-    engine.submit(
-        GenerationRequest(request_id=GOLDEN_REQUEST_ID, prompt_ids=prompt_ids, max_tokens=GOLDEN_TOKENS)
-    )
+    for lane in range(num_lanes):
+        engine.submit(
+            GenerationRequest(
+                request_id=GOLDEN_REQUEST_ID - lane,
+                prompt_ids=prompt_ids,
+                max_tokens=GOLDEN_TOKENS,
+                lane=lane,
+            )
+        )
     for _ in range(MAX_GOLDEN_STEPS):
         if not engine.has_work:
             engine.forget_averages()

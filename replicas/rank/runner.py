@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,10 +23,11 @@ from replicas.models.costs import costs_of
 from replicas.models.decoder import Decoder
 from replicas.models.spec import ModelSpec
 from replicas.models.weights import ModelWeights, Progress, load_weights
-from replicas.parallel.collectives import Collectives
+from replicas.parallel.collectives import Collectives, SoloCollectives
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
-from replicas.rank.batch import Draw, Rows
+from replicas.rank.batch import Batch, Draw, Rows
+from replicas.rank.lanes import Lanes
 from replicas.rank.logit_edits import LogitEdits
 from replicas.rank.logprobs import measure_logprobs, read_logprobs
 from replicas.rank.sampler import NOT_FINITE, sample
@@ -90,8 +91,12 @@ class ModelRunner:
         self.spec = spec
         self.weights_digest = weights_digest
         self._limits = limits
+        self._num_lanes = config.parallel.num_lanes
         self._shard = shard
         self._collectives = collectives
+        self._vocab_ranks = SoloCollectives() if shard.is_dispatched else collectives
+        self._lanes = Lanes(collectives, max_sequences=limits.max_sequences) if shard.is_dispatched else None
+        self._own_rows = range(limits.max_sequences) if self._lanes is None else self._lanes.own_rows
         self._device = weights.embedding_VH.device
         dtype = weights.embedding_VH.dtype
         self.dtype = str(dtype).removeprefix("torch.")
@@ -147,28 +152,26 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run a step, or enqueue it. Block tables change here; what was sampled is in the result."""
         for row in self._broken_rows.intersection(plan.freed_rows):
-            self._kv.scrub(self._rows.blocks_of(row))
+            self._kv.scrub(self._rows.blocks_of(row - self._own_rows.start))
             self._broken_rows.remove(row)
-        self._rows.apply(plan)
-        for new in plan.new_rows:
+        lane = None if self._lanes is None else self._lanes.split(plan)
+        own = plan if lane is None else lane.plan
+        self._rows.apply(own)
+        for new in own.new_rows:
             self._edits.set_row(new)
         if not plan.rows:
             return _Finished(StepOutcome(sampled_ids=()))
-        batch = self._rows.batch(plan)
+        batch = self._rows.batch(own, () if lane is None else lane.num_tokens)
         logits_SV, experts_hit = self.decoder.logits(batch)
-        logprobs = None
-        if batch.draws:
-            edited_SV = self._edits.apply(logits_SV, batch.draws)
-            ids_S = sample(edited_SV, batch.draws, self._shard, self._collectives)
-            self._rows.remember(batch.draws, ids_S)
-            self._edits.remember(batch.draws, ids_S)
-            logprobs = measure_logprobs(logits_SV, ids_S, batch.draws, self._collectives)
-        else:
-            ids_S = batch.sampled_S
+        ids_S, logprobs = self._sample(batch, logits_SV, None if lane is None else lane.num_best)
+        draws = batch.draws
+        if lane is not None and self._lanes is not None:
+            draws = lane.draws
+            ids_S, logprobs = self._lanes.exchange(lane, ids_S, logprobs)
         if self._device.type != "cuda":
-            return _Finished(self.outcome(batch.draws, [*ids_S.tolist(), int(experts_hit)], logprobs))
+            return _Finished(self.outcome(draws, [*ids_S.tolist(), int(experts_hit)], logprobs))
         hit_1 = torch.as_tensor(experts_hit, dtype=torch.int64, device=self._device).view(1)
-        return _Enqueued(self, batch.draws, torch.cat((ids_S, hit_1)), logprobs)
+        return _Enqueued(self, draws, torch.cat((ids_S, hit_1)), logprobs)
 
     def outcome(
         self, draws: tuple[Draw, ...], words: list[int], logprobs: torch.Tensor | None
@@ -176,7 +179,7 @@ class ModelRunner:
         """From the words a step leaves: ids, then the experts hit. Notes rows that must be scrubbed."""
         *ids, experts_hit = words
         for draw, token_id in zip(draws, ids, strict=True):
-            if token_id == NOT_FINITE:
+            if token_id == NOT_FINITE and draw.row in self._own_rows:
                 self._broken_rows.add(draw.row)
         said = () if logprobs is None else read_logprobs(logprobs.tolist(), draws)
         return StepOutcome(sampled_ids=tuple(ids), experts_hit=experts_hit, logprobs=said)
@@ -204,6 +207,18 @@ class ModelRunner:
                     )
                 )
 
+    def _sample(
+        self, batch: Batch, logits_SV: torch.Tensor, num_best: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The ids of this rank's draws, remembered for the next step, and their logprobs if one asks."""
+        draws = batch.draws
+        if not draws:
+            return batch.sampled_S, None
+        ids_S = sample(self._edits.apply(logits_SV, draws), draws, self._shard, self._vocab_ranks)
+        self._rows.remember(draws, ids_S)
+        self._edits.remember(draws, ids_S)
+        return ids_S, measure_logprobs(logits_SV, ids_S, draws, self._vocab_ranks, num_best=num_best)
+
     def close(self) -> None:
         """Release weights, cache and collectives. The runner cannot be used afterwards."""
         self._collectives.close()
@@ -211,7 +226,10 @@ class ModelRunner:
             self._kernels.close()
         del self.decoder, self._kv, self._rows
 
-    def _run_alone(self, planned: tuple[PlannedRow, ...]) -> None:
+    def _run_alone(self, rows: tuple[PlannedRow, ...]) -> None:
+        """In every lane."""
+        firsts = range(0, self._num_lanes * self._limits.max_sequences, self._limits.max_sequences)
+        planned = tuple(replace(row, row=first + row.row) for first in firsts for row in rows)
         new_rows = tuple(NewRow(row=row.row, sampling=SamplingParams()) for row in planned)
         self.launch(StepPlan(step=0, freed_rows=(), new_rows=new_rows, rows=planned)).result()
         freed_rows = tuple(row.row for row in planned)

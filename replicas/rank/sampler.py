@@ -31,7 +31,7 @@ def sample(
     logits_SV: torch.Tensor, draws: Sequence[Draw], shard: Shard, collectives: Collectives
 ) -> torch.Tensor:
     """One id per row, the same on every rank: int64 [S]. Lowest id of equal scores; NOT_FINITE per row."""
-    assert shard.num_ranks * shard.vocab_rows <= MAX_VOCAB, shard
+    assert shard.vocab_ranks * shard.vocab_rows <= MAX_VOCAB, shard
     # A sum is finite if and only if all terms are (short of overflow), and is the cheapest pass there is.
     is_finite_S = logits_SV[:, : shard.vocab_valid].sum(dim=1).isfinite()
     hot = [index for index, draw in enumerate(draws) if not draw.sampling.is_greedy]

@@ -31,6 +31,7 @@ PROMPTS = tuple(
         ("llama", ParallelConfig(tensor=1), 0),
         ("llama", ParallelConfig(tensor=2), 1),
         ("granite-moe", ParallelConfig(tensor=2, expert=2), 0),
+        ("granite-moe", ParallelConfig(expert=2, layout="dispatch"), 0),
     ],
 )
 async def test_a_group_answers_like_transformers(
@@ -59,8 +60,14 @@ async def test_a_group_answers_like_transformers(
     async with open_group(config) as group:
         ready = await group.read_ready()
         assert (ready.context_tokens, ready.dtype, ready.device) == (100, "float32", "cpu")
+        assert ready.lanes == len(ready.load.free_blocks) == parallel.num_lanes
         for request_id, prompt_ids in enumerate(PROMPTS):
-            request = GenerationRequest(request_id=request_id, prompt_ids=prompt_ids, max_tokens=NUM_TOKENS)
+            request = GenerationRequest(
+                request_id=request_id,
+                prompt_ids=prompt_ids,
+                max_tokens=NUM_TOKENS,
+                lane=(0, 0, 1, 0)[request_id] % ready.lanes,
+            )
             await group.send(Submit(request=request))
         await group.read_until(lambda seen: len(seen.finishes) == len(PROMPTS))
         await group.send(Shutdown())

@@ -51,6 +51,24 @@ def test_expert_ranks_alone_replicate_attention() -> None:
         assert shard.is_ffn_split
 
 
+def test_dispatch_splits_experts_and_nothing_else() -> None:
+    parallel = ParallelConfig(expert=2, layout="dispatch")
+    for rank in range(2):
+        shard = shard_of(MOE, parallel, rank)
+        assert (shard.rank, shard.expert_start, shard.num_experts) == (rank, 4 * rank, 4)
+        assert (shard.num_heads, shard.num_kv_heads, shard.ffn_size) == (8, 2, 32)
+        assert (shard.vocab_start, shard.vocab_valid, shard.vocab_ranks) == (0, 49155, 1)
+        assert (shard.is_attention_split, shard.is_ffn_split, shard.is_dispatched) == (False, False, True)
+    with pytest.raises(BadParallelism, match="has no experts; set expert=1, layout=shared"):
+        shard_of(DENSE, parallel, 0)
+
+
+@pytest.mark.parametrize("degrees", [(1, 1), (2, 1), (2, 2)])
+def test_dispatch_over_anything_but_experts_is_refused(degrees: tuple[int, int]) -> None:
+    with pytest.raises(BadParallelism, match="set tensor to 1 and expert to the number of ranks"):
+        ParallelConfig(tensor=degrees[0], expert=degrees[1], layout="dispatch")
+
+
 def test_tensor_ranks_alone_split_every_expert() -> None:
     for rank, shard in enumerate(shards(MOE, 2, 1)):
         assert (shard.expert_start, shard.num_experts) == (0, 8)
@@ -93,3 +111,12 @@ def test_costs_count_what_ranks_repeat() -> None:
     assert costs_of(MOE, ParallelConfig(expert=2), 4).kv_bytes_per_token == 2 * solo.kv_bytes_per_token
     assert costs_of(MOE, ParallelConfig(tensor=2), 4).kv_bytes_per_token == solo.kv_bytes_per_token
     assert costs_of(MOE, ParallelConfig(tensor=4), 4).kv_bytes_per_token == 2 * solo.kv_bytes_per_token
+
+
+def test_dispatch_computes_a_token_once_and_reads_the_weights_per_rank() -> None:
+    solo = costs_of(MOE, ParallelConfig(), 4)
+    two = costs_of(MOE, ParallelConfig(expert=2, layout="dispatch"), 4)
+    router, norms = 2 * 64 * 8, 2 * 2 * 64
+    assert two.active_params == solo.active_params + router + norms
+    assert two.shared_weight_bytes == 2 * solo.shared_weight_bytes
+    assert (two.kv_bytes_per_token, two.expert_bytes) == (solo.kv_bytes_per_token, solo.expert_bytes)

@@ -1,0 +1,141 @@
+"""The `dispatch` layout under a real scheduler: the answers of one rank alone, whatever shares its steps.
+
+Every rank runs a scheduler of its own here; they agree because a step's outcome is the same on all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from replicas.config import EngineLimits, ParallelConfig, RankConfig
+from replicas.engine.engine import Engine
+from replicas.engine.scheduler import Scheduler
+from replicas.parallel.collectives import Collectives
+from replicas.plan import EngineShape
+from replicas.rank.runner import ModelRunner
+from replicas.request import FinishReason, GenerationRequest, SamplingParams, SequenceDelta, TokenLogprobs
+from tests.checkpoints import make_granite_moe
+from tests.rank_threads import make_rank_config, run_rank_threads
+
+LIMITS = EngineLimits(max_sequences=3, step_tokens=16, block_tokens=4, num_blocks=20, context_tokens=72)
+POISON_ID = 509
+LOGPROB_ERROR = 1e-4
+
+
+@dataclass(slots=True, kw_only=True)
+class Answers:
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    last: dict[int, SequenceDelta] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def granite_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return make_granite_moe(tmp_path_factory.mktemp("models") / "granite-moe", vocab_size=515, seed=13)
+
+
+def make_requests() -> list[GenerationRequest]:
+    """Five in lane 0, more than its rows and blocks hold; the third of four lanes stays empty."""
+    hot = SamplingParams(temperature=0.9, top_p=0.9, seed=5)
+    edited = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, logit_bias=((9, 4.0),))
+    told = SamplingParams(temperature=0.7, top_k=40, seed=11, num_logprobs=3)
+    kinds = [SamplingParams(), hot, edited, told, SamplingParams(num_logprobs=0), hot, SamplingParams()]
+    lanes, lengths = (0, 0, 0, 0, 0, 1, 3), (5, 30, 11, 1, 24, 40, 3)
+    return [
+        GenerationRequest(
+            request_id=index + 1,
+            prompt_ids=tuple(range(20 + 9 * index, 20 + 9 * index + length)),
+            max_tokens=20,
+            sampling=replace(kind, seed=kind.seed + index),
+            lane=lane,
+        )
+        for index, (kind, lane, length) in enumerate(zip(kinds, lanes, lengths, strict=True))
+    ]
+
+
+def make_configs(source: Path, *, expert: int, layout: str, lookahead: int = 0) -> list[RankConfig]:
+    parallel = ParallelConfig(expert=expert, layout=layout)
+    limits = replace(LIMITS, lookahead=lookahead)
+    return [
+        make_rank_config(source.parent, rank=rank, parallel=parallel, source=str(source), limits=limits)
+        for rank in range(expert)
+    ]
+
+
+def answer(config: RankConfig, collectives: Collectives, requests: list[GenerationRequest]) -> Answers:
+    runner = ModelRunner.build(config, collectives, lambda stage, done, total: None)
+    runner.warmup()
+    if any(POISON_ID in request.prompt_ids for request in requests):
+        with torch.inference_mode():
+            runner.decoder._embedding_VH[POISON_ID] = torch.nan
+    shape = EngineShape(
+        architecture=runner.spec.architecture,
+        vocab_size=runner.spec.vocab_size,
+        context_tokens=runner.context_tokens,
+        num_blocks=runner.num_blocks,
+        eos_token_ids=(),
+        weights_digest="",
+        dtype=runner.dtype,
+        device=runner.device,
+        costs=runner.costs,
+    )
+    num_lanes = config.parallel.num_lanes
+    scheduler = Scheduler(config.limits, shape, num_lanes=num_lanes)
+    engine = Engine(runner, scheduler, lookahead=config.limits.lookahead, clock=lambda: 0)
+    for request in requests:
+        engine.submit(replace(request, lane=request.lane % num_lanes))
+    answers = Answers()
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            answers.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            answers.logprobs.setdefault(delta.request_id, []).extend(delta.logprobs)
+            if delta.finish is not None:
+                answers.last[delta.request_id] = delta
+    return answers
+
+
+def answer_in_group(configs: list[RankConfig], requests: list[GenerationRequest]) -> Answers:
+    """What rank 0 answers; all others must say the same."""
+    first, *others = run_rank_threads(configs, lambda config, ranks: answer(config, ranks, requests))
+    assert isinstance(first, Answers), first
+    for other in others:
+        assert isinstance(other, Answers), other
+        assert (other.tokens, other.logprobs) == (first.tokens, first.logprobs)
+    return first
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("expert", [2, 4])
+def test_lanes_answer_as_one_rank_does(granite_moe: Path, expert: int, lookahead: int) -> None:
+    """Greedy and seeded draws, penalties and logprobs; chunks, preemption, a lane without work."""
+    alone = answer_in_group(make_configs(granite_moe, expert=1, layout="shared"), make_requests())
+    configs = make_configs(granite_moe, expert=expert, layout="dispatch", lookahead=lookahead)
+    together = answer_in_group(configs, make_requests())
+    assert together.tokens == alone.tokens
+    assert {delta.finish for delta in together.last.values()} == {FinishReason.LENGTH}
+    timings = [delta.timing for delta in together.last.values()]
+    assert sum(timing.preemptions for timing in timings if timing) > 0
+    for request_id, wanted in alone.logprobs.items():
+        for ours, theirs in zip(together.logprobs[request_id], wanted, strict=True):
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=LOGPROB_ERROR)
+            assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+
+
+def test_a_broken_row_fails_alone_in_any_lane(granite_moe: Path) -> None:
+    """Its tokens go to the experts with those of all lanes; whoever gets its blocks finds them clean."""
+    requests = make_requests()
+    poisoned = [
+        GenerationRequest(request_id=100 + lane, prompt_ids=(POISON_ID,) * 9, max_tokens=5, lane=lane)
+        for lane in (0, 1)
+    ]
+    configs = make_configs(granite_moe, expert=2, layout="dispatch")
+    wanted, got = answer_in_group(configs, requests), answer_in_group(configs, [*poisoned, *requests])
+    assert all(POISON_ID not in tokens for tokens in wanted.tokens.values())
+    for request in poisoned:
+        assert got.last[request.request_id].error == ("INTERNAL", "the model's output was not finite")
+    assert {request.request_id: got.tokens[request.request_id] for request in requests} == wanted.tokens
