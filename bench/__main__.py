@@ -81,6 +81,18 @@ def edge(
 
 
 @app.command()
+def overhead(
+    batch: Annotated[str, typer.Option(help="decoding sequences, comma separated")] = "1,8,32,64,128,256",
+    steps: Annotated[int, typer.Option(help="steps measured")] = 300,
+    json: JsonOption = None,
+) -> None:
+    """What a step costs outside the model: schedule, plan words, commit, and the frame to the supervisor."""
+    from bench.overhead import run_overhead_suite
+
+    run_overhead_suite(parse_concurrency(batch), steps, json)
+
+
+@app.command()
 def recovery(
     config: Annotated[
         Path, typer.Option("-f", "--config", help="wattline.yaml of the models to serve")

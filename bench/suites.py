@@ -79,6 +79,7 @@ async def run_line_suite(
             expert=section.parallel.expert,
             threads=section.threads_per_rank,
             dtype=section.dtype,
+            kernels=section.kernels,
         )
         rows += await measure_engine(section.name, setup, concurrencies, output_tokens)
     add_line_share(rows)

@@ -15,6 +15,7 @@ from cluster.commands.chat import chat
 from cluster.commands.demo import demo
 from cluster.commands.down import down
 from cluster.commands.generate import generate
+from cluster.commands.monitoring import monitoring
 from cluster.commands.router import router
 from cluster.commands.status import status
 from cluster.commands.top import top
@@ -74,7 +75,7 @@ def wattline(
     """Options of `wattline` itself."""
 
 
-for command in (demo, up, down, status, top, chat, generate, router):
+for command in (demo, up, down, status, top, chat, generate, router, monitoring):
     app.command()(command)
 app.command(context_settings=PASS_THROUGH)(agent)
 

@@ -9,8 +9,8 @@ Synchronous; one channel; safe to share between threads. Closing an iterator ear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -50,11 +50,22 @@ class CallError(CommandError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """How an answer is drawn and where it ends. None: the server's default."""
+    """How answers are drawn and where they end. None: the server's default.
+
+    `logprobs`: of every token, and of this many of the likeliest beside it. `num_choices`: answers side by
+    side, told apart by `Delta.index`.
+    """
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    num_choices: int | None = None
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -64,7 +75,19 @@ class Ask:
     timeout_s: float | None = None
 
     def sampling(self) -> pb.Sampling:
-        return pb.Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
+        return pb.Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            logprobs=self.logprobs,
+            n=self.num_choices,
+            seed=self.seed,
+        )
 
     def limits(self) -> pb.Limits:
         return pb.Limits(max_tokens=self.max_tokens, stop=self.stop, ignore_eos=self.ignore_eos)
@@ -203,13 +226,24 @@ def check_text(text: str) -> None:
         raise CommandError("the text is not valid UTF-8; convert it, e.g. with `iconv`") from error
 
 
+def to_delta(delta: pb.Delta) -> replies.Delta:
+    return replies.Delta(
+        text=delta.text,
+        token_ids=tuple(delta.token_ids),
+        finish_reason=FINISH_REASONS.get(delta.finish_reason),
+        logprobs=tuple(
+            replies.TokenLogprobs(
+                logprob=said.logprob, top=tuple((top.token_id, top.logprob) for top in said.top)
+            )
+            for said in delta.logprobs
+        ),
+        index=delta.index,
+    )
+
+
 def to_event(message: pb.GenerateResponse) -> replies.Delta | replies.Final:
     if message.WhichOneof("event") == "delta":
-        return replies.Delta(
-            text=message.delta.text,
-            token_ids=tuple(message.delta.token_ids),
-            finish_reason=FINISH_REASONS.get(message.delta.finish_reason),
-        )
+        return to_delta(message.delta)
     usage, timing = message.final.usage, message.final.timing
     return replies.Final(
         request_id=message.final.request_id,

@@ -43,12 +43,25 @@ class Energy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """What the model gave a token: natural logarithms. `top`: (token id, logprob), likeliest first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """A piece of an answer. `finish_reason` ("stop" or "length") is set on the last piece alone."""
+    """A piece of an answer. `finish_reason` ("stop" or "length") is set on the last piece alone.
+
+    `logprobs` is parallel to `token_ids` where asked for, else empty. `index`: of several choices.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +107,7 @@ class ReplicaState:
     expert_parallel: int
     device: str
     dtype: str
+    kernels: str
     energy_source: str
     host: str
     supervisor_pid: int

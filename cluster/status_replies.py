@@ -49,6 +49,7 @@ def to_replica_state(replica: pb.ReplicaStatus) -> replies.ReplicaState:
         expert_parallel=hello.expert_parallel,
         device=hello.device,
         dtype=hello.dtype,
+        kernels=hello.kernels,
         energy_source=hello.energy_source,
         host=hello.host,
         supervisor_pid=hello.supervisor_pid,

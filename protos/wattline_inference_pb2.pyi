@@ -153,7 +153,7 @@ class Sampling(_message.Message):
     logprobs: _builtins.int
     """Set: deltas carry the logprob of every token, and of this many of the likeliest beside it. At most 20."""
     n: _builtins.int
-    """Not served yet: refused unless 1."""
+    """Answers to one prompt, 1 to 8. Each draws from a seed of its own; the first as if it were alone."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """Added to the logits of these tokens, after the penalties, greedy or not. At most 300, each -100 to 100."""
@@ -405,10 +405,13 @@ class Delta(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Whole characters only: never half of a UTF-8 sequence, never part of a stop text."""
     finish_reason: Global___FinishReason.ValueType
-    """Set on the last delta alone."""
+    """Set on the last delta alone, of each choice."""
+    index: _builtins.int
+    """Which of the `n` choices this belongs to; they come interleaved."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -422,10 +425,11 @@ class Delta(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         finish_reason: Global___FinishReason.ValueType = ...,
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -495,7 +499,7 @@ class Final(_message.Message):
     trace_id: _builtins.str
     """The 32 hexadecimal digits of the W3C trace id."""
     attempts: _builtins.int
-    """Replicas that worked on the answer, one after another; 1 unless one was lost."""
+    """Replicas that worked on the answer, one after another; 1 unless one was lost. Of several choices, the most."""
     @_builtins.property
     def usage(self) -> Global___Usage: ...
     @_builtins.property
@@ -504,7 +508,9 @@ class Final(_message.Message):
     def energy(self) -> Global___Energy: ...
     @_builtins.property
     def resumed_at(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Offsets of the first token of each attempt but the first: up to there, the lost replica's tokens."""
+        """Offsets of the first token of each attempt but the first: up to there, the lost replica's tokens.
+        Of several choices, one after another.
+        """
 
     def __init__(
         self,
@@ -527,6 +533,8 @@ Global___Final: _TypeAlias = Final  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
+    """Summed over the choices of a request: each has the prompt, all but the first mostly from the cache."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int

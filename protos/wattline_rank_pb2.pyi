@@ -150,6 +150,7 @@ class EngineReady(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     COSTS_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    KERNELS_FIELD_NUMBER: _builtins.int
     architecture: _builtins.str
     lanes: _builtins.int
     context_tokens: _builtins.int
@@ -159,6 +160,8 @@ class EngineReady(_message.Message):
     weights_digest: _builtins.str
     dtype: _builtins.str
     device: _builtins.str
+    kernels: _builtins.str
+    """What computes: torch, or the instruction set and weight storage of the compiled kernels."""
     @_builtins.property
     def load(self) -> _wattline_link_pb2.LoadSnapshot: ...
     @_builtins.property
@@ -180,10 +183,11 @@ class EngineReady(_message.Message):
         load: _wattline_link_pb2.LoadSnapshot | None = ...,
         costs: Global___EngineCosts | None = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        kernels: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "costs", b"costs", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "lanes", b"lanes", "load", b"load", "max_sequences", b"max_sequences", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "costs", b"costs", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "kernels", b"kernels", "lanes", b"lanes", "load", b"load", "max_sequences", b"max_sequences", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,8 @@ from replicas.errors import BadParallelism
 LAYOUTS = ("shared", "dispatch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "float32", "off")
+"""The compiled CPU kernels of float32 models. `auto`: matrices whose values are all bfloat16 are kept in half
+the bytes and widened exactly; `float32`: kept as floats; `off`, or no compiler: torch."""
 METERS = ("auto", "nvml", "cpu-model", "fake")
 
 
@@ -122,8 +124,6 @@ class RankConfig:
     dtype: str = "auto"
     threads: int = 1
     kernels: str = "auto"
-    """The compiled CPU kernels of float32 models. `auto`: matrices whose values are all bfloat16 are kept in
-    half the bytes and widened exactly; `float32`: kept as floats; `off`, or no compiler: torch."""
     socket_path: str = ""
     shared_dir: str = "/dev/shm"
     rendezvous: str = ""
@@ -158,6 +158,7 @@ class ReplicaConfig:
     device: str = "cpu"
     dtype: str = "auto"
     threads_per_rank: int = 1
+    kernels: str = "auto"
     runtime_dir: str = "/tmp"
     shared_dir: str = "/dev/shm"
     energy_agent: str = ""

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from replicas.request import EngineCosts, SamplingParams, TokenLogprobs
+from replicas.record import record
+from replicas.request import TORCH_KERNELS, EngineCosts, SamplingParams, TokenLogprobs
 from replicas.sampling_words import sampling_from_words, sampling_to_words
 
 WORD = "i"
@@ -38,7 +39,7 @@ class NewRow:
     num_prompt: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class PlannedRow:
     """One sequence's part of a step.
 
@@ -85,6 +86,7 @@ class EngineShape:
     dtype: str
     device: str
     costs: EngineCosts
+    kernels: str = TORCH_KERNELS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from replicas.record import record
+
 
 class FinishReason(Enum):
     """Why a sequence ended. Every accepted sequence gets exactly one."""
@@ -104,7 +106,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class SequenceDelta:
     """New tokens of one sequence. `finish`, `timing` and `error` are set on its last delta alone.
 
@@ -145,7 +147,7 @@ class LoadSnapshot:
     """Of the prompt tokens: found in the prefix cache."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class StepMember:
     """One sequence's part in one forward pass.
 
@@ -190,6 +192,10 @@ class EngineCosts:
     kv_bytes_per_token: int
 
 
+TORCH_KERNELS = "torch"
+"""Said of an engine that runs on torch's own kernels; else see `CpuLayers.name`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineReady:
     """What an engine says of itself once every rank generated its golden token."""
@@ -206,6 +212,7 @@ class EngineReady:
     eos_token_ids: tuple[int, ...]
     costs: EngineCosts
     load: LoadSnapshot
+    kernels: str = TORCH_KERNELS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

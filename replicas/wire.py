@@ -286,6 +286,7 @@ def ready_to_wire(ready: EngineReady) -> rank_pb2.EngineReady:
             kv_bytes_per_token=costs.kv_bytes_per_token,
         ),
         eos_token_ids=ready.eos_token_ids,
+        kernels=ready.kernels,
     )
 
 
@@ -310,4 +311,5 @@ def ready_from_wire(message: rank_pb2.EngineReady) -> EngineReady:
             kv_bytes_per_token=message.costs.kv_bytes_per_token,
         ),
         load=load_from_wire(message.load),
+        kernels=message.kernels,
     )

@@ -186,6 +186,17 @@ class FakeReplica:
         heartbeat = link.Heartbeat(load=self.load())
         await self.send(link.FromReplica(heartbeat=heartbeat, ledger=totals))
 
+    async def refuse(self, request_id: int, error: link.SequenceError) -> None:
+        """End one request with an error."""
+        self._sequences.pop(request_id, None)
+        delta = link.SequenceDelta(
+            request_id=request_id,
+            attempt=0,
+            finish=link.ENGINE_FINISH_ERROR,
+            error=error,
+        )
+        await self.send(link.FromReplica(step=link.StepOutput(step=self._step, deltas=[delta])))
+
     async def close_energy(self) -> None:
         """Send the final joules of everything that ended in `LATE` mode."""
         report, self._unbilled = self._unbilled, []

@@ -104,6 +104,36 @@ async def collect(call: grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse]) -> A
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One of several answers to a prompt."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: pb.FinishReason.ValueType
+
+
+async def collect_choices(
+    call: grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse],
+) -> tuple[list[Choice], pb.Final]:
+    """Read all choices, in the order of their index. Asserts that each ends once, and one final is last."""
+    messages = [message async for message in call]
+    deltas = [message.delta for message in messages[:-1] if message.WhichOneof("event") == "delta"]
+    assert len(deltas) == len(messages) - 1 and messages[-1].WhichOneof("event") == "final"
+    choices = []
+    for index in range(max(delta.index for delta in deltas) + 1):
+        own = [delta for delta in deltas if delta.index == index]
+        assert [bool(delta.finish_reason) for delta in own] == [False] * (len(own) - 1) + [True]
+        choices.append(
+            Choice(
+                text="".join(delta.text for delta in own),
+                token_ids=[token_id for delta in own for token_id in delta.token_ids],
+                finish_reason=own[-1].finish_reason,
+            )
+        )
+    return choices, messages[-1].final
+
+
 def make_request(text: str = "hello", **fields: Any) -> pb.GenerateRequest:
     """A greedy request for eight tokens; `max_tokens`, `stop` and the like go to their own messages."""
     limits = {

@@ -6,15 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.commands.options import (
-    ENERGY_WAIT_MS,
-    Address,
-    Json,
-    MaxTokens,
+from cluster.command_error import CommandError
+from cluster.commands.options import ENERGY_WAIT_MS, Address, Json, MaxTokens, find_router, pick_model
+from cluster.commands.sampling_options import (
+    Choices,
+    FrequencyPenalty,
+    LogitBias,
+    Logprobs,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
     Seed,
     Temperature,
-    find_router,
-    pick_model,
+    TopK,
+    TopP,
+    parse_logit_bias,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +36,15 @@ def chat(
     system: Annotated[str, typer.Option("--system", "-s", help="How the model shall behave.")] = "",
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    logit_bias: LogitBias = None,
+    logprobs: Logprobs = None,
+    choices: Choices = None,
     seed: Seed = None,
     as_json: Json = False,
     address: Address = "",
@@ -41,7 +56,23 @@ def chat(
     from cluster.client import Ask, Client
     from cluster.commands.print_answer import print_answer
 
-    ask = Ask(temperature=temperature, seed=seed, max_tokens=max_tokens, energy_wait_ms=ENERGY_WAIT_MS)
+    if not message and (choices or 1) > 1:
+        raise CommandError("a conversation goes on from one answer; give a message, or leave out --choices")
+    ask = Ask(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=parse_logit_bias(logit_bias or ()),
+        logprobs=logprobs,
+        num_choices=choices,
+        seed=seed,
+        max_tokens=max_tokens,
+        energy_wait_ms=ENERGY_WAIT_MS,
+    )
     opening = [("system", system)] if system else []
     with Client(find_router(address)) as client:
         name = pick_model([card.name for card in client.list_models()], model)

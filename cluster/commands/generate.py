@@ -8,15 +8,20 @@ from typing import Annotated
 import typer
 
 from cluster.command_error import CommandError
-from cluster.commands.options import (
-    ENERGY_WAIT_MS,
-    Address,
-    Json,
-    MaxTokens,
+from cluster.commands.options import ENERGY_WAIT_MS, Address, Json, MaxTokens, find_router, pick_model
+from cluster.commands.sampling_options import (
+    Choices,
+    FrequencyPenalty,
+    LogitBias,
+    Logprobs,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
     Seed,
     Temperature,
-    find_router,
-    pick_model,
+    TopK,
+    TopP,
+    parse_logit_bias,
 )
 
 
@@ -25,6 +30,15 @@ def generate(
     model: Annotated[str, typer.Option("--model", "-m", help="Needed where several are served.")] = "",
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    logit_bias: LogitBias = None,
+    logprobs: Logprobs = None,
+    choices: Choices = None,
     seed: Seed = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; may repeat.")
@@ -42,6 +56,15 @@ def generate(
     text = _read_input() if prompt == "-" else prompt
     ask = Ask(
         temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=parse_logit_bias(logit_bias or ()),
+        logprobs=logprobs,
+        num_choices=choices,
         seed=seed,
         max_tokens=max_tokens,
         stop=tuple(stop or ()),

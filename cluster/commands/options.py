@@ -18,7 +18,6 @@ ENERGY_WAIT_MS = 500
 """A person does not notice, and the joules are final."""
 
 MAX_UINT32 = 2**32 - 1
-MAX_UINT64 = 2**64 - 1
 """What a field of a request can hold."""
 
 ConfigFile = Annotated[
@@ -37,12 +36,6 @@ Address = Annotated[
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", "-n", min=1, max=MAX_UINT32, help="Tokens of the answer, at most."),
-]
-Temperature = Annotated[
-    float, typer.Option("--temperature", "-t", min=0.0, help="0 always takes the likeliest token.")
-]
-Seed = Annotated[
-    int | None, typer.Option("--seed", min=0, max=MAX_UINT64, help="Same seed and prompt, same answer.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 

@@ -119,6 +119,9 @@ class ModelSection(Section):
     slo: SloSection = SloSection()
     null_engine: NullSection = NullSection()
     threads_per_rank: int = Field(1, ge=1, le=256)
+    kernels: Literal["auto", "float32", "off"] = Field(
+        "auto", description="compiled CPU kernels: what they keep weights in, or off for torch"
+    )
     cpus_per_rank: float = Field(1.0, gt=0.0, description="logical CPUs a rank reserves in Ray")
 
     @field_validator("source", mode="before")

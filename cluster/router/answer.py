@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.router.energy_account import RequestEnergy
@@ -10,7 +11,10 @@ from replicas.request import FinishReason, TokenLogprobs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of one request. `completion_tokens` were sent; `wasted_tokens` were paid for, but not sent."""
+    """Tokens of one request. `completion_tokens` were sent; `wasted_tokens` were paid for, but not sent.
+
+    Of several choices it is the sum: each of them has the prompt, and reads it from the cache if it can.
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -33,20 +37,22 @@ class Timing:
 class TextDelta:
     """New text and tokens; `finish` (STOP or LENGTH) is set on the last one alone.
 
-    `logprobs` is parallel to `token_ids` where asked for, else empty.
+    `logprobs` is parallel to `token_ids` where asked for, else empty. `index`: of the choice.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completed:
     """The end of a successful answer. `energy` None: unknown; `is_settled`: no better figures will come.
 
-    `resumed_at` has the token offsets where another replica went on.
+    `attempts`: replicas that worked on the choice that was moved most. `resumed_at` has the token offsets
+    where another replica went on, choice by choice.
     """
 
     request_id: str
@@ -55,4 +61,26 @@ class Completed:
     timing: Timing
     energy: RequestEnergy | None
     is_settled: bool
+    attempts: int = 1
     resumed_at: tuple[int, ...] = ()
+
+
+def sum_usage(choices: Sequence[Usage]) -> Usage:
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in choices),
+        cached_tokens=sum(usage.cached_tokens for usage in choices),
+        completion_tokens=sum(usage.completion_tokens for usage in choices),
+        wasted_tokens=sum(usage.wasted_tokens for usage in choices),
+    )
+
+
+def join_timing(choices: Sequence[Timing]) -> Timing:
+    """Of choices side by side: the start of the first, the longest decode, the end of the last."""
+    first = choices[0]
+    return Timing(
+        queue_ms=first.queue_ms,
+        prefill_ms=first.prefill_ms,
+        decode_ms=max(timing.decode_ms for timing in choices),
+        ttft_ms=first.ttft_ms,
+        total_ms=max(timing.total_ms for timing in choices),
+    )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
-from cluster.router.answer import Timing, Usage
-from cluster.router.energy_account import EnergyAccount, joined
+from cluster.router.answer import Timing, Usage, join_timing, sum_usage
+from cluster.router.energy_account import EnergyAccount, joined, summed
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
 from cluster.router.errors import RouterError, status_of
 from cluster.router.journal import ClosedRequest, Journal
 from cluster.router.run import Run
+from cluster.router.served_model import ServedModel
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from replicas.request import FinishReason
@@ -19,7 +21,7 @@ from replicas.request import FinishReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedBooks:
-    """What a request took. Its joules may still be open."""
+    """What a request, or one choice of it, took. Its joules may still be open."""
 
     usage: Usage
     timing: Timing
@@ -37,22 +39,42 @@ class Books:
         self._metrics = metrics
         self._telemetry = telemetry
 
-    def close(self, run: Run) -> ClosedBooks:
-        """Called once per request, however it ended. Its joules follow when its account is settled."""
-        usage, timing = _usage(run), _timing(run)
-        account = joined(
-            [attempt.account for attempt in run.attempts],
-            repeated=[attempt.is_repeated for attempt in run.attempts],
+    def close(self, runs: Sequence[Run]) -> ClosedBooks:
+        """Called once per request, however it ended, with its choices that were begun.
+
+        Its joules follow when its account is settled.
+        """
+        choices = [self._close_choice(run) for run in runs]
+        whole = ClosedBooks(
+            usage=sum_usage([choice.usage for choice in choices]),
+            timing=join_timing([choice.timing for choice in choices]),
+            account=summed([choice.account for choice in choices]),
         )
-        model = run.model
-        model.prompt_tokens_total += usage.prompt_tokens
-        model.output_tokens_total += usage.completion_tokens
-        self._metrics.count_tokens(model.name, usage)
-        closed = _closed(run, usage, timing, account)
+        first = runs[0]
+        model = first.model
+        model.prompt_tokens_total += whole.usage.prompt_tokens
+        model.output_tokens_total += whole.usage.completion_tokens
+        self._metrics.count_tokens(model.name, whole.usage)
+        closed = _closed(runs, whole)
         is_met = self._journal.add(closed)
         self._metrics.observe_request(closed, is_met=is_met)
         self._record.add(
-            FinishedRequest(request_id=run.request_id, model=model.name, usage=usage, account=account)
+            FinishedRequest(
+                request_id=first.request_id, model=model.name, usage=whole.usage, account=whole.account
+            )
+        )
+        whole.account.when_settled(partial(self._add_bill, model, whole))
+        return whole
+
+    def _close_choice(self, run: Run) -> ClosedBooks:
+        """Its span ends now; the energy metric takes each attempt by itself as it settles.
+
+        Measured and estimated joules share no series.
+        """
+        usage = _usage(run)
+        account = joined(
+            [attempt.account for attempt in run.attempts],
+            repeated=[attempt.is_repeated for attempt in run.attempts],
         )
         run.span.finish(
             replica_id=run.attempt.connection.replica_id,
@@ -62,55 +84,57 @@ class Books:
             outcome=run.outcome,
         )
         self._telemetry.hold_for_energy(run.span, account)
-        self._book_energy(run, account, usage)
-        return ClosedBooks(usage=usage, timing=timing, account=account)
-
-    def _book_energy(self, run: Run, whole: EnergyAccount, usage: Usage) -> None:
-        """The metric takes each attempt by itself: measured and estimated joules share no series."""
-
-        def count(account: EnergyAccount) -> None:
-            if account.energy is not None:
-                self._metrics.add_energy(run.model.name, account.energy)
-
-        def settled() -> None:
-            if whole.energy is not None:
-                run.model.add_energy(whole.energy, output_tokens=usage.completion_tokens)
-                self._journal.of_model(run.model.name).add_bill(
-                    energy_mj=whole.energy.total_mj,
-                    usage=usage,
-                    source=whole.energy.source,
-                    now_s=monotonic(),
-                )
-
         for attempt in run.attempts:
-            attempt.account.when_settled(partial(count, attempt.account))
-        whole.when_settled(settled)
+            attempt.account.when_settled(partial(self._count_energy, run.model, attempt.account))
+        return ClosedBooks(usage=usage, timing=_timing(run), account=account)
+
+    def _count_energy(self, model: ServedModel, account: EnergyAccount) -> None:
+        if account.energy is not None:
+            self._metrics.add_energy(model.name, account.energy)
+
+    def _add_bill(self, model: ServedModel, whole: ClosedBooks) -> None:
+        energy = whole.account.energy
+        if energy is None:
+            return
+        model.add_energy(energy, output_tokens=whole.usage.completion_tokens)
+        self._journal.of_model(model.name).add_bill(
+            energy_mj=energy.total_mj, usage=whole.usage, source=energy.source, now_s=monotonic()
+        )
 
 
-def _closed(run: Run, usage: Usage, timing: Timing, account: EnergyAccount) -> ClosedRequest:
-    first_s, last_s = run.first_token_s, run.last_token_s
-    tpot_ms = None
-    if first_s is not None and last_s is not None and usage.completion_tokens > 1:
-        tpot_ms = (last_s - first_s) * 1e3 / (usage.completion_tokens - 1)
+def _closed(runs: Sequence[Run], whole: ClosedBooks) -> ClosedRequest:
+    """The first token is the earliest of all choices; the pace is that of the slowest."""
+    first = runs[0]
     return ClosedRequest(
-        request_id=run.request_id,
-        trace_id=run.span.trace_id,
-        model=run.model.name,
+        request_id=first.request_id,
+        trace_id=first.span.trace_id,
+        model=first.model.name,
         ended_s=monotonic(),
-        usage=usage,
-        timing=timing,
-        ttft_ms=None if first_s is None else timing.ttft_ms,
-        tpot_ms=tpot_ms,
-        outcome=_outcome(run.outcome),
-        account=account,
+        usage=whole.usage,
+        timing=whole.timing,
+        ttft_ms=None if first.first_token_s is None else whole.timing.ttft_ms,
+        tpot_ms=max((pace for run in runs if (pace := _tpot_ms(run)) is not None), default=None),
+        outcome=_outcome([run.outcome for run in runs]),
+        account=whole.account,
     )
 
 
-def _outcome(outcome: FinishReason | RouterError | None) -> str:
-    """One of a few words: it becomes a label."""
-    if outcome is None:
-        return "cancelled"
-    return outcome.name.lower() if isinstance(outcome, FinishReason) else status_of(outcome).code.name
+def _tpot_ms(run: Run) -> float | None:
+    first_s, last_s = run.first_token_s, run.last_token_s
+    if first_s is None or last_s is None or len(run.delivered_ids) < 2:
+        return None
+    return (last_s - first_s) * 1e3 / (len(run.delivered_ids) - 1)
+
+
+def _outcome(outcomes: Sequence[FinishReason | RouterError | None]) -> str:
+    """One of a few words: it becomes a label. Of several choices, how the first failed, or else finished."""
+    for outcome in outcomes:
+        if isinstance(outcome, RouterError):
+            return status_of(outcome).code.name
+        if outcome is None:
+            return "cancelled"
+    assert isinstance(outcomes[0], FinishReason)
+    return outcomes[0].name.lower()
 
 
 def _usage(run: Run) -> Usage:

@@ -54,6 +54,7 @@ class Completion:
     ignore_eos: bool = False
     priority: int = 0
     energy_wait_ms: int | None = None
+    num_choices: int = 1
 
     @property
     def operation(self) -> Operation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,21 +90,39 @@ class EnergyAccount:
 
 
 def joined(attempts: Sequence[EnergyAccount], *, repeated: Sequence[bool]) -> EnergyAccount:
-    """The account of a request from those of its attempts; it follows them until all are settled."""
-    if len(attempts) == 1:
-        return attempts[0]
+    """The account of a choice from those of its attempts: what is known of any is a lower bound."""
+    return _followed(attempts, partial(add_up, repeated=repeated))
+
+
+def summed(choices: Sequence[EnergyAccount]) -> EnergyAccount:
+    """The account of a request from those of its choices: unknown until all of them are known."""
+
+    def add_up_all(energies: Sequence[RequestEnergy | None]) -> RequestEnergy | None:
+        return None if None in energies else add_up(energies, repeated=[False] * len(energies))
+
+    return _followed(choices, add_up_all)
+
+
+def _followed(
+    parts: Sequence[EnergyAccount],
+    total: Callable[[Sequence[RequestEnergy | None]], RequestEnergy | None],
+) -> EnergyAccount:
+    """An account that follows its parts until all of them are settled."""
+    if len(parts) == 1:
+        return parts[0]
     whole = EnergyAccount()
 
     def follow() -> None:
-        energy = add_up([attempt.energy for attempt in attempts], repeated=repeated)
+        energy = total([part.energy for part in parts])
         if energy is not None:
             whole.update(energy)
-        if all(attempt.is_settled for attempt in attempts):
+        if all(part.is_settled for part in parts):
             whole.settle()
 
-    for attempt in attempts:
-        attempt.on_change(follow)
-        attempt.when_settled(follow)
+    follow()
+    for part in parts:
+        part.on_change(follow)
+        part.when_settled(follow)
     return whole
 
 

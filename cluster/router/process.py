@@ -34,6 +34,7 @@ from cluster.dashboard.routes import dashboard_routes
 from cluster.dashboard.snapshot import take_snapshot
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.server import LinkServicer
+from cluster.monitoring.targets import target_routes
 from cluster.router import cluster_service, service
 from cluster.router.bookkeeping import Books
 from cluster.router.cluster_service import ClusterServicer
@@ -135,7 +136,9 @@ class Router:
         grpc_address = bind(clients, key="router.grpc_port", host=section.host, port=section.grpc_port)
         self._closing.push_async_callback(clients.stop, grace=CUT_S)
         app = build_app(
-            metrics=self._metrics, health=self._health, extra_routes=dashboard_routes(self._dashboard)
+            metrics=self._metrics,
+            health=self._health,
+            extra_routes=(*target_routes(self._pool), *dashboard_routes(self._dashboard)),
         )
         http = HttpServer(app, host=section.host, port=section.http_port)
         self._closing.push_async_callback(http.stop)

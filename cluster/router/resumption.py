@@ -71,6 +71,7 @@ class Resumption:
                 connection=connection,
                 stream=stream,
                 account=account,
+                lane=lane,
                 first_offset=offset,
                 prompt_tokens=len(job.prompt_ids),
             )

@@ -1,4 +1,4 @@
-"""One request on its way: the replicas that worked on it, and the tokens its caller has."""
+"""One answer on its way: the replicas that worked on it, and the tokens its caller has."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from replicas.request import FinishReason, SequenceTiming
 
 @dataclass(slots=True, kw_only=True)
 class Attempt:
-    """What one replica does for a request. `timing` None: the engine gave none (yet)."""
+    """What one replica does for an answer. `timing` None: the engine gave none (yet)."""
 
     connection: ReplicaConnection
     stream: TokenStream
     account: EnergyAccount
+    lane: int
     first_offset: int
     prompt_tokens: int
     timing: SequenceTiming | None = None
@@ -49,10 +50,10 @@ class Attempt:
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """One request, and how far it got. Mutable; owned by its stream.
+    """One choice of a request, and how far it got. Mutable; owned by its stream.
 
-    `job` is what the first attempt was asked for. `outcome` None when the books are closed: the caller went
-    away.
+    `index`: of the choice. `job` is what the first attempt was asked for. `outcome` None when the books are
+    closed: the caller went away.
     """
 
     request_id: str
@@ -61,6 +62,7 @@ class Run:
     job: EngineJob
     span: InferenceSpan
     attempts: list[Attempt]
+    index: int = 0
     losses: list[LossReason] = field(default_factory=list)
     delivered_ids: array[int] = field(default_factory=lambda: array("I"))
     outcome: FinishReason | RouterError | None = None

@@ -14,15 +14,15 @@ that iteration, at any point, frees everything: the engine is told within one me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from cluster.config import RouterSection
 from cluster.link.engine_job import EngineJob
-from cluster.link.replica_connection import ReplicaConnection
+from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.token_stream import Finished
 from cluster.router.admission import Verdict, decide
@@ -30,6 +30,7 @@ from cluster.router.answer import Completed, TextDelta
 from cluster.router.bookkeeping import Books
 from cluster.router.cache_salt import DEFAULT_TENANT, cache_salt
 from cluster.router.caller import Caller
+from cluster.router.choices import choice_seed, deliver_choices
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
 from cluster.router.errors import (
     InvalidRequest,
@@ -109,17 +110,26 @@ class Streams:
             self._resumption.admit(model.name, prompt_ids)
             with caller.span.stage(semconv.ROUTE):
                 route = self._route(model, completion, prompt_ids)
-            run = self._submit(model, completion, caller, route)
+            runs = [self._submit(model, completion, caller, route)]
+            deltas = deliver_choices(
+                runs,
+                completion.num_choices,
+                submit=lambda index: self._submit_beside(runs[0], completion, caller, route, index),
+                deliver=lambda run: self._deliver(run, caller),
+            )
             try:
                 await caller.accept()
-                async for delta in self._deliver(run, caller):
-                    yield delta
+                async with aclosing(deltas):
+                    async for delta in deltas:
+                        yield delta
             except RouterError as error:
-                run.outcome = error
+                for run in runs:
+                    run.outcome = run.outcome or error
                 raise
             finally:
-                run.release()
-                closed = self._books.close(run)
+                for run in runs:
+                    run.release()
+                closed = self._books.close(runs)
             await closed.account.wait(_energy_wait_s(completion, caller))
             yield Completed(
                 request_id=caller.request_id,
@@ -128,7 +138,8 @@ class Streams:
                 timing=closed.timing,
                 energy=closed.account.energy,
                 is_settled=closed.account.is_settled,
-                resumed_at=run.resumed_at,
+                attempts=max(len(run.attempts) for run in runs),
+                resumed_at=tuple(offset for run in runs for offset in run.resumed_at),
             )
 
     async def tokenize(self, model: ServedModel, prompt: Prompt) -> tuple[int, ...]:
@@ -190,7 +201,19 @@ class Streams:
         connection, lane = self._pool.choose(model.name, prompt_tokens=len(prompt_ids))
         return Route(connection=connection, lane=lane, prompt_ids=prompt_ids, max_tokens=max_tokens)
 
-    def _submit(self, model: ServedModel, completion: Completion, caller: Caller, route: Route) -> Run:
+    def _submit_beside(
+        self, first: Run, completion: Completion, caller: Caller, route: Route, index: int
+    ) -> Run:
+        """Begin another choice where the first is, since the prompt is cached there."""
+        connection, lane = first.attempt.connection, first.attempt.lane
+        if connection.state is ReplicaState.STALLED:
+            connection, lane = self._pool.choose(first.model.name, prompt_tokens=len(route.prompt_ids))
+        route = replace(route, connection=connection, lane=lane)
+        return self._submit(first.model, completion, caller, route, index=index)
+
+    def _submit(
+        self, model: ServedModel, completion: Completion, caller: Caller, route: Route, *, index: int = 0
+    ) -> Run:
         deadline_s = caller.deadline_s()
         span = caller.span.start_inference(
             completion, request_id=caller.request_id, max_tokens=route.max_tokens
@@ -200,7 +223,7 @@ class Streams:
         limit_bytes = self._section.stall_buffer_bytes
         job = EngineJob(
             prompt_ids=route.prompt_ids,
-            sampling=completion.sampling,
+            sampling=replace(completion.sampling, seed=choice_seed(completion.sampling.seed, index)),
             max_tokens=route.max_tokens,
             stop_token_ids=stop_token_ids,
             priority=completion.priority,
@@ -209,7 +232,7 @@ class Streams:
             cache_salt=cache_salt(DEFAULT_TENANT),
             traceparent=span.traceparent,
             text=AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=stop_token_ids),
-            buffer_bytes=limit_bytes,
+            buffer_bytes=limit_bytes // completion.num_choices,
             on_overflow=lambda: caller.interrupt(SlowConsumer(limit_bytes=limit_bytes)),
         )
         stream, account = route.connection.submit(job)
@@ -217,6 +240,7 @@ class Streams:
             connection=route.connection,
             stream=stream,
             account=account,
+            lane=route.lane,
             first_offset=0,
             prompt_tokens=len(route.prompt_ids),
         )
@@ -227,9 +251,10 @@ class Streams:
             job=job,
             span=span,
             attempts=[attempt],
+            index=index,
         )
 
-    async def _deliver(self, run: Run, caller: Caller) -> AsyncIterator[TextDelta]:
+    async def _deliver(self, run: Run, caller: Caller) -> AsyncGenerator[TextDelta, None]:
         """Deltas up to the one with the finish reason; then the engine's own end, which has the timing."""
         while run.outcome is None:
             batch = await run.attempt.stream.next()
@@ -240,13 +265,14 @@ class Streams:
             elif isinstance(batch.end, Finished):
                 finish = batch.end.reason
             if finish or batch.text or batch.token_ids:
-                yield TextDelta(batch.text, batch.token_ids, finish, batch.logprobs)
+                yield TextDelta(batch.text, batch.token_ids, finish, batch.logprobs, run.index)
             run.outcome = finish
             if finish is not None or not isinstance(batch.end, RouterError):
                 continue
             if run.has_all_tokens:
                 run.outcome = FinishReason.LENGTH
-                yield TextDelta(run.job.text.feed((), is_last=True).text, (), run.outcome)
+                text = run.job.text.feed((), is_last=True).text
+                yield TextDelta(text, (), run.outcome, index=run.index)
             else:
                 await self._resumption.resume(run, caller, batch.end)
         await _await_end(run.attempt)

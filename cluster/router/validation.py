@@ -1,6 +1,6 @@
 """Validation: protobuf requests in, `Completion` out, or `InvalidRequest` with field, value, limit and fix.
 
-Pure. Whatever the server does not serve yet is refused unless it is at its neutral value, never ignored.
+Pure. What the server does not serve is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -32,11 +32,7 @@ MAX_TEMPERATURE = 2.0
 MAX_TOP_K = 2**31 - 1
 MAX_PRIORITY = 100
 MAX_ENERGY_WAIT_MS = 1000
-
-NEUTRAL_VALUES = {
-    "n": 1,
-}
-"""Fields not served yet, and the value at which they ask for nothing."""
+MAX_CHOICES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,20 +150,20 @@ def _completion(
         ignore_eos=limits.ignore_eos,
         priority=request.priority,
         energy_wait_ms=energy_wait_ms,
+        num_choices=_parse_num_choices(request.sampling),
     )
+
+
+def _parse_num_choices(sampling: pb.Sampling) -> int:
+    if not sampling.HasField("n"):
+        return 1
+    _check_range("sampling.n", sampling.n, low=1, high=MAX_CHOICES)
+    return sampling.n
 
 
 def _parse_sampling(
     sampling: pb.Sampling, bounds: RequestBounds, draw_seed: Callable[[], int]
 ) -> SamplingParams:
-    for name, neutral in NEUTRAL_VALUES.items():
-        if sampling.HasField(name) and getattr(sampling, name) != neutral:  # type: ignore[arg-type]
-            raise InvalidRequest(
-                field=f"sampling.{name}",
-                got=getattr(sampling, name),
-                limit=f"{neutral}, not served yet",
-                fix="unset it",
-            )
     temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
     if not 0.0 <= temperature <= MAX_TEMPERATURE:  # Not-a-number fails both comparisons.
         raise InvalidRequest(

@@ -16,7 +16,12 @@ FINISH_REASONS = {
 
 
 def delta_message(delta: TextDelta) -> pb.GenerateResponse:
-    message = pb.Delta(text=delta.text, token_ids=delta.token_ids, finish_reason=FINISH_REASONS[delta.finish])
+    message = pb.Delta(
+        text=delta.text,
+        token_ids=delta.token_ids,
+        finish_reason=FINISH_REASONS[delta.finish],
+        index=delta.index,
+    )
     for said in delta.logprobs:
         entry = message.logprobs.add(logprob=said.logprob)
         for token_id, logprob in said.top:
@@ -32,7 +37,7 @@ def final_message(completed: Completed) -> pb.GenerateResponse:
             timing=_timing_message(completed.timing),
             energy=energy_message(completed.energy, completed.usage, is_settled=completed.is_settled),
             trace_id=completed.trace_id,
-            attempts=1 + len(completed.resumed_at),
+            attempts=completed.attempts,
             resumed_at=completed.resumed_at,
         )
     )

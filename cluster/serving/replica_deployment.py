@@ -102,6 +102,7 @@ def replica_config(
         device=device,
         dtype=section.dtype,
         threads_per_rank=section.threads_per_rank,
+        kernels=section.kernels,
         runtime_dir=str(folder.path),
         shared_dir=str(folder.shared_dir),
         energy_agent=energy_agent_address(folder.path) if needs_agent else "",

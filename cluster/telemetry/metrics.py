@@ -80,7 +80,9 @@ class RouterMetrics:
         """
         model, exemplar = closed.model, {"trace_id": closed.trace_id}
         if is_met is not None:
-            self._slo.labels(model, "met" if is_met else "missed").inc()
+            # Both from the first answer on: a ratio of series needs the other one to be 0, not absent.
+            self._slo.labels(model, "met").inc(is_met)
+            self._slo.labels(model, "missed").inc(not is_met)
         if closed.ttft_ms is None:
             return
         self._ttft.labels(model).observe(closed.ttft_ms / 1e3, exemplar)

@@ -37,6 +37,8 @@ class Lane:
         self._free_rows = list(rows)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        """Of the running ones, those with more than their newest token to plan."""
         self._block_tokens = block_tokens
         self._caches_prefixes = caches_prefixes
         self._num_waiting_tokens = 0
@@ -58,9 +60,7 @@ class Lane:
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens to compute before every sequence of this lane decodes."""
-        return self._num_waiting_tokens + sum(
-            sequence.num_uncomputed for sequence in self.running if not sequence.is_decoding
-        )
+        return self._num_waiting_tokens + sum(sequence.num_uncomputed for sequence in self.prefilling)
 
     def enqueue(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
@@ -77,6 +77,13 @@ class Lane:
         sequence.blocks = cached + self.pool.allocate(self._blocks_of(sequence) - len(cached))
         sequence.reuse(num_blocks=len(cached), num_tokens=len(cached) * self._block_tokens)
         insort(self.running, sequence, key=_by_order)
+        if not sequence.is_decoding:
+            insort(self.prefilling, sequence, key=_by_order)
+
+    def chunk_planned(self, sequence: Sequence) -> None:
+        """Some of its prefill is planned; if that was the rest, it decodes from now on."""
+        if sequence.is_decoding and sequence in self.prefilling:
+            _remove(self.prefilling, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Out of its queue; its row is free again and its blocks are back in the pool."""
@@ -84,6 +91,8 @@ class Lane:
             self._remove_waiting(sequence)
             return
         _remove(self.running, sequence)
+        if sequence in self.prefilling:
+            _remove(self.prefilling, sequence)
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         assert sequence.row is not None, "a running sequence has a row"
@@ -145,6 +154,8 @@ class Lane:
     def check(self) -> None:
         """Assert that queues, rows and blocks agree, by a pass over all of them; for tests."""
         self.pool.check(block for sequence in self.running for block in sequence.blocks)
+        prefilling = [sequence for sequence in self.running if not sequence.is_decoding]
+        assert self.prefilling == prefilling, "who prefills is not who says so"
         assert all(not sequence.blocks for sequence in self.waiting), "waiting sequences hold no blocks"
         assert all(sequence.row is None for sequence in self.waiting), "waiting sequences hold no row"
         held = [sequence.row for sequence in self.running if sequence.row is not None]

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from replicas.engine.sequence import Sequence
 from replicas.plan import PlannedRow, StepPlan
+from replicas.record import record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class ScheduledRow:
     """One row of a plan and the sequence behind it; `repeated` tokens were computed before."""
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import chain, repeat
 
 from replicas.config import EngineLimits
 from replicas.engine.lane import Lane
@@ -232,19 +232,12 @@ class Scheduler:
         self, lane: Lane, rows: list[ScheduledRow], new_rows: list[NewRow], budget: int, now_ns: int
     ) -> None:
         """Prompt chunks: of what runs already, then of what can be admitted."""
-        for sequence in lane.running:
-            if budget == 0:
-                return
-            if not sequence.is_decoding:
-                count = min(sequence.num_uncomputed, budget)
-                rows.append(plan_row(sequence, count, is_prefill=True))
-                budget -= count
-        for sequence in self._admit(lane, new_rows, now_ns):
+        candidates = chain(tuple(lane.prefilling), self._admit(lane, new_rows, now_ns))
+        while budget > 0 and (sequence := next(candidates, None)) is not None:
             count = min(sequence.num_uncomputed, budget)
             rows.append(plan_row(sequence, count, is_prefill=True))
+            lane.chunk_planned(sequence)
             budget -= count
-            if budget == 0:
-                return
 
     def _admit(self, lane: Lane, new_rows: list[NewRow], now_ns: int) -> Iterator[Sequence]:
         """Strictly in order: a long request at the head is not overtaken, so it cannot starve."""

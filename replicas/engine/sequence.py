@@ -48,6 +48,9 @@ class Sequence:
     context_tokens: int
     """The most tokens, prompt and output, that this sequence may have."""
     tokens: list[int] = field(init=False)
+    num_prompt: int = field(init=False)
+    max_length: int = field(init=False)
+    """The length at which it ends, whatever it says."""
     state: SequenceState = SequenceState.WAITING
     row: int | None = None
     blocks: list[int] = field(default_factory=list)
@@ -72,6 +75,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
+        self.num_prompt = len(self.tokens)
+        self.max_length = min(self.num_prompt + self.request.max_tokens, self.context_tokens)
 
     @property
     def length(self) -> int:
@@ -84,20 +89,18 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         """Tokens known and delivered by this attempt."""
-        return len(self.tokens) - len(self.request.prompt_ids)
+        return len(self.tokens) - self.num_prompt
 
     @property
     def is_decoding(self) -> bool:
         """Only its newest generated token is not computed yet."""
-        return self.num_uncomputed == 1 and self.length > len(self.request.prompt_ids)
+        length = len(self.tokens) + self.num_pending
+        return length - self.num_computed == 1 and length > self.num_prompt
 
     @property
     def awaits_last(self) -> bool:
         """A step under way samples what is certainly its last token: there is nothing more to plan."""
-        return self.num_pending > 0 and (
-            self.num_generated + self.num_pending >= self.request.max_tokens
-            or self.length >= self.context_tokens
-        )
+        return self.num_pending > 0 and self.length >= self.max_length
 
     def take(self, count: int) -> tuple[tuple[int, ...], int]:
         """Plan the next `count` positions: their token ids, and how many of them were computed before."""
@@ -106,10 +109,13 @@ class Sequence:
         if len(known) < count:
             known.append(LAST_SAMPLED)
             assert len(known) == count, "at most one planned token is not known yet"
-        repeated = min(max(self.num_ever_computed - start, 0), count)
+        repeated = 0
+        if start < self.num_ever_computed:
+            repeated = min(self.num_ever_computed - start, count)
+            self.wasted_tokens += repeated
         self.num_computed = end
-        self.num_ever_computed = max(self.num_ever_computed, end)
-        self.wasted_tokens += repeated
+        if end > self.num_ever_computed:
+            self.num_ever_computed = end
         self.num_useful_in_flight += count - repeated
         if end == self.length:
             self.num_pending += 1
@@ -140,9 +146,7 @@ class Sequence:
             self.first_token_ns = now_ns
         if token_id in self.request.stop_token_ids:
             return FinishReason.STOP
-        if self.num_generated >= self.request.max_tokens or len(self.tokens) >= self.context_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if len(self.tokens) >= self.max_length else None
 
     def preempt(self) -> None:
         """Forget all KV. Tokens stay, and so does a pending one: its step is under way and will give it."""

@@ -47,6 +47,7 @@ def encode_hello(card: ReplicaCard, load: ReplicaLoad) -> link_pb2.FromReplica:
         load=encode_load(load),
         metrics_address=card.metrics_address,
         eos_token_ids=engine.eos_token_ids,
+        kernels=engine.kernels,
     )
     return link_pb2.FromReplica(epoch=card.epoch, hello=hello)
 

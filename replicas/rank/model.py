@@ -22,5 +22,6 @@ def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
         dtype=runner.dtype,
         device=runner.device,
         costs=runner.costs,
+        kernels=runner.kernels,
     )
     return BuiltRunner(runner=runner, shape=shape)

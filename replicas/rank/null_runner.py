@@ -112,6 +112,7 @@ class NullRunner:
             dtype="int32",
             device="null",
             costs=NULL_COSTS,
+            kernels="null",
         )
 
     def launch(self, plan: StepPlan) -> _NullStep:

@@ -7,6 +7,7 @@ rank 0 are an `EngineFailure`, and the supervisor kills the rest. Knows no model
 
 from __future__ import annotations
 
+import gc
 import re
 import socket
 import time
@@ -78,6 +79,7 @@ def _serve(config: RankConfig, build: RunnerFactory, supervisor: RankSocket) -> 
     _warm_up(engine, built.shape, num_lanes=scheduler.num_lanes)
     if leader is not None:
         leader.timeout_s = config.collective_timeout_s
+    _spare_the_collector()
     supervisor.send(_ready(config, built.shape, scheduler, engine))
     _step_until_shutdown(engine, supervisor)
     runner.close()
@@ -140,6 +142,7 @@ def _ready(config: RankConfig, shape: EngineShape, scheduler: Scheduler, engine:
         eos_token_ids=shape.eos_token_ids,
         costs=shape.costs,
         load=engine.load,
+        kernels=shape.kernels,
     )
 
 
@@ -147,6 +150,7 @@ def _follow(config: RankConfig, build: RunnerFactory) -> None:
     follower = _open_follower(config)
     try:
         built = build(config, _no_report)
+        _spare_the_collector()
         _run_plans(built.runner, follower, lookahead=config.limits.lookahead)
     except Exception:
         follower.fail()
@@ -222,6 +226,12 @@ def _plan_address(config: RankConfig) -> tuple[str, int]:
     """The port after the rendezvous: that one belongs to the collectives."""
     host, _, port = config.rendezvous.rpartition(":")
     return host, int(port) + 1
+
+
+def _spare_the_collector() -> None:
+    """Nothing built so far will be garbage: to look through all of torch for some costs a step 100 ms."""
+    gc.collect()
+    gc.freeze()
 
 
 def _no_report(stage: str, done: int, total: int) -> None:

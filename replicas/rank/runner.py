@@ -31,7 +31,7 @@ from replicas.rank.lanes import Lanes
 from replicas.rank.logit_edits import LogitEdits
 from replicas.rank.logprobs import measure_logprobs, read_logprobs
 from replicas.rank.sampler import NOT_FINITE, sample
-from replicas.request import SamplingParams
+from replicas.request import TORCH_KERNELS, SamplingParams
 
 _LOAD_SKEW_S = 1800.0
 """How much longer the slowest rank may take to load. A rank that dies meanwhile is noticed at once."""
@@ -115,6 +115,7 @@ class ModelRunner:
         )
         self._kv = kv
         self._kernels = _cpu_layers(config, spec, shard, weights, kv)
+        self.kernels = TORCH_KERNELS if self._kernels is None else self._kernels.name
         self._rows = Rows(
             max_sequences=limits.max_sequences,
             max_blocks=-(-self.context_tokens // limits.block_tokens),

@@ -35,10 +35,14 @@ class MetricsSnapshot:
 
 
 class ReplicaMetrics(Collector):
-    """Owns a registry of its own and the server that shows it. `publish` replaces the snapshot."""
+    """Owns a registry of its own and the server that shows it. `publish` replaces the snapshot.
 
-    def __init__(self, snapshot: MetricsSnapshot) -> None:
+    `engine` is what the engine is: the labels of a series whose value is always 1.
+    """
+
+    def __init__(self, snapshot: MetricsSnapshot, *, engine: Mapping[str, str]) -> None:
         self._snapshot = snapshot
+        self._engine = dict(engine)
         registry = CollectorRegistry()
         self._step_seconds = Histogram(
             "wattline_step_seconds",
@@ -74,17 +78,20 @@ class ReplicaMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._snapshot
+        engine = GaugeMetricFamily("wattline_engine", "What computes; always 1.", labels=list(self._engine))
+        engine.add_metric(list(self._engine.values()), 1)
+        yield engine
         yield from _engine_families(snapshot)
         yield from _energy_families(snapshot.energy)
 
 
 def _engine_families(snapshot: MetricsSnapshot) -> Iterator[Metric]:
     load = snapshot.load
-    yield _gauge("wattline_kv_blocks_free", "KV blocks not in use.", sum(load.free_blocks))
-    yield _gauge("wattline_kv_blocks_total", "KV blocks of the pool.", sum(load.total_blocks))
-    yield _gauge("wattline_sequences_running", "Sequences that steps work on.", sum(load.running))
-    yield _gauge("wattline_sequences_waiting", "Sequences not started yet.", sum(load.waiting))
-    yield _gauge("wattline_requests_in_flight", "Requests that the engine holds.", snapshot.num_in_flight)
+    yield _gauge("wattline_engine_kv_blocks_free", "KV blocks not in use.", sum(load.free_blocks))
+    yield _gauge("wattline_engine_kv_blocks", "KV blocks of the pool.", sum(load.total_blocks))
+    yield _gauge("wattline_engine_sequences_running", "Sequences that steps work on.", sum(load.running))
+    yield _gauge("wattline_engine_sequences_waiting", "Sequences not started yet.", sum(load.waiting))
+    yield _gauge("wattline_engine_requests", "Requests that the engine holds.", snapshot.num_in_flight)
     yield _gauge("wattline_links", "Routers attached.", snapshot.num_links)
     yield CounterMetricFamily("wattline_engine_steps", "Forward passes.", value=snapshot.num_steps)
     yield CounterMetricFamily(
@@ -92,7 +99,7 @@ def _engine_families(snapshot: MetricsSnapshot) -> Iterator[Metric]:
         "Prompt tokens found in the prefix cache.",
         value=load.cached_tokens_total,
     )
-    tokens = CounterMetricFamily("wattline_tokens", "Tokens by kind.", labels=["kind"])
+    tokens = CounterMetricFamily("wattline_engine_tokens", "Tokens of this engine, by kind.", labels=["kind"])
     tokens.add_metric(["prompt"], load.prompt_tokens_total)
     tokens.add_metric(["generated"], load.generated_tokens_total)
     tokens.add_metric(["wasted"], snapshot.wasted_tokens)

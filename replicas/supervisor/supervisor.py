@@ -100,6 +100,9 @@ class Supervisor:
         assert self._runner is None, "a supervisor starts once"
         try:
             engine = await self._start_engine()
+            logger.info(
+                "engine_ready device=%s dtype=%s kernels=%s", engine.device, engine.dtype, engine.kernels
+            )
             self._group = self._open_group(engine)
         except BaseException:
             await self._ranks.kill()
@@ -201,6 +204,7 @@ class Supervisor:
                 device=config.device,
                 dtype=config.dtype,
                 threads=config.threads_per_rank,
+                kernels=config.kernels,
                 socket_path=str(files.socket_path) if rank == 0 else "",
                 shared_dir=config.shared_dir,
                 null=config.null,
@@ -210,7 +214,10 @@ class Supervisor:
 
     def _open_group(self, engine: EngineReady) -> LiveGroup:
         config = self._config
-        self._metrics = ReplicaMetrics(MetricsSnapshot(load=engine.load))
+        self._metrics = ReplicaMetrics(
+            MetricsSnapshot(load=engine.load),
+            engine={"device": engine.device, "dtype": engine.dtype, "kernels": engine.kernels},
+        )
         card = ReplicaCard(
             config=config,
             epoch=self.epoch,

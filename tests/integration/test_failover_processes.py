@@ -71,16 +71,18 @@ async def running(folder: Path, router: TestRouter, name: str, **changes: Any) -
 
 
 @asynccontextmanager
-async def two_replicas(**changes: Any) -> AsyncIterator[tuple[TestRouter, list[Supervisor]]]:
+async def two_replicas(**changes: Any) -> AsyncIterator[tuple[TestRouter, dict[str, Supervisor]]]:
     config = make_config(router={"failover": {"freeze_s": 5.0}})
     with TemporaryDirectory(prefix="wl-") as name:
         async with run_test_router(config) as router, AsyncExitStack() as replicas, asyncio.timeout(WAIT_S):
             yield (
                 router,
-                [
-                    await replicas.enter_async_context(running(Path(name), router, one, **changes))
-                    for one in ("one", "two")
-                ],
+                {
+                    replica_id: await replicas.enter_async_context(
+                        running(Path(name), router, replica_id, **changes)
+                    )
+                    for replica_id in ("one", "two")
+                },
             )
 
 
@@ -118,22 +120,31 @@ async def ledger_mj(address: str) -> dict[str, float]:
 
 
 async def disturbed(
-    router: TestRouter, requests: list[pb.GenerateRequest], disturb: Callable[[], Any]
+    router: TestRouter,
+    replicas: dict[str, Supervisor],
+    requests: list[pb.GenerateRequest],
+    disturb: Callable[[Supervisor], Any],
 ) -> list[Answer]:
-    """The answers to requests that are all being answered, by both replicas, when `disturb` is called."""
+    """The answers to requests that are all being answered when `disturb` is called with the busiest replica.
+
+    Where the router sends them is its own affair: one replica may have them all.
+    """
     before = {replica.replica_id: replica.load.generated_tokens_total for replica in await statuses(router)}
     calls = [router.inference.Generate(request) for request in requests]
+    busiest = ""
 
-    def are_under_way(replicas: list[cluster_pb.ReplicaStatus]) -> bool:
-        return all(
+    def are_under_way(found: list[cluster_pb.ReplicaStatus]) -> bool:
+        nonlocal busiest
+        running = {replica.replica_id: sum(replica.load.running) for replica in found}
+        busiest = max(running, key=lambda name: running[name])
+        return sum(running.values()) == len(requests) and all(
             replica.load.generated_tokens_total - before[replica.replica_id]
-            >= TOKENS_BEFORE * sum(replica.load.running)
-            > 0
-            for replica in replicas
-        ) and len(requests) == sum(sum(replica.load.running) for replica in replicas)
+            >= TOKENS_BEFORE * running[replica.replica_id]
+            for replica in found
+        )
 
     await until(router, are_under_way)
-    disturb()
+    disturb(replicas[busiest])
     return list(await asyncio.gather(*(collect(call) for call in calls)))
 
 
@@ -144,8 +155,10 @@ async def test_sixteen_streams_survive_a_lost_rank(how: signal.Signals) -> None:
         for index in range(NUM_STREAMS)
     ]
     requests = [make_ask(ids, sampling, max_tokens=NUM_TOKENS) for ids, sampling in asks]
-    async with two_replicas() as (router, (victim, _)):
-        answers = await disturbed(router, requests, lambda: os.kill(victim.processes[1].pid, how))
+    async with two_replicas() as (router, replicas):
+        answers = await disturbed(
+            router, replicas, requests, lambda victim: os.kill(victim.processes[1].pid, how)
+        )
         await until(router, lambda replicas: len(replicas) == 1 and not sum(replicas[0].load.running))
         (survivor,) = await statuses(router)
         ledger = await ledger_mj(survivor.hello.metrics_address)
@@ -161,14 +174,16 @@ async def test_sixteen_streams_survive_a_lost_rank(how: signal.Signals) -> None:
 
 async def test_streams_that_outlast_a_drain_go_on_elsewhere() -> None:
     requests = [make_ask((10 + index, 11, 12), GREEDY, max_tokens=400) for index in range(4)]
-    async with two_replicas(drain_s=DRAIN_RESERVE_S + 0.2) as (router, (leaving, _)):
+    async with two_replicas(drain_s=DRAIN_RESERVE_S + 0.2) as (router, replicas):
         tasks = []
 
-        async def replace_one() -> None:
-            await leaving.drain()
-            await leaving.stop()
+        async def leave(replica: Supervisor) -> None:
+            await replica.drain()
+            await replica.stop()
 
-        answers = await disturbed(router, requests, lambda: tasks.append(asyncio.create_task(replace_one())))
+        answers = await disturbed(
+            router, replicas, requests, lambda leaving: tasks.append(asyncio.create_task(leave(leaving)))
+        )
         await asyncio.gather(*tasks)
     for request, answer in zip(requests, answers, strict=True):
         assert tuple(answer.token_ids) == null_continuation(tuple(request.tokens.ids), 400, NULL)
@@ -183,18 +198,20 @@ async def test_a_real_model_goes_on_with_the_same_draws(tmp_path: Path) -> None:
         for index in range(6)
     ]
     changes = {"source": str(source), "limits": limits, "parallel": ParallelConfig(), "meter": "fake"}
-    async with two_replicas(**changes) as (router, (victim, _)):
+    async with two_replicas(**changes) as (router, replicas):
         calm = await asyncio.gather(*(collect(router.inference.Generate(request)) for request in requests))
-        shaken = await disturbed(router, requests, lambda: os.kill(victim.processes[0].pid, signal.SIGKILL))
+        shaken = await disturbed(
+            router, replicas, requests, lambda victim: os.kill(victim.processes[0].pid, signal.SIGKILL)
+        )
     assert [answer.token_ids for answer in shaken] == [answer.token_ids for answer in calm]
     assert [answer.text for answer in shaken] == [answer.text for answer in calm]
     assert_moved(shaken)
 
 
 def assert_moved(answers: list[Answer]) -> None:
-    """Some went on elsewhere, and say so; their joules are those of both replicas."""
+    """Those of the lost replica went on elsewhere, and say so; their joules are those of both replicas."""
     moved = [answer for answer in answers if answer.final.attempts == 2]
-    assert 0 < len(moved) < len(answers)
+    assert moved
     for answer in moved:
         (resumed_at,) = answer.final.resumed_at
         assert 0 < resumed_at < len(answer.token_ids)

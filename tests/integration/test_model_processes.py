@@ -5,6 +5,7 @@ The pool is too small for all requests at once, so some are preempted and comput
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ async def test_a_group_answers_like_transformers(
         ready = await group.read_ready()
         assert (ready.context_tokens, ready.dtype, ready.device) == (100, "float32", "cpu")
         assert ready.lanes == len(ready.load.free_blocks) == parallel.num_lanes
+        assert (ready.kernels == "torch") == (shutil.which("cc") is None)
         for request_id, prompt_ids in enumerate(PROMPTS):
             request = GenerationRequest(
                 request_id=request_id,

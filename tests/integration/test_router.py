@@ -155,7 +155,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("sampling.temperature", {"sampling": pb.Sampling(temperature=-0.1)}),
     ("sampling.temperature", {"sampling": pb.Sampling(temperature=float("nan"))}),
     ("sampling.top_p", {"sampling": pb.Sampling(top_p=0.0)}),
-    ("sampling.n", {"sampling": pb.Sampling(n=2)}),
+    ("sampling.n", {"sampling": pb.Sampling(n=9)}),
     ("limits.max_tokens", {"max_tokens": 0}),
     ("limits.max_tokens", {"max_tokens": 1_000_000}),
     ("limits.stop", {"stop": ["x"] * 17}),

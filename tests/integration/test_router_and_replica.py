@@ -20,6 +20,7 @@ from tests.router_fixture import (
     VOCAB_SIZE,
     TestRouter,
     collect,
+    collect_choices,
     decode,
     fail,
     make_request,
@@ -113,3 +114,10 @@ async def test_a_request_goes_all_the_way_whatever_ends_it(router: TestRouter) -
     assert second.final.usage.cached_tokens >= 16
     await wait_idle(router)
     assert (await replica_status(router)).load.cached_tokens_total == second.final.usage.cached_tokens
+
+    several = make_request(beginning + "three", sampling=pb.Sampling(temperature=1.0, seed=3, n=3))
+    choices, final = await collect_choices(router.inference.Generate(several))
+    assert len({tuple(choice.token_ids) for choice in choices}) == 3
+    prompt_tokens = final.usage.prompt_tokens // 3
+    assert final.usage.cached_tokens >= 2 * 16 * ((prompt_tokens - 1) // 16)
+    await wait_idle(router)

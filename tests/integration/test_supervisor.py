@@ -165,9 +165,9 @@ async def test_the_ledger_divides_the_meter_exactly(tmp_path: Path) -> None:
             )
             assert billed_mj <= request_mj
         warm_up_tokens = link.hello.load.generated_tokens_total
-        generated_tokens = values['wattline_tokens_total{kind="generated"}'] - warm_up_tokens
+        generated_tokens = values['wattline_engine_tokens_total{kind="generated"}'] - warm_up_tokens
         assert generated_tokens == sum(10 * n for n in range(1, 7))
-        assert values["wattline_kv_blocks_free"] == values["wattline_kv_blocks_total"] > 0
+        assert values["wattline_engine_kv_blocks_free"] == values["wattline_engine_kv_blocks"] > 0
 
 
 async def test_same_prompt_same_tokens_whatever_the_router(tmp_path: Path) -> None:

@@ -211,6 +211,16 @@ void wl_pool_free(Pool *p) {
 
 int wl_panel_rows(void) { return NR; }
 
+const char *wl_instruction_set(void) {
+#if defined(__AVX512F__)
+    return "avx512";
+#elif defined(__AVX2__)
+    return "avx2";
+#else
+    return "generic";
+#endif
+}
+
 /* ---- Products with packed matrices. ---- */
 
 typedef struct { const void *data; long num_rows, num_columns, is_half; } Matrix;

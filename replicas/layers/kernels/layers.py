@@ -66,6 +66,7 @@ class CpuLayers:
         self._kv = kv
         self._keeps_half = keeps_half
         self._owned = _Packed()
+        self._panels: list[torch.Tensor] = []
         self._attention = [self._pack_attention(index, layer) for index, layer in enumerate(weights.layers)]
         self._ffn = [
             self._pack_mlp(layer, layer.ffn)
@@ -76,6 +77,12 @@ class CpuLayers:
         self._final_norm_H = weights.final_norm_H
         self._head = self._pack(weights.head_VH)
         self._step: _KernelStep | None = None
+
+    @property
+    def name(self) -> str:
+        """Instruction set and what the matrices are kept in, such as `avx512-bfloat16`."""
+        kinds = {str(panels.dtype).removeprefix("torch.") for panels in self._panels}
+        return f"{self._pool.instruction_set}-{kinds.pop() if len(kinds) == 1 else 'mixed'}"
 
     def begin(self, rotation: Rotation, slots_T: torch.Tensor, sequences: PagedSequences) -> None:
         """Where the tokens of the next calls are: angles, slots to write, pages to read."""
@@ -184,5 +191,5 @@ class CpuLayers:
 
     def _pack(self, weight: torch.Tensor) -> PackedMatrix:
         packed = self._pool.pack(weight, keeps_half=self._keeps_half)
-        self._owned.keep(packed.panels)
+        self._panels.append(packed.panels)
         return packed

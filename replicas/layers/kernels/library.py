@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from ctypes import POINTER, Structure, c_float, c_int, c_long, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -88,6 +88,11 @@ class KernelPool:
         self.close = weakref.finalize(self, self.library.wl_pool_free, self.handle)
 
     @property
+    def instruction_set(self) -> str:
+        """What the library was compiled for: avx512, avx2, or generic."""
+        return bytes(self.library.wl_instruction_set()).decode("ascii")
+
+    @property
     def panel_rows(self) -> int:
         return int(self.library.wl_panel_rows())
 
@@ -132,6 +137,7 @@ def _load(path: Path) -> ctypes.CDLL:
     signatures: dict[str, tuple[object, tuple[object, ...]]] = {
         "wl_pool_new": (c_void_p, (c_int,)),
         "wl_pool_free": (None, (c_void_p,)),
+        "wl_instruction_set": (c_char_p, ()),
         "wl_panel_rows": (c_int, ()),
         "wl_linear": (None, (c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_long)),
         "wl_head": (

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from cluster.cli import app, main
 from cluster.command_error import CommandError
 from cluster.commands.options import pick_model
+from cluster.commands.sampling_options import parse_logit_bias
 
 COMMANDS = ("demo", "up", "down", "status", "chat", "generate", "router", "agent")
 
@@ -90,6 +91,25 @@ def test_a_number_no_request_can_hold_is_a_usage_error(
     monkeypatch: pytest.MonkeyPatch, option: tuple[str, str]
 ) -> None:
     assert run_main(monkeypatch, "generate", "hi", *option, "--address", "127.0.0.1:1") == 2
+
+
+@pytest.mark.parametrize("pair", ["7", "seven=1", "7=much", "-1=2", f"{2**32}=1"])
+def test_a_logit_bias_that_is_none_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pair: str
+) -> None:
+    assert run_main(monkeypatch, "generate", "hi", "--logit-bias", pair, "--address", "127.0.0.1:1") == 1
+    assert f"--logit-bias {pair!r}" in capsys.readouterr().err
+
+
+def test_logit_biases_are_token_and_bias() -> None:
+    assert parse_logit_bias(["7=-100", "0=0.5"]) == {7: -100.0, 0: 0.5}
+
+
+def test_a_conversation_has_no_choices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "chat", "--choices", "2", "--address", "127.0.0.1:1") == 1
+    assert "a conversation goes on from one answer" in capsys.readouterr().err
 
 
 def test_the_only_model_needs_no_name() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.client import Ask, CallError, Client
 from cluster.command_error import CommandError
-from cluster.replies import Delta, Final
+from cluster.replies import Delta, Final, TokenLogprobs
 from protos import wattline_cluster_pb2 as cluster_pb
 from protos import wattline_cluster_pb2_grpc as cluster_rpc
 from protos import wattline_inference_pb2 as pb
@@ -44,6 +44,11 @@ class ScriptedInference(rpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
         self.asked.append(request)
+        top = [pb.TokenLogprob(token_id=9, logprob=-0.25)]
+        for index in range(request.sampling.n):
+            said = [pb.TokenLogprobs(logprob=-0.5, top=top)]
+            delta = pb.Delta(text="x", token_ids=[7], index=index, logprobs=said)
+            yield pb.GenerateResponse(delta=delta)
         yield pb.GenerateResponse(final=pb.Final(request_id="r2"))
 
     def ListModels(  # noqa: N802
@@ -112,6 +117,40 @@ def test_only_what_is_asked_for_is_sent(client: Client, servicer: ScriptedInfere
     assert not asked.sampling.HasField("seed")
     assert not asked.limits.HasField("max_tokens")
     assert list(asked.limits.stop) == ["end"]
+
+
+def test_the_whole_sampling_surface_goes_out_and_choices_with_logprobs_come_back(
+    client: Client, servicer: ScriptedInference
+) -> None:
+    ask = Ask(
+        top_p=0.5,
+        top_k=4,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-1.0,
+        frequency_penalty=0.5,
+        logit_bias={3: -100.0},
+        logprobs=1,
+        num_choices=2,
+        seed=2**64 - 1,
+    )
+    *deltas, _ = client.generate("m", "hi", ask)
+    said = TokenLogprobs(logprob=-0.5, top=((9, -0.25),))
+    assert deltas == [
+        Delta(text="x", token_ids=(7,), finish_reason=None, logprobs=(said,), index=index) for index in (0, 1)
+    ]
+    assert servicer.asked[0].sampling == pb.Sampling(
+        top_p=0.5,
+        top_k=4,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-1.0,
+        frequency_penalty=0.5,
+        logit_bias={3: -100.0},
+        logprobs=1,
+        n=2,
+        seed=2**64 - 1,
+    )
 
 
 def test_a_refusal_keeps_its_code_and_its_words(client: Client) -> None:

@@ -52,24 +52,12 @@ def test_given_values_are_kept_and_zero_is_a_value() -> None:
     assert (completion.priority, completion.energy_wait_ms) == (-100, 0)
 
 
-def test_neutral_values_of_fields_not_served_yet_pass() -> None:
+def test_values_that_ask_for_nothing_pass() -> None:
     generate(
         sampling=pb.Sampling(
             min_p=0, repetition_penalty=1, presence_penalty=0, frequency_penalty=0, logprobs=0, n=1
         )
     )
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        pb.Sampling(n=2),
-        pb.Sampling(n=0),
-    ],
-    ids=str,
-)
-def test_fields_not_served_yet_are_refused_not_ignored(sampling: pb.Sampling) -> None:
-    assert "not served yet; unset it" in refusal(sampling=sampling)
 
 
 NAN, INF = float("nan"), float("inf")
@@ -86,6 +74,8 @@ NAN, INF = float("nan"), float("inf")
         (pb.Sampling(presence_penalty=2.5), "sampling.presence_penalty: got 2.5; allowed: -2.0 to 2.0"),
         (pb.Sampling(presence_penalty=NAN), "sampling.presence_penalty: got nan"),
         (pb.Sampling(frequency_penalty=-INF), "sampling.frequency_penalty: got -inf"),
+        (pb.Sampling(n=0), "sampling.n: got 0; allowed: 1 to 8"),
+        (pb.Sampling(n=9), "sampling.n: got 9"),
         (pb.Sampling(logprobs=21), "sampling.logprobs: got 21; allowed: 0 to 20"),
         (pb.Sampling(logit_bias={50: 1.0}), "sampling.logit_bias: got token 50; allowed: 0 to 49"),
         (pb.Sampling(logit_bias={3: 101.0}), "sampling.logit_bias[3]: got 101.0; allowed: -100.0 to 100.0"),

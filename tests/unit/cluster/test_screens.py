@@ -58,6 +58,7 @@ def make_replica() -> ReplicaState:
         expert_parallel=2,
         device="cpu",
         dtype="float32",
+        kernels="avx512-bfloat16",
         energy_source="tdp",
         host="h",
         supervisor_pid=1,

@@ -129,6 +129,7 @@ READY = EngineReady(
     weights_digest="abc",
     dtype="float32",
     device="cpu",
+    kernels="avx512-mixed",
     eos_token_ids=(1, 2),
     costs=EngineCosts(
         active_params=1,

@@ -21,6 +21,8 @@ LOAD = LoadSnapshot(
     cached_tokens_total=16,
 )
 
+ENGINE = {"device": "cpu", "kernels": "avx2-float32"}
+
 
 def scrape(metrics: ReplicaMetrics) -> dict[str, float]:
     address = metrics.serve("127.0.0.1")
@@ -34,26 +36,27 @@ def scrape(metrics: ReplicaMetrics) -> dict[str, float]:
 
 
 def test_lanes_are_added_up_and_steps_observed() -> None:
-    metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD, num_steps=3, wasted_tokens=2))
+    metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD, num_steps=3, wasted_tokens=2), engine=ENGINE)
     member = StepMember(request_id=1, new_tokens=1, context_tokens=0, is_prefill=False)
     metrics.observe_step(StepRecord(step=1, start_ns=0, end_ns=4_000_000, members=(member, member)))
     values = scrape(metrics)
-    assert values["wattline_kv_blocks_free"] == 11
-    assert values["wattline_kv_blocks_total"] == 16
+    assert values["wattline_engine_kv_blocks_free"] == 11
+    assert values["wattline_engine_kv_blocks"] == 16
+    assert values['wattline_engine{device="cpu",kernels="avx2-float32"}'] == 1
     assert values["wattline_engine_steps_total"] == 3
     assert values["wattline_prefix_cached_tokens_total"] == 16
-    assert values['wattline_tokens_total{kind="wasted"}'] == 2
+    assert values['wattline_engine_tokens_total{kind="wasted"}'] == 2
     assert values['wattline_step_seconds_bucket{le="0.005"}'] == 1
     assert values["wattline_step_sequences_sum"] == 2
 
 
 def test_unknown_energy_has_no_series() -> None:
-    values = scrape(ReplicaMetrics(MetricsSnapshot(load=LOAD)))
+    values = scrape(ReplicaMetrics(MetricsSnapshot(load=LOAD), engine=ENGINE))
     assert not [name for name in values if "joules" in name]
 
 
 def test_joules_by_source_and_exact_integers_over_all() -> None:
-    metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD))
+    metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD), engine=ENGINE)
     energy = {
         Source.COUNTER: EnergySums(
             request_mj=9_007_199_254_740, idle_mj=1, unattributed_mj=0, meter_mj=9_007_199_254_741

@@ -1,0 +1,1 @@
+"""What Prometheus and Grafana need to watch Wattline: scrape targets, rules, alerts, a dashboard."""

@@ -1,0 +1,90 @@
+"""Several answers to one prompt, side by side: their seeds, their start, and their deltas as one stream.
+
+Each choice is delivered as if it were alone, failover included; the first error of any ends them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from hashlib import blake2b
+
+from cluster.link.replica_connection import ReplicaState
+from cluster.router.answer import TextDelta
+from cluster.router.run import Run
+
+SEED_BYTES = 8
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The first choice draws as a request for one answer does; the others from seeds of their own."""
+    if index == 0:
+        return seed
+    key = seed.to_bytes(SEED_BYTES, "little")
+    return int.from_bytes(
+        blake2b(index.to_bytes(4, "little"), digest_size=SEED_BYTES, key=key).digest(), "little"
+    )
+
+
+def deliver_choices(
+    runs: list[Run],
+    num_choices: int,
+    *,
+    submit: Callable[[int], Run],
+    deliver: Callable[[Run], AsyncGenerator[TextDelta, None]],
+) -> AsyncGenerator[TextDelta, None]:
+    """Deltas of all choices, as they come. `runs` has the first; those that are begun are added to it.
+
+    The others begin when the first token says that the prompt is computed, so that they find it in the cache.
+    """
+    if num_choices == 1:
+        return deliver(runs[0])
+    return _fan_out(runs, num_choices, submit=submit, deliver=deliver)
+
+
+async def _fan_out(
+    runs: list[Run],
+    num_choices: int,
+    *,
+    submit: Callable[[int], Run],
+    deliver: Callable[[Run], AsyncGenerator[TextDelta, None]],
+) -> AsyncGenerator[TextDelta, None]:
+    first = deliver(runs[0])
+    async with aclosing(first):
+        async for delta in first:
+            # One whose replica is just lost goes on elsewhere, and the others follow it there.
+            if delta.finish is not None or runs[0].attempt.connection.state is not ReplicaState.STALLED:
+                break
+            yield delta
+        for index in range(1, num_choices):
+            runs.append(submit(index))
+        yield delta
+        async with aclosing(_merged([first, *(deliver(run) for run in runs[1:])])) as deltas:
+            async for each in deltas:
+                yield each
+
+
+async def _merged(answers: Sequence[AsyncGenerator[TextDelta, None]]) -> AsyncGenerator[TextDelta, None]:
+    """Deltas of all answers; the first error ends all. Holds one delta of each at most."""
+    waiting = {asyncio.create_task(_next(answer)): answer for answer in answers}
+    try:
+        while waiting:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in [task for task in waiting if task.done()]:
+                answer = waiting.pop(task)
+                delta = task.result()
+                if delta is not None:
+                    waiting[asyncio.create_task(_next(answer))] = answer
+                    yield delta
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for answer in answers:
+            await answer.aclose()
+
+
+async def _next(answer: AsyncGenerator[TextDelta, None]) -> TextDelta | None:
+    """None: it has ended."""
+    return await anext(answer, None)

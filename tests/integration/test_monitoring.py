@@ -1,0 +1,145 @@
+"""A real Prometheus scrapes a router and a replica by the files that `wattline monitoring` writes.
+
+Every panel of the dashboard has a series while there is load. Skipped where Prometheus is not installed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.monitoring.grafana import build_dashboard
+from cluster.monitoring.write import write_all
+from protos import wattline_inference_pb2 as pb
+from replicas.config import EngineLimits, NullEngineConfig, ReplicaConfig
+from replicas.supervisor.rank_group import SubprocessRankGroup
+from replicas.supervisor.supervisor import Supervisor
+from tests.router_fixture import MODEL, VOCAB_SIZE, TestRouter, collect, make_config, run_test_router
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed"),
+]
+
+WAIT_S = 60.0
+SCRAPE_S = 0.2
+NULL = NullEngineConfig(step_ms=2.0, vocab_size=VOCAB_SIZE, context_tokens=512)
+
+
+@contextmanager
+def running_prometheus(folder: Path) -> Iterator[str]:
+    """Its address; its files and its log are in `folder`."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [
+        "prometheus",
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'tsdb'}",
+        f"--web.listen-address={address}",
+    ]
+    with (folder / "prometheus.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def ask(address: str, path: str, **parameters: str) -> Any:
+    """One answer of Prometheus' API; None while it starts."""
+    url = f"http://{address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)["data"]
+    except OSError:
+        return None
+
+
+def panel_queries() -> dict[str, str]:
+    """Every expression of the dashboard with its variables filled in, by panel and letter."""
+    panels: Any = build_dashboard()["panels"]
+    return {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        .replace("$__rate_interval", "10s")
+        .replace("$model", ".+")
+        for panel in panels
+        for target in panel.get("targets", ())
+    }
+
+
+async def ask_for_text(router: TestRouter) -> None:
+    request = pb.GenerateRequest(
+        model=MODEL, tokens=pb.TokenIds(ids=range(10, 50)), limits=pb.Limits(max_tokens=20, ignore_eos=True)
+    )
+    while True:
+        await collect(router.inference.Generate(request))
+
+
+async def without_a_series(prometheus: str) -> dict[str, str]:
+    """The queries of panels that stay empty, however long one waits."""
+    missing = panel_queries()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(WAIT_S):
+            while missing:
+                await asyncio.sleep(SCRAPE_S)
+                for panel, query in list(missing.items()):
+                    found = await asyncio.to_thread(ask, prometheus, "query", query=query)
+                    if found and found["result"]:
+                        del missing[panel]
+    return missing
+
+
+async def test_every_panel_has_a_series_under_load(tmp_path: Path) -> None:
+    config = make_config(model={"slo": {"ttft_ms": 500.0}})
+    async with run_test_router(config) as router:
+        supervisor = Supervisor(
+            ReplicaConfig(
+                model=MODEL,
+                source="null",
+                replica_id="one",
+                routers=(router.addresses.link,),
+                limits=EngineLimits(num_blocks=256),
+                null=NULL,
+                runtime_dir=str(tmp_path),
+                meter="fake",
+            ),
+            SubprocessRankGroup(runtime_dir=tmp_path),
+            lambda _: None,
+        )
+        try:
+            await supervisor.start()
+            write_all(tmp_path, routers=(router.addresses.http,), scrape_s=SCRAPE_S)
+            with running_prometheus(tmp_path) as prometheus:
+                load = asyncio.create_task(ask_for_text(router))
+                missing = await without_a_series(prometheus)
+                load.cancel()
+                await asyncio.gather(load, return_exceptions=True)
+                targets = await asyncio.to_thread(ask, prometheus, "targets")
+        finally:
+            await supervisor.stop()
+    assert not missing
+    up = {target["labels"]["job"]: target["labels"] for target in targets["activeTargets"]}
+    assert up["wattline-replica"]["replica"] == "one"
+    assert up["wattline-replica"]["model"] == MODEL
+    assert set(up) == {"wattline-router", "wattline-replica"}
+
+
+def test_the_rules_are_right_by_their_own_tests(tmp_path: Path) -> None:
+    write_all(tmp_path, routers=("127.0.0.1:8100",))
+    for command in (("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yaml")):
+        done = subprocess.run(
+            ["promtool", *command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,72 @@
+"""The files of `wattline monitoring`: whole without Prometheus or Grafana at hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.monitoring.grafana import COLUMNS, build_dashboard
+from cluster.monitoring.write import write_all
+
+
+def rules() -> list[dict[str, Any]]:
+    folder = Path(__file__).parents[3] / "cluster" / "monitoring"
+    groups = yaml.safe_load((folder / "rules.yaml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def test_panels_do_not_overlap_and_have_numbers_of_their_own() -> None:
+    panels: Any = build_dashboard()["panels"]
+    cells = [
+        (x, y)
+        for panel in panels
+        for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert all(x < COLUMNS for x, _ in cells)
+    assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_every_recorded_series_that_a_panel_or_rule_reads_is_recorded() -> None:
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    read = re.findall(r"\bmodel:wattline_\w+:\w+", json.dumps(build_dashboard()) + json.dumps(rules()))
+    assert set(read) <= recorded
+
+
+def test_alerts_say_what_to_do() -> None:
+    for rule in rules():
+        if "alert" in rule:
+            assert rule["labels"]["severity"] in {"page", "ticket"}
+            assert set(rule["annotations"]) == {"summary", "description"}
+
+
+def test_every_router_is_scraped_and_asked_for_its_replicas(tmp_path: Path) -> None:
+    write_all(tmp_path, routers=("10.0.0.1:8100", "10.0.0.2:8100"))
+    config = yaml.safe_load((tmp_path / "prometheus.yml").read_text())
+    router, replica = config["scrape_configs"]
+    assert router["static_configs"] == [{"targets": ["10.0.0.1:8100", "10.0.0.2:8100"]}]
+    assert [each["url"] for each in replica["http_sd_configs"]] == [
+        "http://10.0.0.1:8100/metrics/targets",
+        "http://10.0.0.2:8100/metrics/targets",
+    ]
+
+
+def test_the_command_names_the_files_it_wrote(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["monitoring", "--out", str(tmp_path / "new"), "--router", "127.0.0.1:8100"]
+    )
+    assert done.exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "grafana-wattline.json",
+        "prometheus.yml",
+        "rules.yaml",
+        "rules_test.yaml",
+    ]
+    assert json.loads((tmp_path / "new" / "grafana-wattline.json").read_text())["uid"] == "wattline"
