@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import wattline_link_pb2 as protos_dot_wattline__link__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotos/wattline_rank.proto\x12\x0bwattline.v1\x1a\x1aprotos/wattline_link.proto\"\xaf\x01\n\x06ToRank\x12%\n\x06submit\x18\x01 \x01(\x0b\x32\x13.wattline.v1.SubmitH\x00\x12%\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x13.wattline.v1.CancelH\x00\x12!\n\x04stop\x18\x03 \x01(\x0b\x32\x11.wattline.v1.StopH\x00\x12)\n\x08shutdown\x18\x04 \x01(\x0b\x32\x15.wattline.v1.ShutdownH\x00\x42\t\n\x07\x63ommand\"\n\n\x08Shutdown\"\xc6\x01\n\x08\x46romRank\x12/\n\x07loading\x18\x01 \x01(\x0b\x32\x1c.wattline.v1.LoadingProgressH\x00\x12)\n\x05ready\x18\x02 \x01(\x0b\x32\x18.wattline.v1.EngineReadyH\x00\x12&\n\x04step\x18\x03 \x01(\x0b\x32\x16.wattline.v1.StepFrameH\x00\x12-\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1a.wattline.v1.EngineFailureH\x00\x42\x07\n\x05\x65vent\"K\n\x0fLoadingProgress\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x0c\n\x04\x64one\x18\x03 \x01(\x04\x12\r\n\x05total\x18\x04 \x01(\x04\"\xbc\x02\n\x0b\x45ngineReady\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\r\n\x05lanes\x18\x02 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x15\n\rmax_sequences\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x16\n\x0eweights_digest\x18\x07 \x01(\t\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\'\n\x04load\x18\n \x01(\x0b\x32\x19.wattline.v1.LoadSnapshot\x12\'\n\x05\x63osts\x18\x0b \x01(\x0b\x32\x18.wattline.v1.EngineCosts\x12\x15\n\reos_token_ids\x18\x0c \x03(\r\x12\x0f\n\x07kernels\x18\r \x01(\t\"\x9e\x01\n\x0b\x45ngineCosts\x12\x15\n\ractive_params\x18\x01 \x01(\x04\x12\x1b\n\x13shared_weight_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x65xpert_bytes\x18\x03 \x01(\x04\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x15\n\rattention_dim\x18\x05 \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x06 \x01(\r\"]\n\tStepFrame\x12\'\n\x06output\x18\x01 \x01(\x0b\x32\x17.wattline.v1.StepOutput\x12\'\n\x06record\x18\x02 \x01(\x0b\x32\x17.wattline.v1.StepRecord\"\xbd\x01\n\nStepRecord\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x10\n\x08start_ns\x18\x02 \x01(\x04\x12\x0e\n\x06\x65nd_ns\x18\x03 \x01(\x04\x12\x13\n\x0brequest_ids\x18\x04 \x03(\x04\x12\x12\n\nnew_tokens\x18\x05 \x03(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x03(\r\x12\x12\n\nis_prefill\x18\x07 \x03(\x08\x12\x15\n\rwasted_tokens\x18\x08 \x03(\r\x12\x13\n\x0b\x65xperts_hit\x18\t \x01(\r\"\x1f\n\rEngineFailure\x12\x0e\n\x06reason\x18\x01 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotos/wattline_rank.proto\x12\x0bwattline.v1\x1a\x1aprotos/wattline_link.proto\"\xaf\x01\n\x06ToRank\x12%\n\x06submit\x18\x01 \x01(\x0b\x32\x13.wattline.v1.SubmitH\x00\x12%\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x13.wattline.v1.CancelH\x00\x12!\n\x04stop\x18\x03 \x01(\x0b\x32\x11.wattline.v1.StopH\x00\x12)\n\x08shutdown\x18\x04 \x01(\x0b\x32\x15.wattline.v1.ShutdownH\x00\x42\t\n\x07\x63ommand\"\n\n\x08Shutdown\"\xf3\x01\n\x08\x46romRank\x12/\n\x07loading\x18\x01 \x01(\x0b\x32\x1c.wattline.v1.LoadingProgressH\x00\x12)\n\x05ready\x18\x02 \x01(\x0b\x32\x18.wattline.v1.EngineReadyH\x00\x12&\n\x04step\x18\x03 \x01(\x0b\x32\x16.wattline.v1.StepFrameH\x00\x12-\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1a.wattline.v1.EngineFailureH\x00\x12+\n\x07\x65xperts\x18\x05 \x01(\x0b\x32\x18.wattline.v1.ExpertLoadsH\x00\x42\x07\n\x05\x65vent\"K\n\x0fLoadingProgress\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x0c\n\x04\x64one\x18\x03 \x01(\x04\x12\r\n\x05total\x18\x04 \x01(\x04\"\xbc\x02\n\x0b\x45ngineReady\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\r\n\x05lanes\x18\x02 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x15\n\rmax_sequences\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x16\n\x0eweights_digest\x18\x07 \x01(\t\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\'\n\x04load\x18\n \x01(\x0b\x32\x19.wattline.v1.LoadSnapshot\x12\'\n\x05\x63osts\x18\x0b \x01(\x0b\x32\x18.wattline.v1.EngineCosts\x12\x15\n\reos_token_ids\x18\x0c \x03(\r\x12\x0f\n\x07kernels\x18\r \x01(\t\"\x9e\x01\n\x0b\x45ngineCosts\x12\x15\n\ractive_params\x18\x01 \x01(\x04\x12\x1b\n\x13shared_weight_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x65xpert_bytes\x18\x03 \x01(\x04\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x15\n\rattention_dim\x18\x05 \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x06 \x01(\r\"]\n\tStepFrame\x12\'\n\x06output\x18\x01 \x01(\x0b\x32\x17.wattline.v1.StepOutput\x12\'\n\x06record\x18\x02 \x01(\x0b\x32\x17.wattline.v1.StepRecord\"\xbd\x01\n\nStepRecord\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x10\n\x08start_ns\x18\x02 \x01(\x04\x12\x0e\n\x06\x65nd_ns\x18\x03 \x01(\x04\x12\x13\n\x0brequest_ids\x18\x04 \x03(\x04\x12\x12\n\nnew_tokens\x18\x05 \x03(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x03(\r\x12\x12\n\nis_prefill\x18\x07 \x03(\x08\x12\x15\n\rwasted_tokens\x18\x08 \x03(\r\x12\x13\n\x0b\x65xperts_hit\x18\t \x01(\r\"U\n\x0b\x45xpertLoads\x12\x13\n\x0bnum_experts\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x04\x12\x11\n\tnum_ranks\x18\x03 \x01(\r\x12\x0e\n\x06spares\x18\x04 \x03(\x11\"\x1f\n\rEngineFailure\x12\x0e\n\x06reason\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,17 +37,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SHUTDOWN']._serialized_start=249
   _globals['_SHUTDOWN']._serialized_end=259
   _globals['_FROMRANK']._serialized_start=262
-  _globals['_FROMRANK']._serialized_end=460
-  _globals['_LOADINGPROGRESS']._serialized_start=462
-  _globals['_LOADINGPROGRESS']._serialized_end=537
-  _globals['_ENGINEREADY']._serialized_start=540
-  _globals['_ENGINEREADY']._serialized_end=856
-  _globals['_ENGINECOSTS']._serialized_start=859
-  _globals['_ENGINECOSTS']._serialized_end=1017
-  _globals['_STEPFRAME']._serialized_start=1019
-  _globals['_STEPFRAME']._serialized_end=1112
-  _globals['_STEPRECORD']._serialized_start=1115
-  _globals['_STEPRECORD']._serialized_end=1304
-  _globals['_ENGINEFAILURE']._serialized_start=1306
-  _globals['_ENGINEFAILURE']._serialized_end=1337
+  _globals['_FROMRANK']._serialized_end=505
+  _globals['_LOADINGPROGRESS']._serialized_start=507
+  _globals['_LOADINGPROGRESS']._serialized_end=582
+  _globals['_ENGINEREADY']._serialized_start=585
+  _globals['_ENGINEREADY']._serialized_end=901
+  _globals['_ENGINECOSTS']._serialized_start=904
+  _globals['_ENGINECOSTS']._serialized_end=1062
+  _globals['_STEPFRAME']._serialized_start=1064
+  _globals['_STEPFRAME']._serialized_end=1157
+  _globals['_STEPRECORD']._serialized_start=1160
+  _globals['_STEPRECORD']._serialized_end=1349
+  _globals['_EXPERTLOADS']._serialized_start=1351
+  _globals['_EXPERTLOADS']._serialized_end=1436
+  _globals['_ENGINEFAILURE']._serialized_start=1438
+  _globals['_ENGINEFAILURE']._serialized_end=1469
 # @@protoc_insertion_point(module_scope)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from replicas.expert_loads import ExpertLoads
 from replicas.record import record
 from replicas.request import TORCH_KERNELS, EngineCosts, SamplingParams, TokenLogprobs
 from replicas.sampling_words import sampling_from_words, sampling_to_words
@@ -120,10 +121,11 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltRunner:
-    """A runner that is loaded and ready to launch, and what it is."""
+    """A runner that is loaded and ready to launch, and what it is. `expert_loads` None: it has no experts."""
 
     runner: Runner
     shape: EngineShape
+    expert_loads: Callable[[], ExpertLoads] | None = None
 
 
 Progress = Callable[[str, int, int], None]

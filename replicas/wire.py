@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from protos import wattline_link_pb2 as link_pb2
 from protos import wattline_rank_pb2 as rank_pb2
+from replicas.expert_loads import ExpertLoads
 from replicas.request import (
     EngineCosts,
     EngineReady,
@@ -261,6 +262,24 @@ def result_from_wire(message: rank_pb2.StepFrame) -> StepResult:
         deltas=tuple(delta_from_wire(delta) for delta in message.output.deltas),
         load=load_from_wire(message.output.load),
         record=record_from_wire(message.record) if message.HasField("record") else None,
+    )
+
+
+def loads_to_wire(loads: ExpertLoads) -> rank_pb2.ExpertLoads:
+    return rank_pb2.ExpertLoads(
+        num_experts=loads.num_experts,
+        tokens=loads.tokens,
+        num_ranks=loads.num_ranks,
+        spares=loads.spares,
+    )
+
+
+def loads_from_wire(message: rank_pb2.ExpertLoads) -> ExpertLoads:
+    return ExpertLoads(
+        num_experts=message.num_experts,
+        tokens=tuple(message.tokens),
+        num_ranks=message.num_ranks,
+        spares=tuple(message.spares),
     )
 
 

@@ -16,10 +16,19 @@ from replicas.models.weights import ExpertWeights
 
 
 def mix_experts(
-    x_TH: torch.Tensor, weights: ExpertWeights, *, num_choices: int, first_expert: int
+    x_TH: torch.Tensor,
+    weights: ExpertWeights,
+    tally_X: torch.Tensor,
+    *,
+    num_choices: int,
+    first_expert: int,
 ) -> tuple[torch.Tensor, torch.Tensor | int]:
-    """The local experts' part of the output [T, H], and how many distinct experts were hit on all ranks."""
+    """The local experts' part of the output [T, H], and how many distinct experts were hit on all ranks.
+
+    `tally_X`, int64, counts the tokens that each expert gets.
+    """
     choices_TC, shares_TC = route(x_TH, weights.router_XH, num_choices)
+    tally_X.index_add_(0, choices_TC.reshape(-1), torch.ones_like(choices_TC).reshape(-1))
     run = run_grouped if x_TH.is_cuda else run_loop
     return run(x_TH, weights, choices_TC, shares_TC, first_expert)
 

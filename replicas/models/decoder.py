@@ -25,7 +25,10 @@ from replicas.rank.batch import Batch
 
 
 class Decoder:
-    """One rank's shard of a model, with its KV cache. Owns neither rows nor sampling."""
+    """One rank's shard of a model, with its KV cache. Owns neither rows nor sampling.
+
+    `tally_LX` counts the tokens that each expert X of each layer L gets.
+    """
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class Decoder:
         shard: Shard,
         weights: ModelWeights,
         kv: PagedKV,
+        tally_LX: torch.Tensor,
         collectives: Collectives,
         kernels: CpuLayers | None = None,
     ) -> None:
@@ -45,6 +49,7 @@ class Decoder:
         self._head_VH = weights.head_VH if kernels is None else None
         self._kernels = kernels
         self._kv = kv
+        self._tally_LX = tally_LX
         self._collectives = collectives
         self._vocab_ranks = SoloCollectives() if shard.is_dispatched else collectives
         device = weights.embedding_VH.device
@@ -91,7 +96,7 @@ class Decoder:
         """What this rank's columns or experts make of the tokens, and how many experts were hit anywhere."""
         if self._kernels is not None:
             return self._kernels.ffn(index, x_TH)
-        return self._torch_ffn(self._layers[index], x_TH)
+        return self._torch_ffn(self._layers[index], x_TH, self._tally_LX[index])
 
     def _head(self, x_SH: torch.Tensor) -> torch.Tensor:
         if self._kernels is not None:
@@ -119,13 +124,16 @@ class Decoder:
         )
         return linear(mixed, layer.out_HA)
 
-    def _torch_ffn(self, layer: LayerWeights, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
+    def _torch_ffn(
+        self, layer: LayerWeights, x_TH: torch.Tensor, tally_X: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | int]:
         normed_TH = rms_norm(x_TH, layer.ffn_norm_H, self._spec.norm_eps)
         if isinstance(layer.ffn, MlpWeights):
             return linear(gate(linear(normed_TH, layer.ffn.gate_up_2FH)), layer.ffn.down_HF), 0
         return mix_experts(
             normed_TH,
             layer.ffn,
+            tally_X,
             num_choices=self._spec.experts_per_token,
             first_expert=self._shard.expert_start,
         )

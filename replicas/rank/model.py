@@ -24,4 +24,5 @@ def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
         costs=runner.costs,
         kernels=runner.kernels,
     )
-    return BuiltRunner(runner=runner, shape=shape)
+    expert_loads = runner.expert_loads if runner.spec.num_experts else None
+    return BuiltRunner(runner=runner, shape=shape, expert_loads=expert_loads)

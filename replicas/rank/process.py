@@ -34,6 +34,7 @@ from replicas.parallel.channel import PlanFollower, PlanLeader, StepReply, diges
 from replicas.parallel.ring import RingFollower, RingLeader
 from replicas.parallel.tcp import TcpFollower, TcpLeader
 from replicas.plan import BuiltRunner, EngineShape, PendingStep, Progress, Runner, decode_plan
+from replicas.rank.expert_report import ExpertReport
 from replicas.rank.group_runner import GroupRunner
 from replicas.request import EngineReady, FinishReason, GenerationRequest
 
@@ -81,19 +82,22 @@ def _serve(config: RankConfig, build: RunnerFactory, supervisor: RankSocket) -> 
         leader.timeout_s = config.collective_timeout_s
     _spare_the_collector()
     supervisor.send(_ready(config, built.shape, scheduler, engine))
-    _step_until_shutdown(engine, supervisor)
+    _step_until_shutdown(engine, supervisor, ExpertReport(built.expert_loads))
     runner.close()
 
 
-def _step_until_shutdown(engine: Engine, supervisor: RankSocket) -> None:
+def _step_until_shutdown(engine: Engine, supervisor: RankSocket, report: ExpertReport) -> None:
     """Sleeps in the kernel while there is no work."""
     while True:
-        for command in supervisor.receive(wait=not engine.has_work):
+        for command in supervisor.receive(wait=not engine.has_work, timeout_s=report.wait_s):
             if isinstance(command, Shutdown):
                 return
             _apply(engine, command)
         if engine.has_work:
             supervisor.send(engine.step())
+            report.note_step()
+        if (loads := report.take()) is not None:
+            supervisor.send(loads)
 
 
 def _apply(engine: Engine, command: Command) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from replicas.config import EngineLimits, RankConfig
 from replicas.errors import BadCheckpoint, RankLost
+from replicas.expert_loads import ExpertLoads
 from replicas.layers.attention import PagedKV
 from replicas.layers.kernels.layers import CpuLayers
 from replicas.layers.kernels.library import open_pool
@@ -92,6 +93,7 @@ class ModelRunner:
         self.weights_digest = weights_digest
         self._limits = limits
         self._num_lanes = config.parallel.num_lanes
+        self._num_expert_ranks = config.parallel.expert
         self._shard = shard
         self._collectives = collectives
         self._vocab_ranks = SoloCollectives() if shard.is_dispatched else collectives
@@ -114,7 +116,10 @@ class ModelRunner:
             dtype=dtype,
         )
         self._kv = kv
-        self._kernels = _cpu_layers(config, spec, shard, weights, kv)
+        self._tally_LX = torch.zeros(
+            (spec.num_layers, spec.num_experts), dtype=torch.int64, device=self._device
+        )
+        self._kernels = _cpu_layers(config, spec, shard, weights, kv, self._tally_LX)
         self.kernels = TORCH_KERNELS if self._kernels is None else self._kernels.name
         self._rows = Rows(
             max_sequences=limits.max_sequences,
@@ -126,7 +131,7 @@ class ModelRunner:
         )
         self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
-        self.decoder = Decoder(spec, shard, weights, kv, collectives, self._kernels)
+        self.decoder = Decoder(spec, shard, weights, kv, self._tally_LX, collectives, self._kernels)
 
     @classmethod
     def build(cls, config: RankConfig, collectives: Collectives, progress: Progress) -> ModelRunner:
@@ -207,6 +212,15 @@ class ModelRunner:
                         for row in range(count)
                     )
                 )
+        self._tally_LX.zero_()
+
+    def expert_loads(self) -> ExpertLoads:
+        """What the experts got since the warm-up; waits for the device. For models with experts."""
+        return ExpertLoads(
+            num_experts=self.spec.num_experts,
+            tokens=tuple(self._tally_LX.view(-1).tolist()),
+            num_ranks=self._num_expert_ranks,
+        )
 
     def _sample(
         self, batch: Batch, logits_SV: torch.Tensor, num_best: int | None
@@ -267,7 +281,12 @@ def _device_name(device: torch.device) -> str:
 
 
 def _cpu_layers(
-    config: RankConfig, spec: ModelSpec, shard: Shard, weights: ModelWeights, kv: PagedKV
+    config: RankConfig,
+    spec: ModelSpec,
+    shard: Shard,
+    weights: ModelWeights,
+    kv: PagedKV,
+    tally_LX: torch.Tensor,
 ) -> CpuLayers | None:
     """The compiled kernels where they serve: float32 on a CPU with a compiler. Torch then needs one thread:
     two pools would fight for the same cores."""
@@ -277,7 +296,7 @@ def _cpu_layers(
     pool = open_pool(config.threads)
     if pool is None:
         return None
-    layers = CpuLayers(pool, spec, shard, weights, kv, keeps_half=config.kernels == "auto")
+    layers = CpuLayers(pool, spec, shard, weights, kv, tally_LX, keeps_half=config.kernels == "auto")
     torch.set_num_threads(1)
     return layers
 

@@ -12,6 +12,7 @@ import pytest
 
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.frames import Shutdown, Submit
+from replicas.rank.process import GOLDEN_PROMPT_TOKENS, GOLDEN_TOKENS
 from replicas.request import FinishReason, GenerationRequest
 from tests.checkpoints import make_granite_moe, make_llama, reference_logits
 from tests.live_ranks import open_group
@@ -72,6 +73,10 @@ async def test_a_group_answers_like_transformers(
             )
             await group.send(Submit(request=request))
         await group.read_until(lambda seen: len(seen.finishes) == len(PROMPTS))
+        if name == "granite-moe":
+            num_golden = parallel.num_lanes * (GOLDEN_PROMPT_TOKENS + GOLDEN_TOKENS - 1)
+            loads = await group.read_experts(2 * 2 * (num_golden + group.num_computed))
+            assert (loads.num_experts, loads.num_layers, loads.num_ranks) == (8, 2, 2)
         await group.send(Shutdown())
         assert await group.exit_codes() == [0] * config.num_ranks
     assert set(group.finishes.values()) == {FinishReason.LENGTH}

@@ -637,6 +637,7 @@ typedef struct {
     Matrix router;
     const Matrix *gate, *up, *down;
     long num_choices, first_expert, num_local;
+    int64_t *tally; /* tokens that each expert of all ranks has got so far */
 } ExpertLayer;
 
 /* The best `num_choices` logits of a token (lowest index of equals), which it overwrites, and their softmax.
@@ -686,7 +687,7 @@ long wl_experts(Pool *pool, const ExpertLayer *layer, const float *x, float *out
         for (long c = 0; c < C; c++) counts[choice[t * C + c]]++;
     }
     for (long e = 0; e < X; e++) {
-        num_hit += counts[e] > 0;
+        num_hit += counts[e] > 0, layer->tally[e] += counts[e];
         long local = e - layer->first_expert;
         if (local < 0 || local >= E || !counts[e]) { counts[e] = -1; continue; }
         group[num_groups] = (int)local, begin[num_groups++] = rows;

@@ -57,6 +57,7 @@ class CpuLayers:
         shard: Shard,
         weights: ModelWeights,
         kv: PagedKV,
+        tally_LX: torch.Tensor,
         *,
         keeps_half: bool,
     ) -> None:
@@ -64,6 +65,7 @@ class CpuLayers:
         self._spec = spec
         self._shard = shard
         self._kv = kv
+        self._tally_LX = tally_LX
         self._keeps_half = keeps_half
         self._owned = _Packed()
         self._panels: list[torch.Tensor] = []
@@ -71,8 +73,8 @@ class CpuLayers:
         self._ffn = [
             self._pack_mlp(layer, layer.ffn)
             if isinstance(layer.ffn, MlpWeights)
-            else self._pack_experts(layer, layer.ffn)
-            for layer in weights.layers
+            else self._pack_experts(layer, layer.ffn, tally_LX[index])
+            for index, layer in enumerate(weights.layers)
         ]
         self._final_norm_H = weights.final_norm_H
         self._head = self._pack(weights.head_VH)
@@ -171,7 +173,9 @@ class CpuLayers:
             down=self._pack(mlp.down_HF).layout,
         )
 
-    def _pack_experts(self, layer: LayerWeights, experts: ExpertWeights) -> CExpertLayer:
+    def _pack_experts(
+        self, layer: LayerWeights, experts: ExpertWeights, tally_X: torch.Tensor
+    ) -> CExpertLayer:
         count = experts.down_EHF.shape[0]
         gate_EFH, up_EFH = experts.gate_up_E2FH.chunk(2, dim=1)
         gate, up, down = (
@@ -187,6 +191,7 @@ class CpuLayers:
             num_choices=self._spec.experts_per_token,
             first_expert=self._shard.expert_start,
             num_local=count,
+            tally=tally_X.data_ptr(),
         )
 
     def _pack(self, weight: torch.Tensor) -> PackedMatrix:

@@ -66,6 +66,7 @@ class CExpertLayer(Structure):
         ("router", CMatrix),
         *((name, POINTER(CMatrix)) for name in ("gate", "up", "down")),
         *((name, c_long) for name in ("num_choices", "first_expert", "num_local")),
+        ("tally", c_void_p),
     ]
 
 
