@@ -29,6 +29,10 @@ class ParallelConfig:
     tensor: int = 1
     expert: int = 1
     layout: str = "shared"
+    spare_experts: int = 0
+    """Slots per rank and layer for copies of hot experts that live on other ranks."""
+    rebalance_steps: int = 1000
+    """Steps after which the copies of a layer are looked at again."""
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -44,6 +48,11 @@ class ParallelConfig:
             raise BadParallelism(
                 f"parallel.layout is 'dispatch' with tensor={self.tensor} and expert={self.expert}; "
                 "it splits experts alone: set tensor to 1 and expert to the number of ranks, 2 or more"
+            )
+        if self.spare_experts < 0 or (self.spare_experts and self.expert == 1) or self.rebalance_steps < 1:
+            raise BadParallelism(
+                f"parallel.spare_experts={self.spare_experts}, rebalance_steps={self.rebalance_steps}, "
+                f"expert={self.expert}: spare slots are 0 or more, 0 where expert is 1; steps are at least 1"
             )
 
     @property

@@ -21,13 +21,18 @@ class ParallelSection(Section):
         "cache of its own and shares the experts alone (a MoE model, tensor 1, expert = ranks)",
     )
 
+    spare_experts: int = Field(
+        0, ge=0, le=256, description="slots per rank and layer for copies of hot experts of other ranks"
+    )
+    rebalance_steps: int = Field(1000, ge=1, description="steps after which copies are looked at again")
+
     @model_validator(mode="after")
     def _degrees_make_a_group(self) -> ParallelSection:
         self.to_parallel()
         return self
 
     def to_parallel(self) -> ParallelConfig:
-        return ParallelConfig(tensor=self.tensor, expert=self.expert, layout=self.layout)
+        return ParallelConfig(**self.model_dump())
 
 
 class ReplicasSection(Section):

@@ -9,9 +9,12 @@ S tokens whose logits are asked for, V local vocabulary rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from replicas.layers.attention import PagedKV, attend
+from replicas.layers.expert_routes import ExpertRoutes
 from replicas.layers.experts import mix_experts
 from replicas.layers.kernels.layers import CpuLayers
 from replicas.layers.linear import embed, finish_logits, gate, linear
@@ -27,7 +30,8 @@ from replicas.rank.batch import Batch
 class Decoder:
     """One rank's shard of a model, with its KV cache. Owns neither rows nor sampling.
 
-    `tally_LX` counts the tokens that each expert X of each layer L gets.
+    `tally_LX` counts the tokens that each expert X of each layer L gets. `routes`, one per layer, are there
+    where hot experts may have copies.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class Decoder:
         tally_LX: torch.Tensor,
         collectives: Collectives,
         kernels: CpuLayers | None = None,
+        routes: Sequence[ExpertRoutes] = (),
     ) -> None:
         self._spec = spec
         self._shard = shard
@@ -50,6 +55,7 @@ class Decoder:
         self._kernels = kernels
         self._kv = kv
         self._tally_LX = tally_LX
+        self._routes = routes
         self._collectives = collectives
         self._vocab_ranks = SoloCollectives() if shard.is_dispatched else collectives
         device = weights.embedding_VH.device
@@ -96,7 +102,7 @@ class Decoder:
         """What this rank's columns or experts make of the tokens, and how many experts were hit anywhere."""
         if self._kernels is not None:
             return self._kernels.ffn(index, x_TH)
-        return self._torch_ffn(self._layers[index], x_TH, self._tally_LX[index])
+        return self._torch_ffn(index, self._layers[index], x_TH)
 
     def _head(self, x_SH: torch.Tensor) -> torch.Tensor:
         if self._kernels is not None:
@@ -125,7 +131,7 @@ class Decoder:
         return linear(mixed, layer.out_HA)
 
     def _torch_ffn(
-        self, layer: LayerWeights, x_TH: torch.Tensor, tally_X: torch.Tensor
+        self, index: int, layer: LayerWeights, x_TH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | int]:
         normed_TH = rms_norm(x_TH, layer.ffn_norm_H, self._spec.norm_eps)
         if isinstance(layer.ffn, MlpWeights):
@@ -133,7 +139,8 @@ class Decoder:
         return mix_experts(
             normed_TH,
             layer.ffn,
-            tally_X,
+            self._tally_LX[index],
             num_choices=self._spec.experts_per_token,
             first_expert=self._shard.expert_start,
+            routes=self._routes[index] if self._routes else None,
         )

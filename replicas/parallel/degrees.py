@@ -46,6 +46,8 @@ class Shard:
     is_attention_split: bool
     is_ffn_split: bool
     is_dispatched: bool = False
+    num_spare_experts: int = 0
+    """Slots behind the rank's own experts, for copies of others."""
 
 
 def shard_of(spec: ModelSpec, parallel: ParallelConfig, rank: int) -> Shard:
@@ -80,6 +82,7 @@ def shard_of(spec: ModelSpec, parallel: ParallelConfig, rank: int) -> Shard:
         is_attention_split=tensor > 1,
         is_ffn_split=num_ranks > 1 and not is_dispatched,
         is_dispatched=is_dispatched,
+        num_spare_experts=parallel.spare_experts,
     )
 
 
@@ -99,6 +102,8 @@ def _prove(spec: ModelSpec, parallel: ParallelConfig) -> None:
         )
     elif expert > 1 and spec.num_experts % expert:
         problems.append(f"num_experts={spec.num_experts} % expert={expert} = {spec.num_experts % expert}")
+    elif parallel.spare_experts > (most := max(0, spec.num_experts - spec.num_experts // expert - 1)):
+        problems.append(f"spare_experts={parallel.spare_experts}; at most {most}, all but one of the others")
     if problems:
         raise BadParallelism(
             f"parallel tensor={tensor} expert={expert} does not divide {spec.architecture} "

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from replicas.config import EngineLimits, RankConfig
+from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.errors import BadCheckpoint, RankLost
 from replicas.expert_loads import ExpertLoads
 from replicas.layers.attention import PagedKV
+from replicas.layers.expert_routes import ExpertRoutes
+from replicas.layers.experts import StackedExperts
 from replicas.layers.kernels.layers import CpuLayers
 from replicas.layers.kernels.library import open_pool
 from replicas.models.checkpoint import Checkpoint
@@ -28,6 +31,7 @@ from replicas.parallel.collectives import Collectives, SoloCollectives
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
 from replicas.rank.batch import Batch, Draw, Rows
+from replicas.rank.expert_copies import ExpertCopies, ExpertStore
 from replicas.rank.lanes import Lanes
 from replicas.rank.logit_edits import LogitEdits
 from replicas.rank.logprobs import measure_logprobs, read_logprobs
@@ -119,7 +123,10 @@ class ModelRunner:
         self._tally_LX = torch.zeros(
             (spec.num_layers, spec.num_experts), dtype=torch.int64, device=self._device
         )
-        self._kernels = _cpu_layers(config, spec, shard, weights, kv, self._tally_LX)
+        routes = _expert_routes(config.parallel, spec, shard, self._device)
+        self._kernels = _cpu_layers(config, spec, shard, weights, kv, self._tally_LX, routes)
+        self._experts: ExpertStore = self._kernels or StackedExperts(weights.layers)
+        self._copies = ExpertCopies(config.parallel, self._tally_LX, collectives, routes) if routes else None
         self.kernels = TORCH_KERNELS if self._kernels is None else self._kernels.name
         self._rows = Rows(
             max_sequences=limits.max_sequences,
@@ -131,7 +138,7 @@ class ModelRunner:
         )
         self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
-        self.decoder = Decoder(spec, shard, weights, kv, self._tally_LX, collectives, self._kernels)
+        self.decoder = Decoder(spec, shard, weights, kv, self._tally_LX, collectives, self._kernels, routes)
 
     @classmethod
     def build(cls, config: RankConfig, collectives: Collectives, progress: Progress) -> ModelRunner:
@@ -160,6 +167,8 @@ class ModelRunner:
         for row in self._broken_rows.intersection(plan.freed_rows):
             self._kv.scrub(self._rows.blocks_of(row - self._own_rows.start))
             self._broken_rows.remove(row)
+        if self._copies is not None:
+            self._copies.look(plan.step, self._experts)
         lane = None if self._lanes is None else self._lanes.split(plan)
         own = plan if lane is None else lane.plan
         self._rows.apply(own)
@@ -220,6 +229,7 @@ class ModelRunner:
             num_experts=self.spec.num_experts,
             tokens=tuple(self._tally_LX.view(-1).tolist()),
             num_ranks=self._num_expert_ranks,
+            spares=() if self._copies is None else self._copies.flat_spares,
         )
 
     def _sample(
@@ -287,6 +297,7 @@ def _cpu_layers(
     weights: ModelWeights,
     kv: PagedKV,
     tally_LX: torch.Tensor,
+    routes: Sequence[ExpertRoutes],
 ) -> CpuLayers | None:
     """The compiled kernels where they serve: float32 on a CPU with a compiler. Torch then needs one thread:
     two pools would fight for the same cores."""
@@ -296,9 +307,26 @@ def _cpu_layers(
     pool = open_pool(config.threads)
     if pool is None:
         return None
-    layers = CpuLayers(pool, spec, shard, weights, kv, tally_LX, keeps_half=config.kernels == "auto")
+    layers = CpuLayers(pool, spec, shard, weights, kv, tally_LX, routes, keeps_half=config.kernels == "auto")
     torch.set_num_threads(1)
     return layers
+
+
+def _expert_routes(
+    parallel: ParallelConfig, spec: ModelSpec, shard: Shard, device: torch.device
+) -> tuple[ExpertRoutes, ...]:
+    """One per layer; none where no expert has room for a copy."""
+    if not shard.num_spare_experts:
+        return ()
+    return tuple(
+        ExpertRoutes.empty(
+            num_experts=spec.num_experts,
+            num_ranks=parallel.expert,
+            num_slots=shard.num_experts + shard.num_spare_experts,
+            device=device,
+        )
+        for _ in range(spec.num_layers)
+    )
 
 
 def _num_blocks(spec: ModelSpec, shard: Shard, limits: EngineLimits, itemsize: int) -> int:

@@ -6,6 +6,7 @@ Every rank runs a scheduler of its own here; they agree because a step's outcome
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.engine.engine import Engine
 from replicas.engine.scheduler import Scheduler
+from replicas.expert_loads import EMPTY_SLOT, ExpertLoads
 from replicas.parallel.collectives import Collectives
 from replicas.plan import EngineShape
 from replicas.rank.runner import ModelRunner
@@ -31,6 +33,8 @@ class Answers:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     last: dict[int, SequenceDelta] = field(default_factory=dict)
+    loads: list[ExpertLoads] = field(default_factory=list)
+    """After every step."""
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +62,16 @@ def make_requests() -> list[GenerationRequest]:
     ]
 
 
-def make_configs(source: Path, *, expert: int, layout: str, lookahead: int = 0) -> list[RankConfig]:
-    parallel = ParallelConfig(expert=expert, layout=layout)
+def make_configs(
+    source: Path, *, expert: int, layout: str, lookahead: int = 0, spare: int = 0, kernels: str = "auto"
+) -> list[RankConfig]:
+    parallel = ParallelConfig(expert=expert, layout=layout, spare_experts=spare, rebalance_steps=6)
     limits = replace(LIMITS, lookahead=lookahead)
     return [
-        make_rank_config(source.parent, rank=rank, parallel=parallel, source=str(source), limits=limits)
+        replace(
+            make_rank_config(source.parent, rank=rank, parallel=parallel, source=str(source), limits=limits),
+            kernels=kernels,
+        )
         for rank in range(expert)
     ]
 
@@ -91,7 +100,9 @@ def answer(config: RankConfig, collectives: Collectives, requests: list[Generati
         engine.submit(replace(request, lane=request.lane % num_lanes))
     answers = Answers()
     while engine.has_work:
-        for delta in engine.step().deltas:
+        deltas = engine.step().deltas
+        answers.loads.append(runner.expert_loads())
+        for delta in deltas:
             answers.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
             answers.logprobs.setdefault(delta.request_id, []).extend(delta.logprobs)
             if delta.finish is not None:
@@ -106,6 +117,7 @@ def answer_in_group(configs: list[RankConfig], requests: list[GenerationRequest]
     for other in others:
         assert isinstance(other, Answers), other
         assert (other.tokens, other.logprobs) == (first.tokens, first.logprobs)
+        assert other.loads == first.loads
     return first
 
 
@@ -124,6 +136,27 @@ def test_lanes_answer_as_one_rank_does(granite_moe: Path, expert: int, lookahead
         for ours, theirs in zip(together.logprobs[request_id], wanted, strict=True):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=LOGPROB_ERROR)
             assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+@pytest.mark.parametrize(("expert", "layout"), [(2, "dispatch"), (4, "dispatch"), (2, "shared")])
+def test_copies_of_hot_experts_come_and_go_and_change_no_token(
+    granite_moe: Path, expert: int, layout: str, kernels: str
+) -> None:
+    """Copies are made while sequences decode; every rank serves some of the tokens of a copied expert."""
+    alone = answer_in_group(make_configs(granite_moe, expert=1, layout="shared"), make_requests())
+    configs = make_configs(granite_moe, expert=expert, layout=layout, spare=2, kernels=kernels)
+    together = answer_in_group(configs, make_requests())
+    assert together.tokens == alone.tokens
+    placements = [loads.spares for loads in together.loads]
+    assert set(placements[0]) == {EMPTY_SLOT}
+    assert len(set(placements)) > 2, "copies were revised"
+    for before, after in pairwise(placements):
+        assert (
+            before == after
+            or before[: len(before) // 2] == after[: len(after) // 2]
+            or (before[len(before) // 2 :] == after[len(after) // 2 :])
+        ), "a step revises one layer"
 
 
 def test_a_broken_row_fails_alone_in_any_lane(granite_moe: Path) -> None:

@@ -66,7 +66,8 @@ class CExpertLayer(Structure):
         ("router", CMatrix),
         *((name, POINTER(CMatrix)) for name in ("gate", "up", "down")),
         *((name, c_long) for name in ("num_choices", "first_expert", "num_local")),
-        ("tally", c_void_p),
+        *((name, c_void_p) for name in ("tally", "copies", "slots")),
+        ("num_ranks", c_long),
     ]
 
 
@@ -108,6 +109,13 @@ class KernelPool:
             halves = panels.to(torch.bfloat16)
             panels = halves.reshape(-1, columns, 2, panel_rows // 2).transpose(2, 3)
         panels = panels.contiguous()
+        layout = CMatrix(panels.data_ptr(), rows, columns, int(is_half))
+        return PackedMatrix(panels=panels, layout=layout)
+
+    def adopt(self, panels: torch.Tensor, *, like: PackedMatrix) -> PackedMatrix:
+        """Panels that another rank packed, of a weight of the same shape."""
+        rows, columns = like.layout.num_rows, like.layout.num_columns
+        is_half = panels.dtype == torch.bfloat16
         layout = CMatrix(panels.data_ptr(), rows, columns, int(is_half))
         return PackedMatrix(panels=panels, layout=layout)
 

@@ -120,3 +120,12 @@ def test_dispatch_computes_a_token_once_and_reads_the_weights_per_rank() -> None
     assert two.active_params == solo.active_params + router + norms
     assert two.shared_weight_bytes == 2 * solo.shared_weight_bytes
     assert (two.kv_bytes_per_token, two.expert_bytes) == (solo.kv_bytes_per_token, solo.expert_bytes)
+
+
+def test_spare_slots_hold_at_most_all_but_one_of_the_others() -> None:
+    most = ParallelConfig(expert=2, spare_experts=3)
+    assert shard_of(MOE, most, 1).num_spare_experts == 3
+    with pytest.raises(BadParallelism, match="spare_experts=4; at most 3"):
+        shard_of(MOE, ParallelConfig(expert=2, spare_experts=4), 0)
+    with pytest.raises(BadParallelism, match="0 where expert is 1"):
+        ParallelConfig(spare_experts=1)
