@@ -33,6 +33,7 @@ def engine(
     ep: Annotated[int, typer.Option(help="expert-parallel ranks of MoE models")] = 1,
     threads: Annotated[int, typer.Option(help="threads of each rank")] = 1,
     kernels: Annotated[str, typer.Option(help="CPU kernels, comma separated: auto, float32, off")] = "auto",
+    quantization: Annotated[str, typer.Option(help="of the weights, comma separated: none, int8")] = "none",
     workload: Annotated[str, typer.Option(help="comma separated: mix, prefix")] = "mix",
     concurrency: ConcurrencyOption = "1,8,32",
     output_tokens: Annotated[int, typer.Option(help="tokens each request produces")] = 64,
@@ -43,9 +44,17 @@ def engine(
     from bench.suites import run_engine_suite
 
     setups = [
-        EngineSetup(source=str(one.resolve()), tensor=tp, expert=ep, threads=threads, kernels=kind)
+        EngineSetup(
+            source=str(one.resolve()),
+            tensor=tp,
+            expert=ep,
+            threads=threads,
+            kernels=kind,
+            quantization=rounding,
+        )
         for one in model
         for kind in kernels.split(",")
+        for rounding in quantization.split(",")
     ]
     asyncio.run(
         run_engine_suite(setups, workload.split(","), parse_concurrency(concurrency), output_tokens, json)

@@ -26,6 +26,7 @@ class EngineSetup:
     threads: int = 1
     dtype: str = "auto"
     kernels: str = "auto"
+    quantization: str = "none"
     null: NullEngineConfig = field(default_factory=NullEngineConfig)
     max_sequences: int = 64
 
@@ -73,6 +74,7 @@ class EngineUnderTest:
                 dtype=setup.dtype,
                 threads=setup.threads,
                 kernels=setup.kernels,
+                quantization=setup.quantization,
                 socket_path=socket_path if rank == 0 else "",
                 null=setup.null,
             )

@@ -80,6 +80,7 @@ async def run_line_suite(
             threads=section.threads_per_rank,
             dtype=section.dtype,
             kernels=section.kernels,
+            quantization=section.quantization,
         )
         rows += await measure_engine(section.name, setup, concurrencies, output_tokens)
     add_line_share(rows)
@@ -159,7 +160,8 @@ async def measure_engine(
                     (after.energy_mj - before.energy_mj) / 1e3, after.source.value, times_tokens(workload)
                 )
                 | {"tensor_parallel": setup.tensor, "expert_parallel": setup.expert}
-                | {"threads_per_rank": setup.threads, "kernels": setup.kernels}
+                | {"threads_per_rank": setup.threads, "kernels": engine.ready.kernels}
+                | {"quantization": engine.ready.quantization}
                 | {"load_average": round(os.getloadavg()[0], 2)}
             )
             show(rows[-1])

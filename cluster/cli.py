@@ -14,7 +14,10 @@ from cluster.commands.agent import PASS_THROUGH, agent
 from cluster.commands.chat import chat
 from cluster.commands.demo import demo
 from cluster.commands.down import down
+from cluster.commands.energy import app as energy
 from cluster.commands.generate import generate
+from cluster.commands.key import app as key_app
+from cluster.commands.ledger import ledger
 from cluster.commands.monitoring import monitoring
 from cluster.commands.router import router
 from cluster.commands.status import status
@@ -35,6 +38,7 @@ EXAMPLES = """\
    wattline status --watch
    wattline top                                the dashboard, in this terminal
    wattline generate "Once upon a time" -m llama-demo --json | jq .energy
+   wattline energy report --since 1h --by tenant
 
    wattline down
 """
@@ -75,9 +79,11 @@ def wattline(
     """Options of `wattline` itself."""
 
 
-for command in (demo, up, down, status, top, chat, generate, router, monitoring):
+for command in (demo, up, down, status, top, chat, generate, router, ledger, monitoring):
     app.command()(command)
 app.command(context_settings=PASS_THROUGH)(agent)
+app.add_typer(key_app, name="key")
+app.add_typer(energy, name="energy")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from typing import Protocol, Self, TypeVar
 import grpc
 
 from cluster import replies
+from cluster.access import Access, open_channel
 from cluster.command_error import CommandError
 from cluster.status_replies import to_model_state, to_request_state
 from protos import wattline_cluster_pb2 as cluster_pb
@@ -25,7 +26,6 @@ from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as rpc
 
 ASK_TIMEOUT_S = 10.0
-MESSAGE_BYTES = 16 * 2**20
 
 FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 
@@ -96,12 +96,12 @@ class Ask:
 class Client:
     """Calls one router."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: Access | None = None) -> None:
+        """`access` None: a router that asks for nothing."""
         self.address = address
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.enable_http_proxy", 0)],
-        )
+        access = access or Access()
+        self._metadata = access.metadata
+        self._channel = open_channel(address, access)
         self._inference = rpc.InferenceStub(self._channel)
         self._cluster = cluster_rpc.ClusterStub(self._channel)
 
@@ -134,7 +134,7 @@ class Client:
             request.text = prompt
         else:
             request.tokens.ids.extend(prompt)
-        return self._stream(lambda: self._inference.Generate(request, timeout=ask.timeout_s))
+        return self._stream(self._inference.Generate, request, ask)
 
     def chat(
         self, model: str, messages: Iterable[tuple[str, str]], ask: Ask | None = None
@@ -149,10 +149,10 @@ class Client:
             priority=ask.priority,
             energy_wait_ms=ask.energy_wait_ms,
         )
-        return self._stream(lambda: self._inference.Chat(request, timeout=ask.timeout_s))
+        return self._stream(self._inference.Chat, request, ask)
 
     def list_models(self) -> tuple[replies.ModelCard, ...]:
-        answer = self._call(lambda: self._inference.ListModels(pb.ListModelsRequest(), timeout=ASK_TIMEOUT_S))
+        answer = self._call(self._inference.ListModels, pb.ListModelsRequest())
         return tuple(
             replies.ModelCard(
                 name=model.name,
@@ -169,18 +169,18 @@ class Client:
         """The prompt a conversation of (role, content) pairs becomes, as token ids."""
         conversation = pb.Conversation(messages=[to_message(role, content) for role, content in messages])
         request = pb.TokenizeRequest(model=model, conversation=conversation)
-        answer = self._call(lambda: self._inference.Tokenize(request, timeout=ASK_TIMEOUT_S))
+        answer = self._call(self._inference.Tokenize, request)
         return tuple(answer.token_ids)
 
     def get_energy(self, request_id: str) -> replies.Energy:
         """The energy of a finished request, final once `is_final`."""
         request = pb.GetEnergyRequest(request_id=request_id)
-        answer = self._call(lambda: self._inference.GetEnergy(request, timeout=ASK_TIMEOUT_S))
+        answer = self._call(self._inference.GetEnergy, request)
         return to_energy(answer.energy)
 
     def status(self, *, timeout_s: float = ASK_TIMEOUT_S, last_requests: int = 0) -> replies.RouterState:
         request = cluster_pb.StatusRequest(last_requests=last_requests)
-        answer = self._call(lambda: self._cluster.Status(request, timeout=timeout_s))
+        answer = self._call(self._cluster.Status, request, timeout_s=timeout_s)
         return replies.RouterState(
             router_id=answer.router_id,
             version=answer.version,
@@ -189,14 +189,18 @@ class Client:
             last_requests=tuple(to_request_state(request) for request in answer.last_requests),
         )
 
-    def _call(self, call: Callable[[], Answer]) -> Answer:
+    def _call(
+        self, method: Callable[..., Answer], request: object, *, timeout_s: float = ASK_TIMEOUT_S
+    ) -> Answer:
         try:
-            return call()
+            return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._explain(error) from error
 
-    def _stream(self, call: Callable[[], AnswerStream]) -> Iterator[replies.Delta | replies.Final]:
-        stream = call()
+    def _stream(
+        self, method: Callable[..., AnswerStream], request: object, ask: Ask
+    ) -> Iterator[replies.Delta | replies.Final]:
+        stream = method(request, timeout=ask.timeout_s, metadata=self._metadata)
         try:
             for message in stream:
                 yield to_event(message)

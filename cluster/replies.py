@@ -108,6 +108,7 @@ class ReplicaState:
     device: str
     dtype: str
     kernels: str
+    quantization: str
     energy_source: str
     host: str
     supervisor_pid: int

@@ -50,6 +50,7 @@ def to_replica_state(replica: pb.ReplicaStatus) -> replies.ReplicaState:
         device=hello.device,
         dtype=hello.dtype,
         kernels=hello.kernels,
+        quantization=hello.quantization,
         energy_source=hello.energy_source,
         host=hello.host,
         supervisor_pid=hello.supervisor_pid,

@@ -170,6 +170,7 @@ class Hello(_message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     replica_id: _builtins.str
     model: _builtins.str
@@ -194,6 +195,8 @@ class Hello(_message.Message):
     """host:port of the replica's read-only /metrics."""
     kernels: _builtins.str
     """What computes: torch, or the instruction set and weight storage of the compiled kernels."""
+    quantization: _builtins.str
+    """none, or int8: what the weights were rounded to."""
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankProcess]: ...
     @_builtins.property
@@ -228,10 +231,11 @@ class Hello(_message.Message):
         metrics_address: _builtins.str = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         kernels: _builtins.str = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "device", b"device", "dtype", b"dtype", "energy_source", b"energy_source", "engine_version", b"engine_version", "eos_token_ids", b"eos_token_ids", "expert_parallel", b"expert_parallel", "host", b"host", "kernels", b"kernels", "lanes", b"lanes", "layout", b"layout", "load", b"load", "max_sequences", b"max_sequences", "metrics_address", b"metrics_address", "model", b"model", "protocol", b"protocol", "ranks", b"ranks", "replica_id", b"replica_id", "supervisor_pid", b"supervisor_pid", "tensor_parallel", b"tensor_parallel", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "device", b"device", "dtype", b"dtype", "energy_source", b"energy_source", "engine_version", b"engine_version", "eos_token_ids", b"eos_token_ids", "expert_parallel", b"expert_parallel", "host", b"host", "kernels", b"kernels", "lanes", b"lanes", "layout", b"layout", "load", b"load", "max_sequences", b"max_sequences", "metrics_address", b"metrics_address", "model", b"model", "protocol", b"protocol", "quantization", b"quantization", "ranks", b"ranks", "replica_id", b"replica_id", "supervisor_pid", b"supervisor_pid", "tensor_parallel", b"tensor_parallel", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -155,6 +155,7 @@ class EngineReady(_message.Message):
     COSTS_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     architecture: _builtins.str
     lanes: _builtins.int
     context_tokens: _builtins.int
@@ -166,6 +167,8 @@ class EngineReady(_message.Message):
     device: _builtins.str
     kernels: _builtins.str
     """What computes: torch, or the instruction set and weight storage of the compiled kernels."""
+    quantization: _builtins.str
+    """none, or int8: what the weights were rounded to."""
     @_builtins.property
     def load(self) -> _wattline_link_pb2.LoadSnapshot: ...
     @_builtins.property
@@ -188,10 +191,11 @@ class EngineReady(_message.Message):
         costs: Global___EngineCosts | None = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         kernels: _builtins.str = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "costs", b"costs", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "kernels", b"kernels", "lanes", b"lanes", "load", b"load", "max_sequences", b"max_sequences", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "costs", b"costs", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "kernels", b"kernels", "lanes", b"lanes", "load", b"load", "max_sequences", b"max_sequences", "quantization", b"quantization", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "float32", "off")
 """The compiled CPU kernels of float32 models. `auto`: matrices whose values are all bfloat16 are kept in half
 the bytes and widened exactly; `float32`: kept as floats; `off`, or no compiler: torch."""
+QUANTIZATIONS = ("none", "int8")
+"""`int8`: all matrices but embedding and router in bytes, with a factor per row (`layers/quantize.py`)."""
 METERS = ("auto", "nvml", "cpu-model", "fake")
 
 
@@ -133,6 +135,7 @@ class RankConfig:
     dtype: str = "auto"
     threads: int = 1
     kernels: str = "auto"
+    quantization: str = "none"
     socket_path: str = ""
     shared_dir: str = "/dev/shm"
     rendezvous: str = ""
@@ -143,10 +146,29 @@ class RankConfig:
     def __post_init__(self) -> None:
         if self.kernels not in KERNELS:
             raise ValueError(f"kernels is {self.kernels!r}; one of {', '.join(KERNELS)}")
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"quantization is {self.quantization!r}; one of {', '.join(QUANTIZATIONS)}")
+        if self.quantization != "none" and not self.device.startswith("cpu"):
+            raise ValueError(
+                f"quantization {self.quantization} is served on CPUs alone; device is {self.device!r}"
+            )
 
     @property
     def num_ranks(self) -> int:
         return self.parallel.num_ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkCredentials:
+    """What a replica shows routers, and what it asks of them: paths of PEM files.
+
+    `server_name`: the name in the router's certificate; empty: the dialled address.
+    """
+
+    ca: str
+    cert: str
+    key: str
+    server_name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +183,8 @@ class ReplicaConfig:
     source: str
     replica_id: str
     routers: tuple[str, ...]
+    link_credentials: LinkCredentials | None = None
+    """None: routers are dialled in plain text."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     limits: EngineLimits = field(default_factory=EngineLimits)
     null: NullEngineConfig = field(default_factory=NullEngineConfig)
@@ -168,6 +192,7 @@ class ReplicaConfig:
     dtype: str = "auto"
     threads_per_rank: int = 1
     kernels: str = "auto"
+    quantization: str = "none"
     runtime_dir: str = "/tmp"
     shared_dir: str = "/dev/shm"
     energy_agent: str = ""

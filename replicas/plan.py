@@ -88,6 +88,7 @@ class EngineShape:
     device: str
     costs: EngineCosts
     kernels: str = TORCH_KERNELS
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

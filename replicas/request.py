@@ -213,6 +213,7 @@ class EngineReady:
     costs: EngineCosts
     load: LoadSnapshot
     kernels: str = TORCH_KERNELS
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

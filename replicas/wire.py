@@ -306,6 +306,7 @@ def ready_to_wire(ready: EngineReady) -> rank_pb2.EngineReady:
         ),
         eos_token_ids=ready.eos_token_ids,
         kernels=ready.kernels,
+        quantization=ready.quantization,
     )
 
 
@@ -331,4 +332,5 @@ def ready_from_wire(message: rank_pb2.EngineReady) -> EngineReady:
         ),
         load=load_from_wire(message.load),
         kernels=message.kernels,
+        quantization=message.quantization,
     )

@@ -20,6 +20,8 @@ import grpc
 
 from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
+from replicas.config import LinkCredentials
+from replicas.link.dial import dial
 
 NUM_SPECIAL = 3
 EOS = 2
@@ -77,6 +79,7 @@ class FakeReplica:
 
     address: str
     model: str
+    credentials: LinkCredentials | None = None
     replica_id: str = "replica-0"
     epoch: int = 1
     vocab_size: int = 1000
@@ -116,7 +119,7 @@ class FakeReplica:
 
     async def attach(self) -> None:
         """Dial, say Hello, and wait for the Welcome. Raises AioRpcError if the router refuses."""
-        self._channel = grpc.aio.insecure_channel(self.address)
+        self._channel = dial(self.address, self.credentials, ())
         self._call = link_grpc.ReplicaLinkStub(self._channel).Attach()
         await self.send(link.FromReplica(hello=self.hello()))
         welcome = await self._call.read()
@@ -132,7 +135,7 @@ class FakeReplica:
 
     async def leave(self, *, says_goodbye: bool = True) -> None:
         """Go: politely, or as a process that was killed. Safe to call twice."""
-        reading, *speaking = self._tasks
+        reading, *speaking = self._tasks or (None,)
         async with self._writing:  # A write that is cancelled under way would break the stream.
             for task in speaking:
                 task.cancel()
@@ -143,7 +146,8 @@ class FakeReplica:
                 await self._call.done_writing()
                 async with asyncio.timeout(HANG_UP_S):
                     await self._call.code()
-        reading.cancel()
+        if reading is not None:
+            reading.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._call is not None:
             self._call.cancel()

@@ -126,9 +126,10 @@ def run_script(
         taken = {sequence.row for sequence in live.values()}
         for index in joining:
             first = scripts[index].lane % num_lanes * LIMITS.max_sequences
-            row = min(set(range(first, first + LIMITS.max_sequences)) - taken)
-            taken.add(row)
-            live[index] = _Live(row, waiting.pop(index))
+            free = set(range(first, first + LIMITS.max_sequences)) - taken
+            if free:
+                taken.add(min(free))
+                live[index] = _Live(min(free), waiting.pop(index))
         live = dict(sorted(live.items(), key=lambda item: item[1].row // LIMITS.max_sequences))
         new_rows = [
             NewRow(row=sequence.row, sampling=sequence.script.sampling)

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.command_error import CommandError
-from cluster.commands.options import ENERGY_WAIT_MS, Address, Json, MaxTokens, find_router, pick_model
+from cluster.commands.options import (
+    ENERGY_WAIT_MS,
+    Address,
+    ApiKey,
+    Ca,
+    Cert,
+    Json,
+    MaxTokens,
+    dial_router,
+    pick_model,
+)
 from cluster.commands.sampling_options import (
     Choices,
     FrequencyPenalty,
@@ -48,12 +58,15 @@ def chat(
     seed: Seed = None,
     as_json: Json = False,
     address: Address = "",
+    ca: Ca = "",
+    cert: Cert = "",
+    api_key: ApiKey = "",
 ) -> None:
     """Talk to a model and see what every answer cost.
 
     In a conversation, /new forgets it and Ctrl-D ends it.
     """
-    from cluster.client import Ask, Client
+    from cluster.client import Ask
     from cluster.commands.print_answer import print_answer
 
     if not message and (choices or 1) > 1:
@@ -74,7 +87,7 @@ def chat(
         energy_wait_ms=ENERGY_WAIT_MS,
     )
     opening = [("system", system)] if system else []
-    with Client(find_router(address)) as client:
+    with dial_router(address, ca=ca, cert=cert, api_key=api_key) as client:
         name = pick_model([card.name for card in client.list_models()], model)
         if message:
             print_answer(client.chat(name, [*opening, ("user", message)], ask), as_json=as_json)

@@ -72,7 +72,8 @@ def demo(
                 f"[dim]{model}: request {final.request_id}, trace {final.trace_id}[/]", highlight=False
             )
         console.print(
-            f"gRPC [bold]{stack.addresses.grpc}[/]  dashboard [bold]http://{stack.addresses.http}/dash[/]"
+            f"gRPC [bold]{stack.addresses.grpc}[/]  "
+            f"dashboard [bold]{config.router.scheme}://{stack.addresses.http}/dash[/]"
         )
         if not once:
             console.print("Serving. Try `wattline chat` in another terminal; Ctrl-C ends.", style="dim")

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from cluster.command_error import CommandError
-from cluster.commands.options import ENERGY_WAIT_MS, Address, Json, MaxTokens, find_router, pick_model
+from cluster.commands.options import (
+    ENERGY_WAIT_MS,
+    Address,
+    ApiKey,
+    Ca,
+    Cert,
+    Json,
+    MaxTokens,
+    dial_router,
+    pick_model,
+)
 from cluster.commands.sampling_options import (
     Choices,
     FrequencyPenalty,
@@ -45,12 +55,15 @@ def generate(
     ] = None,
     as_json: Json = False,
     address: Address = "",
+    ca: Ca = "",
+    cert: Cert = "",
+    api_key: ApiKey = "",
 ) -> None:
     """Complete a text and say what it cost.
 
     The answer goes to standard output as it comes, its cost to standard error.
     """
-    from cluster.client import Ask, Client
+    from cluster.client import Ask
     from cluster.commands.print_answer import print_answer
 
     text = _read_input() if prompt == "-" else prompt
@@ -70,7 +83,7 @@ def generate(
         stop=tuple(stop or ()),
         energy_wait_ms=ENERGY_WAIT_MS,
     )
-    with Client(find_router(address)) as client:
+    with dial_router(address, ca=ca, cert=cert, api_key=api_key) as client:
         name = pick_model([card.name for card in client.list_models()], model)
         print_answer(client.generate(name, text, ask), as_json=as_json)
 

@@ -10,6 +10,7 @@ import typer
 from cluster.command_error import CommandError
 
 if TYPE_CHECKING:
+    from cluster.client import Client
     from cluster.config import Config
 
 DEFAULT_CONFIG = Path("wattline.yaml")
@@ -33,6 +34,25 @@ Address = Annotated[
         show_default=False,
     ),
 ]
+Ca = Annotated[
+    str,
+    typer.Option(
+        "--ca", envvar="WATTLINE_CA", metavar="FILE", help="CA of the router's certificate; turns TLS on."
+    ),
+]
+Cert = Annotated[
+    str,
+    typer.Option(
+        "--cert",
+        envvar="WATTLINE_CERT",
+        metavar="FILE",
+        help="Your certificate and its key in one file, where the router asks for it.",
+    ),
+]
+ApiKey = Annotated[
+    str,
+    typer.Option("--api-key", envvar="WATTLINE_API_KEY", metavar="KEY", help="Better given by its variable."),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", "-n", min=1, max=MAX_UINT32, help="Tokens of the answer, at most."),
@@ -48,14 +68,29 @@ def read_config(path: Path) -> Config:
 
 
 def find_router(address: str) -> str:
-    """The address as given, else that of the running `up`, else the default port."""
+    """The address as given, else that of the running `up`, else the default port.
+
+    The `up` of this user is reached by its own socket: nobody asks there for certificates and keys.
+    """
     if address:
         return address
     from cluster.config import default_runtime_dir
-    from cluster.serving.run_folder import read_state
+    from cluster.serving.run_folder import RunFolder, read_state
 
-    state = read_state(default_runtime_dir())
-    return state.grpc if state and state.grpc else DEFAULT_ADDRESS
+    folder = default_runtime_dir()
+    state = read_state(folder)
+    if state is None or not state.grpc:
+        return DEFAULT_ADDRESS
+    own = RunFolder(folder).router_socket(0)
+    return f"unix:{own}" if own.exists() else state.grpc
+
+
+def dial_router(address: str, *, ca: str, cert: str, api_key: str) -> Client:
+    """A client of the router that these options mean."""
+    from cluster.access import Access
+    from cluster.client import Client
+
+    return Client(find_router(address), Access(ca=ca, cert=cert, key_file=cert, api_key=api_key))
 
 
 def pick_model(names: list[str], wanted: str) -> str:

@@ -6,13 +6,16 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.options import Address, Json, find_router
+from cluster.commands.options import Address, ApiKey, Ca, Cert, Json, dial_router
 
 WATCH_PERIOD_S = 1.0
 
 
 def status(
     address: Address = "",
+    ca: Ca = "",
+    cert: Cert = "",
+    api_key: ApiKey = "",
     as_json: Json = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second, until Ctrl-C.")] = False,
 ) -> None:
@@ -24,10 +27,9 @@ def status(
     from rich.console import Console
     from rich.live import Live
 
-    from cluster.client import Client
     from cluster.commands.status_screen import render_models
 
-    with Client(find_router(address)) as client:
+    with dial_router(address, ca=ca, cert=cert, api_key=api_key) as client:
         if as_json:
             typer.echo(json.dumps(asdict(client.status()), indent=2))
             return

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.options import Address, find_router
+from cluster.commands.options import Address, ApiKey, Ca, Cert, dial_router
 
 PERIOD_S = 1.0
 LAST_REQUESTS = 50
@@ -14,18 +14,21 @@ LAST_REQUESTS = 50
 
 def top(
     address: Address = "",
+    ca: Ca = "",
+    cert: Cert = "",
+    api_key: ApiKey = "",
     once: Annotated[bool, typer.Option("--once", help="Print it once and return.")] = False,
 ) -> None:
     """Show speed, latency, power and energy of every model, live. q quits."""
     from rich.console import Console
     from rich.live import Live
 
-    from cluster.client import CallError, Client
+    from cluster.client import CallError
     from cluster.commands.keyboard import Keyboard
     from cluster.commands.top_screen import TopScreen
 
     console = Console()
-    with Client(find_router(address)) as client:
+    with dial_router(address, ca=ca, cert=cert, api_key=api_key) as client:
         screen = TopScreen()
         screen.add(client.status(last_requests=LAST_REQUESTS))
         if once:

@@ -31,7 +31,7 @@ def up(
     config = read_config(file)
     folder = Path(config.runtime_dir)
     if detach:
-        _detach(file, folder)
+        _detach(file, folder, scheme=config.router.scheme)
         return
     from rich.console import Console
 
@@ -44,13 +44,14 @@ def up(
         if state:
             console.print(render_models(state))
         console.print(
-            f"gRPC [bold]{stack.addresses.grpc}[/]  dashboard [bold]http://{stack.addresses.http}/dash[/]"
+            f"gRPC [bold]{stack.addresses.grpc}[/]  "
+            f"dashboard [bold]{config.router.scheme}://{stack.addresses.http}/dash[/]"
         )
         console.print("Serving. Try `wattline chat`, in another terminal; Ctrl-C ends.", style="dim")
         serve_until_interrupted(stack, interrupts, console)
 
 
-def _detach(file: Path, folder: Path) -> None:
+def _detach(file: Path, folder: Path, *, scheme: str) -> None:
     """The same command in a session of its own; this one waits until it serves."""
     from cluster.serving.run_folder import RunFolder, last_words, read_state
 
@@ -72,7 +73,7 @@ def _detach(file: Path, folder: Path) -> None:
         if child.poll() is not None:
             raise CommandError(f"{last_words(running.log_path)}\nlog: {running.log_path}")
         time.sleep(DETACH_POLL_S)
-    typer.echo(f"Serving in process {state.pid}: gRPC {state.grpc}, dashboard http://{state.http}/dash")
+    typer.echo(f"Serving in process {state.pid}: gRPC {state.grpc}, dashboard {scheme}://{state.http}/dash")
     typer.echo(f"Log: {running.log_path}. End it with `wattline down`.")
 
 

@@ -14,24 +14,29 @@ from cluster.config.model import (
     ReplicasSection,
     SloSection,
 )
-from cluster.config.router import FailoverSection, RouterSection
+from cluster.config.router import FailoverSection, ProtocolsSection, RouterSection
 from cluster.config.section import ConfigError, Section
+from cluster.config.security import AuthSection, LinkTlsSection, TlsSection
 
 __all__ = [
+    "AuthSection",
     "Config",
     "ConfigError",
     "EnergySection",
     "FailoverSection",
     "LimitsSection",
+    "LinkTlsSection",
     "ModelSection",
     "NullSection",
     "ParallelSection",
+    "ProtocolsSection",
     "RaySection",
     "ReplicasSection",
     "RouterSection",
     "Section",
     "SloSection",
     "TelemetrySection",
+    "TlsSection",
     "default_runtime_dir",
     "load_config",
     "parse_config",

@@ -14,12 +14,21 @@ class TelemetrySection(Section):
     otlp_insecure: bool = True
     service_name: str = "wattline"
     sample_ratio: float = Field(1.0, ge=0.0, le=1.0)
+    record_prompts: bool = Field(
+        False, description="put the text of prompts on spans; otherwise none is in spans, logs or metrics"
+    )
 
 
 class EnergySection(Section):
     meter: Literal["auto", "nvml", "cpu-model", "fake"] = "auto"
     poll_ms: float = Field(30.0, ge=5.0, le=1000.0)
     cpu_static_w: float = Field(10.0, ge=0.0, description="cpu-model: drawn whatever the work")
+    pue: float = Field(
+        1.0, ge=1.0, le=10.0, description="power of the building by that of its machines; for reports"
+    )
+    carbon_g_per_kwh: float | None = Field(
+        None, ge=0.0, le=5000.0, description="of the grid, in g CO2e; for reports; empty: unknown"
+    )
     cpu_core_w: float = Field(8.0, ge=0.0, description="cpu-model: drawn by a busy core on top")
 
 

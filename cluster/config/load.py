@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from cluster.config.explain import explain_all
 from cluster.config.host import EnergySection, RaySection, TelemetrySection
+from cluster.config.ledger import LedgerSection
 from cluster.config.model import ModelSection
 from cluster.config.router import RouterSection
 from cluster.config.section import ConfigError, Section
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Config(Section):
@@ -21,6 +24,7 @@ class Config(Section):
     router: RouterSection = RouterSection()
     telemetry: TelemetrySection = TelemetrySection()
     energy: EnergySection = EnergySection()
+    ledger: LedgerSection = LedgerSection()
     ray: RaySection = RaySection()
     runtime_dir: str = Field(
         "", description="sockets, pid and log files; empty: a folder per user under /tmp"
@@ -33,6 +37,10 @@ class Config(Section):
         if doubled:
             raise ValueError(f"models: name {doubled[0]!r} is used twice; give each model its own")
         return self
+
+    def with_router(self, **changes: Any) -> Config:
+        """The same with other values in `router`; they are not validated again."""
+        return self.model_copy(update={"router": self.router.model_copy(update=changes)})
 
     def model(self, name: str) -> ModelSection:
         """The section of model `name`; KeyError if there is none."""
@@ -82,7 +90,37 @@ def resolve_paths(config: Config, *, base: Path) -> Config:
         for section in config.models
     )
     runtime_dir = config.runtime_dir or str(default_runtime_dir())
-    return config.model_copy(update={"models": models, "runtime_dir": str(base / runtime_dir)})
+    return config.model_copy(
+        update={
+            "models": models,
+            "runtime_dir": str(base / runtime_dir),
+            "router": _with_files(config.router, base),
+        }
+    )
+
+
+SECURITY_FILES = {
+    "tls": ("cert", "key", "client_ca"),
+    "link_tls": ("ca", "cert", "key", "replica_cert", "replica_key"),
+    "auth": ("keys_file",),
+}
+
+
+def _with_files(router: RouterSection, base: Path) -> RouterSection:
+    """Keys and certificates relative to the file that names them. Raises ConfigError where one is missing."""
+    sections = {
+        name: _with_absolute(getattr(router, name), keys, base, owner=f"router.{name}")
+        for name, keys in SECURITY_FILES.items()
+    }
+    return _with_absolute(router.model_copy(update=sections), ("secret_file",), base, owner="router")
+
+
+def _with_absolute(section: SectionT, keys: tuple[str, ...], base: Path, *, owner: str) -> SectionT:
+    paths = {key: base / Path(getattr(section, key)).expanduser() for key in keys if getattr(section, key)}
+    for key, path in paths.items():
+        if not path.is_file():
+            raise ConfigError(f"{owner}.{key}: {path} is no file; fix the path or make the file")
+    return section.model_copy(update={key: str(path.resolve()) for key, path in paths.items()})
 
 
 def _resolve_source(source: str, base: Path) -> str:

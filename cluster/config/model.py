@@ -118,6 +118,9 @@ class ModelSection(Section):
     tokenizer: str = Field("", description="a tokenizer folder or hub id; empty: the source")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: str = "auto"
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8: weights in bytes, a factor per row; CPUs only"
+    )
     parallel: ParallelSection = ParallelSection()
     replicas: ReplicasSection = ReplicasSection()
     limits: LimitsSection = LimitsSection()
@@ -144,6 +147,12 @@ class ModelSection(Section):
         if value not in DTYPES:
             raise ValueError(f"{value!r} is no dtype; one of {', '.join(DTYPES)}")
         return value
+
+    @model_validator(mode="after")
+    def _bytes_are_for_cpus(self) -> ModelSection:
+        if self.quantization != "none" and self.device == "cuda":
+            raise ValueError("quantization int8 is served on CPUs alone; set device to cpu, or remove it")
+        return self
 
     @property
     def is_null(self) -> bool:

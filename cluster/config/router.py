@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from cluster.config.section import Section
+from cluster.config.security import AuthSection, LinkTlsSection, TlsSection, exposure
 
 
 class FailoverSection(Section):
@@ -21,8 +24,19 @@ class FailoverSection(Section):
     )
 
 
+class ProtocolsSection(Section):
+    """What is spoken beside `wattline.v1`, which always is."""
+
+    openai: bool = Field(True, description="OpenAI's HTTP under /v1 of the HTTP port")
+    oip: bool = Field(True, description="Open Inference Protocol v2 on the gRPC port")
+
+
 class RouterSection(Section):
-    """Addresses are loopback unless told otherwise. Port 0 takes a free one."""
+    """Addresses are loopback unless told otherwise. Port 0 takes a free one.
+
+    An address that other machines reach is refused without TLS and a way to know callers, unless
+    `allow_insecure` says that something else (a mesh, a firewall) sees to it.
+    """
 
     host: str = "127.0.0.1"
     grpc_port: int = Field(50051, ge=0, le=65535)
@@ -33,8 +47,44 @@ class RouterSection(Section):
         (), description="what replicas dial; empty: link_host:link_port of the router that `up` starts"
     )
     max_prompt_bytes: int = Field(1 << 20, ge=1024)
+    max_body_bytes: int = Field(8 << 20, ge=1024, description="of an HTTP request")
     max_streams: int = Field(2048, ge=1, description="streams in flight per router; more are refused")
     tokenizer_threads: int = Field(2, ge=1, le=64)
     stall_buffer_bytes: int = Field(1 << 20, ge=4096, description="held for a reader that does not read")
     energy_record_count: int = Field(4096, ge=1, description="finished requests GetEnergy remembers")
     failover: FailoverSection = FailoverSection()
+    protocols: ProtocolsSection = ProtocolsSection()
+    tls: TlsSection = TlsSection()
+    link_tls: LinkTlsSection = LinkTlsSection()
+    auth: AuthSection = AuthSection()
+    allow_insecure: bool = Field(False, description="bind public addresses without TLS or callers' keys")
+    secret_file: str = Field(
+        "", description="32 bytes or more, the same for all routers of one deployment; empty: `up` makes one"
+    )
+    reflection: Literal["auto", "on", "off"] = Field(
+        "auto", description="gRPC server reflection; auto: where callers are not asked who they are"
+    )
+
+    @model_validator(mode="after")
+    def _is_not_open_to_all(self) -> RouterSection:
+        problem = exposure(
+            host=self.host,
+            link_host=self.link_host,
+            tls=self.tls,
+            link_tls=self.link_tls,
+            auth=self.auth,
+        )
+        if problem and not self.allow_insecure:
+            raise ValueError(f"{problem}; or set allow_insecure: true where something else protects it")
+        if self.auth.client_names and not self.tls.client_ca:
+            raise ValueError("auth.client_names is set without tls.client_ca; nobody shows a certificate")
+        return self
+
+    @property
+    def scheme(self) -> str:
+        """Of the HTTP port."""
+        return "https" if self.tls.is_on else "http"
+
+    @property
+    def has_reflection(self) -> bool:
+        return self.reflection == "on" or (self.reflection == "auto" and not self.auth.is_on)

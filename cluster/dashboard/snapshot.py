@@ -97,6 +97,7 @@ def view_replica(connection: ReplicaConnection) -> Json:
         "device": hello.device,
         "dtype": hello.dtype,
         "kernels": hello.kernels,
+        "quantization": hello.quantization,
         "tensor_parallel": hello.tensor_parallel,
         "expert_parallel": hello.expert_parallel,
         "ranks": [{"rank": rank.rank, "pid": rank.pid, "device": rank.device} for rank in hello.ranks],

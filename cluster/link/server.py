@@ -22,11 +22,14 @@ from cluster.telemetry.metrics import RouterMetrics
 from cluster.text.detokenize_worker import DetokenizeWorker
 from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
+from replicas.strict_messages import MalformedMessage
 
 logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
 MAX_REPLICAS = 1024
+MAX_LANES = 1024
+MAX_ID_CHARS = 256
 HELLO_TIMEOUT_S = 10.0
 WATCH_PERIOD_S = 0.1
 
@@ -72,7 +75,9 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                if (error := task.exception()) is not None:
+                if isinstance(error := task.exception(), MalformedMessage):
+                    raise error
+                if error is not None:
                     logger.error("link_failed id=%s", connection.replica_id, exc_info=error)
         finally:
             self._pool.detach(connection)
@@ -115,6 +120,10 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             return f"link protocol {hello.protocol} is not spoken here; this router speaks {PROTOCOL}"
         if hello.model not in self._models:
             return f"model {hello.model!r} is not configured at this router; it has {', '.join(self._models)}"
+        if len(hello.replica_id) > MAX_ID_CHARS or not hello.replica_id.isprintable():
+            return f"replica_id must be printable and have {MAX_ID_CHARS} characters at most"
+        if hello.lanes > MAX_LANES:
+            return f"{hello.lanes} lanes are too many; {MAX_LANES} is the limit"
         if min(hello.lanes, hello.context_tokens, hello.max_sequences, hello.vocab_size) < 1:
             return "lanes, context_tokens, max_sequences and vocab_size must be at least 1"
         older = self._pool.find(hello.replica_id)

@@ -38,6 +38,8 @@ class TextDelta:
     """New text and tokens; `finish` (STOP or LENGTH) is set on the last one alone.
 
     `logprobs` is parallel to `token_ids` where asked for, else empty. `index`: of the choice.
+    `prompt_logprobs` come with the first delta of the first choice where asked for: of every token of the
+    prompt but the first.
     """
 
     text: str
@@ -45,6 +47,7 @@ class TextDelta:
     finish: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()
     index: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ class Caller:
     """
 
     request_id: str
+    tenant: str
     span: RpcSpan
     time_remaining_s: Callable[[], float | None]
     accept: Callable[[], Awaitable[None]]

@@ -5,14 +5,14 @@ Each choice is delivered as if it were alone, failover included; the first error
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from hashlib import blake2b
 
 from cluster.link.replica_connection import ReplicaState
 from cluster.router.answer import TextDelta
 from cluster.router.run import Run
+from cluster.router.side_by_side import side_by_side
 
 SEED_BYTES = 8
 
@@ -60,31 +60,6 @@ async def _fan_out(
         for index in range(1, num_choices):
             runs.append(submit(index))
         yield delta
-        async with aclosing(_merged([first, *(deliver(run) for run in runs[1:])])) as deltas:
+        async with aclosing(side_by_side([first, *(deliver(run) for run in runs[1:])])) as deltas:
             async for each in deltas:
                 yield each
-
-
-async def _merged(answers: Sequence[AsyncGenerator[TextDelta, None]]) -> AsyncGenerator[TextDelta, None]:
-    """Deltas of all answers; the first error ends all. Holds one delta of each at most."""
-    waiting = {asyncio.create_task(_next(answer)): answer for answer in answers}
-    try:
-        while waiting:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in [task for task in waiting if task.done()]:
-                answer = waiting.pop(task)
-                delta = task.result()
-                if delta is not None:
-                    waiting[asyncio.create_task(_next(answer))] = answer
-                    yield delta
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        for answer in answers:
-            await answer.aclose()
-
-
-async def _next(answer: AsyncGenerator[TextDelta, None]) -> TextDelta | None:
-    """None: it has ended."""
-    return await anext(answer, None)

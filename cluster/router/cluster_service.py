@@ -12,6 +12,7 @@ import grpc
 
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
+from cluster.router.auth import Need
 from cluster.router.journal import ClosedRequest, Journal, Spread
 from cluster.router.rpc import RpcGuard
 from cluster.router.served_model import ServedModel
@@ -55,13 +56,13 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         self._started_s = monotonic()
 
     async def Status(self, request: pb.StatusRequest, context: StatusContext) -> pb.StatusResponse:
-        async with self._guard.call(context, f"{SERVICE}/Status"):
+        async with self._guard.call(context, f"{SERVICE}/Status", need=Need.OPERATOR):
             return self.status(last_requests=request.last_requests)
 
     async def WatchSignals(  # type: ignore[override]
         self, request: pb.WatchSignalsRequest, context: SignalsContext
     ) -> None:
-        async with self._guard.call(context, f"{SERVICE}/WatchSignals"):
+        async with self._guard.call(context, f"{SERVICE}/WatchSignals", need=Need.OPERATOR):
             while True:
                 await context.write(
                     pb.Signals(models=[self._signals(model) for model in self._models.values()])
@@ -71,7 +72,7 @@ class ClusterServicer(pb_grpc.ClusterServicer):
     async def DrainReplica(
         self, request: pb.DrainReplicaRequest, context: DrainContext
     ) -> pb.DrainReplicaResponse:
-        async with self._guard.call(context, f"{SERVICE}/DrainReplica"):
+        async with self._guard.call(context, f"{SERVICE}/DrainReplica", need=Need.OPERATOR):
             self._pool.drain(request.replica_id, reason="asked for by DrainReplica")
             return pb.DrainReplicaResponse()
 

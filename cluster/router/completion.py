@@ -55,6 +55,7 @@ class Completion:
     priority: int = 0
     energy_wait_ms: int | None = None
     num_choices: int = 1
+    wants_prompt_logprobs: bool = False
 
     @property
     def operation(self) -> Operation:

@@ -2,6 +2,8 @@
 
     RouterError
     ├── InvalidRequest      a field is wrong: names field, value, limit and fix
+    ├── Unauthenticated     nobody knows who calls
+    ├── NotAllowed          it is known who calls, and that it may not do this
     ├── UnknownModel        the model is not served here
     ├── UnknownRequest      GetEnergy of a request that left the record, or never was
     ├── UnknownReplica      DrainReplica of a replica that is not attached
@@ -43,6 +45,20 @@ class InvalidRequest(RouterError, ValueError):
     def __init__(self, *, field: str, got: object, limit: str, fix: str) -> None:
         super().__init__(f"{field}: got {got}; allowed: {limit}; {fix}")
         self.field = field
+        self._why = (got, limit, fix)
+
+    def renamed(self, field: str) -> InvalidRequest:
+        """The same in a protocol that has another name for the field."""
+        got, limit, fix = self._why
+        return InvalidRequest(field=field, got=got, limit=limit, fix=fix)
+
+
+class Unauthenticated(RouterError):
+    """The call carries nothing that says whose it is, or something wrong."""
+
+
+class NotAllowed(RouterError):
+    """This caller may not do that."""
 
 
 class UnknownModel(RouterError):
@@ -122,6 +138,8 @@ class EngineFault(RouterError):
 
 STATUS_CODES: dict[type[RouterError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    NotAllowed: grpc.StatusCode.PERMISSION_DENIED,
     UnknownModel: grpc.StatusCode.NOT_FOUND,
     UnknownRequest: grpc.StatusCode.NOT_FOUND,
     UnknownReplica: grpc.StatusCode.NOT_FOUND,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
 
+from cluster.router.auth import ANYBODY, Authenticator, Identity, Need, credential_of_call
 from cluster.router.errors import RouterError, status_of
 from cluster.telemetry import semconv
 from cluster.telemetry.metrics import RouterMetrics
@@ -29,12 +30,13 @@ Trailers: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 
 class Rpc:
-    """A call under way. `model` is set once it is known to be a configured one."""
+    """A call under way. `model` is set once it is known to be a configured one, `identity` by the guard."""
 
     def __init__(self, *, span: RpcSpan, context: grpc.aio.ServicerContext[RequestT, ResponseT]) -> None:
         self.request_id = secrets.token_hex(12)
         self.span = span
         self.model = ""
+        self.identity = ANYBODY
         self.interruption: RouterError | None = None
         self._context = context
         self._task = asyncio.current_task()
@@ -61,7 +63,8 @@ class Rpc:
 class RpcGuard:
     """Opens an `Rpc` around each handler."""
 
-    def __init__(self, *, telemetry: Telemetry, metrics: RouterMetrics) -> None:
+    def __init__(self, *, telemetry: Telemetry, metrics: RouterMetrics, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
         self._telemetry = telemetry
         self._metrics = metrics
 
@@ -72,13 +75,17 @@ class RpcGuard:
         method: str,
         *,
         is_inference: bool = False,
+        need: Need = Need.TENANT,
     ) -> AsyncIterator[Rpc]:
-        """The body runs inside; whatever it raises ends the call with the right status."""
+        """The body runs inside, for callers who may; whatever it raises ends the call with its status."""
         rpc = Rpc(
             span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()), context=context
         )
         code = grpc.StatusCode.OK
         try:
+            if not self._authenticator.is_open:
+                rpc.identity = self._authenticator.identify(credential_of_call(context))
+                rpc.identity.check(need)
             yield rpc
         except RouterError as error:
             code = status_of(error).code
@@ -102,6 +109,44 @@ class RpcGuard:
             rpc.span.end(code.name)
             if is_inference:
                 self._metrics.count_request(rpc.model, code.name)
+
+    @asynccontextmanager
+    async def part(
+        self,
+        context: grpc.aio.ServicerContext[RequestT, ResponseT],
+        method: str,
+        tell: Callable[[str], Awaitable[None]],
+        *,
+        identity: Identity,
+    ) -> AsyncIterator[Rpc]:
+        """One of several requests in a call of `identity`: its error is told, and the call goes on."""
+        rpc = Rpc(
+            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()), context=context
+        )
+        rpc.identity = identity
+        code = grpc.StatusCode.OK
+        try:
+            yield rpc
+        except RouterError as error:
+            code = status_of(error).code
+            await tell(str(error))
+        except asyncio.CancelledError:
+            if rpc.interruption is None:
+                code = _cancel_code(context)
+                raise
+            code = status_of(rpc.interruption).code
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]
+            await tell(str(rpc.interruption))
+        except Exception:
+            if context.cancelled() or context.done():
+                code = _cancel_code(context)
+                raise
+            code = grpc.StatusCode.INTERNAL
+            logger.exception("rpc_failed method=%s request_id=%s", method, rpc.request_id)
+            await tell(f"internal error; its id is {rpc.request_id}")
+        finally:
+            rpc.span.end(code.name)
+            self._metrics.count_request(rpc.model, code.name)
 
 
 async def _abort(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from cluster.config import ModelSection
+from cluster.router.auth import Identity
 from cluster.router.energy_account import RequestEnergy
+from cluster.router.errors import NotAllowed, UnknownModel
 from cluster.router.ledger_book import LedgerBook
 from cluster.router.rates import EnergyRate, TokenRate
 from cluster.router.validation import RequestBounds
@@ -58,3 +60,13 @@ class ServedModel:
         """The settled joules of one request."""
         self.energy_mj_total += energy.total_mj
         self.energy_rate.add(energy_mj=energy.total_mj, output_tokens=output_tokens, source=energy.source)
+
+
+def find_model(models: Mapping[str, ServedModel], name: str, identity: Identity) -> ServedModel:
+    """A model that this caller may use. Raises UnknownModel, which names those it may, or NotAllowed."""
+    model = models.get(name)
+    if model is None:
+        raise UnknownModel(served=tuple(filter(identity.may_use, models)))
+    if not identity.may_use(name):
+        raise NotAllowed(f"tenant {identity.tenant!r} may not use this model; see ListModels")
+    return model

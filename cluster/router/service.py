@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import TypeAlias
@@ -13,13 +13,13 @@ import grpc
 
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router import wire
-from cluster.router.answer import Completed, TextDelta
+from cluster.router.answer import TextDelta
 from cluster.router.caller import Caller
 from cluster.router.completion import Completion
 from cluster.router.energy_record import EnergyRecord
-from cluster.router.errors import InvalidRequest, UnknownModel
+from cluster.router.errors import InvalidRequest
 from cluster.router.rpc import Rpc, RpcGuard
-from cluster.router.served_model import ServedModel
+from cluster.router.served_model import ServedModel, find_model
 from cluster.router.streams import Streams
 from cluster.router.validation import parse_chat, parse_generate, parse_text, parse_token_ids, parse_turns
 from protos import wattline_inference_pb2 as pb
@@ -99,8 +99,14 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: ListModelsContext
     ) -> pb.ListModelsResponse:
-        async with self._guard.call(context, f"{SERVICE}/ListModels"):
-            return pb.ListModelsResponse(models=[self._describe(model) for model in self._models.values()])
+        async with self._guard.call(context, f"{SERVICE}/ListModels") as rpc:
+            return pb.ListModelsResponse(
+                models=[
+                    self._describe(model)
+                    for name, model in self._models.items()
+                    if rpc.identity.may_use(name)
+                ]
+            )
 
     async def GetEnergy(
         self, request: pb.GetEnergyRequest, context: GetEnergyContext
@@ -118,13 +124,13 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         """Write every delta, then the one final message."""
         caller = Caller(
             request_id=rpc.request_id,
+            tenant=rpc.identity.tenant,
             span=rpc.span,
             time_remaining_s=rpc.time_remaining_s,
             accept=lambda: context.send_initial_metadata(rpc.id_metadata),
             interrupt=rpc.interrupt,
         )
-        events: AsyncIterator[TextDelta | Completed] = self._streams.run(completion, caller)
-        async with aclosing(events) as answer:  # type: ignore[type-var]
+        async with aclosing(self._streams.run(completion, caller)) as answer:
             async for event in answer:
                 if isinstance(event, TextDelta):
                     await context.write(wire.delta_message(event))
@@ -138,9 +144,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             raise InvalidRequest(
                 field="model", got="nothing", limit="a served model", fix="name one of ListModels"
             )
-        model = self._models.get(name)
-        if model is None:
-            raise UnknownModel(served=tuple(self._models))
+        model = find_model(self._models, name, rpc.identity)
         rpc.model = name
         return model
 

@@ -14,7 +14,7 @@ that iteration, at any point, frees everything: the engine is told within one me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from cluster.link.token_stream import Finished
 from cluster.router.admission import Verdict, decide
 from cluster.router.answer import Completed, TextDelta
 from cluster.router.bookkeeping import Books
-from cluster.router.cache_salt import DEFAULT_TENANT, cache_salt
+from cluster.router.cache_salt import CacheSalts
 from cluster.router.caller import Caller
 from cluster.router.choices import choice_seed, deliver_choices
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
@@ -79,6 +79,7 @@ class Streams:
         tokenizing: Executor,
         books: Books,
         resumption: Resumption,
+        salts: CacheSalts,
     ) -> None:
         self._section = section
         self._models = models
@@ -86,6 +87,7 @@ class Streams:
         self._tokenizing = tokenizing
         self._books = books
         self._resumption = resumption
+        self._salts = salts
         self.is_stopping = False
         """Set once: nothing new is admitted, what is under way goes on."""
         self.idle = asyncio.Event()
@@ -96,7 +98,9 @@ class Streams:
     def in_flight(self) -> int:
         return sum(model.active_requests for model in self._models.values())
 
-    async def run(self, completion: Completion, caller: Caller) -> AsyncIterator[TextDelta | Completed]:
+    async def run(
+        self, completion: Completion, caller: Caller
+    ) -> AsyncGenerator[TextDelta | Completed, None]:
         """Serve one request: text deltas, the last with a finish reason, then one `Completed`.
 
         Raises RouterError instead of `Completed` where the request fails.
@@ -229,7 +233,7 @@ class Streams:
             priority=completion.priority,
             deadline_s=deadline_s,
             lane=route.lane,
-            cache_salt=cache_salt(DEFAULT_TENANT),
+            cache_salt=self._salts.of(caller.tenant),
             traceparent=span.traceparent,
             text=AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=stop_token_ids),
             buffer_bytes=limit_bytes // completion.num_choices,

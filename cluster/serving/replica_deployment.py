@@ -14,14 +14,14 @@ from pathlib import Path
 
 from ray import serve
 
-from cluster.config import Config, ModelSection
+from cluster.config import Config, LinkTlsSection, ModelSection
 from cluster.serving.energy_agent import energy_agent_address, keep_energy_agent
 from cluster.serving.loading_note import LoadingNote
 from cluster.serving.placement import place
 from cluster.serving.ray_ranks import RayRankGroup
 from cluster.serving.run_folder import RunFolder
 from cluster.sources import resolve_source
-from replicas.config import ReplicaConfig
+from replicas.config import LinkCredentials, ReplicaConfig
 from replicas.supervisor.supervisor import Supervisor
 
 CUDA_LOOKAHEAD = 1
@@ -96,6 +96,7 @@ def replica_config(
         source=source,
         replica_id=f"{section.name}#{serve.get_replica_context().replica_id.unique_id}",
         routers=router.link_addresses or (f"{router.link_host}:{router.link_port}",),
+        link_credentials=_link_credentials(router.link_tls),
         parallel=section.parallel.to_parallel(),
         limits=section.limits.to_engine(lookahead=CUDA_LOOKAHEAD if device == "cuda" else 0),
         null=section.null_engine.to_null(),
@@ -103,12 +104,24 @@ def replica_config(
         dtype=section.dtype,
         threads_per_rank=section.threads_per_rank,
         kernels=section.kernels,
+        quantization=section.quantization,
         runtime_dir=str(folder.path),
         shared_dir=str(folder.shared_dir),
         energy_agent=energy_agent_address(folder.path) if needs_agent else "",
         meter=config.energy.meter,
         drain_s=section.limits.drain_s,
         ready_timeout_s=section.limits.ready_timeout_s,
+    )
+
+
+def _link_credentials(tls: LinkTlsSection) -> LinkCredentials | None:
+    if not tls.is_on:
+        return None
+    return LinkCredentials(
+        ca=tls.ca,
+        cert=tls.replica_cert or tls.cert,
+        key=tls.replica_key or tls.key,
+        server_name=tls.server_name,
     )
 
 

@@ -20,6 +20,7 @@ import yaml
 from cluster.addresses import RouterAddresses, read_addresses
 from cluster.command_error import CommandError
 from cluster.config import Config
+from cluster.router.secret import write_secret
 from cluster.serving.run_folder import RunFolder, last_words
 
 START_TIMEOUT_S = 120.0
@@ -65,6 +66,7 @@ class RouterProcess:
     def start(self) -> None:
         """Start the child; `poll_addresses` tells when it listens."""
         self._addresses_path.unlink(missing_ok=True)
+        self._settle_secret()
         config_path = self._folder.path / "router.yaml"
         config_path.write_text(yaml.safe_dump(self._config.model_dump(mode="json")), encoding="utf-8")
         command = [sys.executable, "-m", "replicas.rank.launch", str(os.getpid()), self._module]
@@ -135,6 +137,12 @@ class RouterProcess:
                     "router_lingers pid=%d signal=%s after_s=%g", child.pid, number.name, STOP_TIMEOUT_S
                 )
 
+    def _settle_secret(self) -> None:
+        """A restarted router has the secret of the one before, so that its salts and seals are the same."""
+        if not self._config.router.secret_file:
+            write_secret(self._folder.secret_path)
+            self._config = self._config.with_router(secret_file=str(self._folder.secret_path))
+
     def _pin_ports(self, addresses: RouterAddresses) -> None:
         """A restart must listen where replicas and clients look for it, also where the port was 0."""
         ports = {
@@ -142,5 +150,4 @@ class RouterProcess:
             "http_port": int(addresses.http.rpartition(":")[2]),
             "link_port": int(addresses.link.rpartition(":")[2]),
         }
-        router = self._config.router.model_copy(update=ports)
-        self._config = self._config.model_copy(update={"router": router})
+        self._config = self._config.with_router(**ports)

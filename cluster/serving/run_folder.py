@@ -75,6 +75,15 @@ class RunFolder:
         return self.path / "ray.token"
 
     @property
+    def secret_path(self) -> Path:
+        """What the routers of this run share, where the configuration names no file of its own."""
+        return self.path / "router.secret"
+
+    def router_socket(self, index: int) -> Path:
+        """Where commands of this machine's user find router `index`, whatever its ports ask of callers."""
+        return self.path / f"router-{index}.sock"
+
+    @property
     def shared_dir(self) -> Path:
         """Where the groups of this run keep their rings; removed with it."""
         return Path("/dev/shm") / f"wattline-{hashlib.sha256(str(self.path).encode()).hexdigest()[:12]}"
@@ -116,7 +125,8 @@ class RunFolder:
     def release(self) -> None:
         """Forget the run: state and sockets go, logs stay."""
         if self._lock:
-            for left in (*self.path.glob("*.sock"), *self.path.glob("loading-*"), self.token_path):
+            secrets = (self.token_path, self.secret_path)
+            for left in (*self.path.glob("*.sock"), *self.path.glob("loading-*"), *secrets):
                 left.unlink(missing_ok=True)
             self.state_path.unlink(missing_ok=True)
             self._lock.close()

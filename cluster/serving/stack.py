@@ -95,7 +95,7 @@ class Stack:
         self._ray.start()
         while (addresses := self._router.poll_addresses()) is None:
             time.sleep(POLL_S)
-        self._client = Client(_dialable(addresses.grpc))
+        self._client = Client(f"unix:{self._folder.router_socket(0)}")
         self._state = replace(
             self._state,
             grpc=addresses.grpc,
@@ -116,8 +116,7 @@ class Stack:
             if self._ray.is_owner
             else addresses.link.replace(EVERYWHERE, node_address())
         )
-        router = self._config.router.model_copy(update={"link_addresses": (link,)})
-        return self._config.model_copy(update={"router": router})
+        return self._config.with_router(link_addresses=(link,))
 
     def progress(self) -> tuple[ModelProgress, ...]:
         """How far every model is. Raises CommandError if one cannot be served."""

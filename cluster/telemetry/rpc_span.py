@@ -1,28 +1,38 @@
-"""The server span of one gRPC call, and the spans of the router's own work below it."""
+"""The server span of one call, gRPC or HTTP, and the spans of the router's own work below it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, format_trace_id, set_span_in_context
 
-from cluster.router.completion import Completion
+from cluster.router.completion import ChatPrompt, Completion, Prompt, TextPrompt, Turn
 from cluster.telemetry import semconv
 from cluster.telemetry.inference_span import InferenceSpan
+
+MAX_PROMPT_CHARS = 65_536
+"""Of a prompt on a span, where prompts are recorded at all."""
 
 
 class RpcSpan:
     """Started when a call arrives; the root of what the router does for it."""
 
-    def __init__(self, tracer: Tracer, *, method: str, parent: Context) -> None:
+    def __init__(
+        self,
+        tracer: Tracer,
+        *,
+        name: str,
+        attributes: Mapping[str, str],
+        parent: Context,
+        records_prompts: bool = False,
+    ) -> None:
         self._tracer = tracer
+        self._records_prompts = records_prompts
         self._span = tracer.start_span(
-            method,
-            context=parent,
-            kind=SpanKind.SERVER,
-            attributes={semconv.RPC_SYSTEM_NAME: "grpc", semconv.RPC_METHOD: method},
+            name, context=parent, kind=SpanKind.SERVER, attributes=dict(attributes)
         )
         self._context = set_span_in_context(self._span, parent)
         self.trace_id = format_trace_id(self._span.get_span_context().trace_id)
@@ -60,6 +70,8 @@ class RpcSpan:
                 semconv.REQUEST_SEED: str(sampling.seed),
             },
         )
+        if self._records_prompts:
+            span.set_attribute(semconv.INPUT_MESSAGES, _prompt_json(completion.prompt))
         return InferenceSpan(self._tracer, span)
 
     def end(self, code: str) -> None:
@@ -69,3 +81,21 @@ class RpcSpan:
             self._span.set_attribute(semconv.ERROR_TYPE, code)
             self._span.set_status(Status(StatusCode.ERROR))
         self._span.end()
+
+
+def _prompt_json(prompt: Prompt) -> str:
+    """The prompt as the GenAI conventions write messages, cut to a bound; token ids have no text here."""
+    match prompt:
+        case ChatPrompt():
+            turns = prompt.turns
+        case TextPrompt():
+            turns = (Turn(role="user", content=prompt.text),)
+        case _:
+            turns = ()
+    left = MAX_PROMPT_CHARS
+    messages = []
+    for turn in turns:
+        parts = [{"type": "text", "content": turn.content[:left]}]
+        messages.append({"role": turn.role, "parts": parts})
+        left = max(0, left - len(turn.content))
+    return json.dumps(messages)

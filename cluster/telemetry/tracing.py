@@ -2,14 +2,15 @@
 
 Traces leave the machine only if `telemetry.otlp_endpoint` is set; trace ids are valid and travel on either
 way. A span of a request waits for its final joules before it is exported, at most `ENERGY_WAIT_S`, though it
-ends at the time the answer ended. Attributes hold counts, names and joules, never text of prompts or answers.
+ends at the time the answer ended. Attributes hold counts, names and joules, no text of answers, and text of
+prompts only where `telemetry.record_prompts` is on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -21,6 +22,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from cluster.config import TelemetrySection
 from cluster.router.energy_account import EnergyAccount
+from cluster.telemetry import semconv
 from cluster.telemetry.inference_span import InferenceSpan
 from cluster.telemetry.rpc_span import RpcSpan
 
@@ -58,13 +60,31 @@ class Telemetry:
             )
         self._tracer = self._provider.get_tracer("wattline", version)
         self._propagator = TraceContextTextMapPropagator()
+        self._records_prompts = section.record_prompts
         self._waiting: dict[InferenceSpan, EnergyAccount] = {}
 
     def start_rpc(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> RpcSpan:
-        """The server span of one call, a child of the caller's span if it sent a W3C trace context."""
+        """The server span of one gRPC call, a child of the caller's span if it sent a W3C trace context."""
+        attributes = {semconv.RPC_SYSTEM_NAME: "grpc", semconv.RPC_METHOD: method}
+        return self._start(method, attributes, metadata)
+
+    def start_http(self, method: str, route: str, headers: Iterable[tuple[str, str | bytes]]) -> RpcSpan:
+        """The same for an HTTP request, named as the conventions for HTTP do."""
+        attributes = {semconv.HTTP_METHOD: method, semconv.HTTP_ROUTE: route}
+        return self._start(f"{method} {route}", attributes, headers)
+
+    def _start(
+        self, name: str, attributes: Mapping[str, str], metadata: Iterable[tuple[str, str | bytes]]
+    ) -> RpcSpan:
         carrier = {key: str(value) for key, value in metadata if key in TRACE_HEADERS}
         parent = self._propagator.extract(carrier, context=Context())
-        return RpcSpan(self._tracer, method=method, parent=parent)
+        return RpcSpan(
+            self._tracer,
+            name=name,
+            attributes=attributes,
+            parent=parent,
+            records_prompts=self._records_prompts,
+        )
 
     def hold_for_energy(self, span: InferenceSpan, account: EnergyAccount) -> None:
         """Export a finished inference span with its final joules, or with what is known in two seconds."""

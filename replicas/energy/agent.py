@@ -30,6 +30,7 @@ from replicas.energy.nvml import NvmlMeter, discover_gpus
 from replicas.energy.polling import MeterPoller
 from replicas.energy.replay import FakeMeter
 from replicas.errors import MeterUnavailable
+from replicas.strict_messages import add_strictly
 
 _LOG = logging.getLogger(__name__)
 _FAKE_POWER_W = 100.0
@@ -91,7 +92,7 @@ class EnergyAgent:
     async def start(self, *addresses: str) -> tuple[str, ...]:
         """Listen on `unix:/path` and `host:port` addresses; gives them back with port 0 filled in."""
         server = aio.server(options=(("grpc.so_reuseport", 0),))
-        add_EnergyAgentServicer_to_server(_Servicer(self), server)
+        add_strictly(add_EnergyAgentServicer_to_server, _Servicer(self), server)
         bound = tuple(self._bind(server, address) for address in addresses)
         await server.start()
         self._server = server

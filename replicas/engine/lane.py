@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from operator import attrgetter
 
 from replicas.engine.block_pool import BlockPool
 from replicas.engine.prefix_hash import extend_hashes
+from replicas.engine.prefix_leaders import PrefixLeaders
 from replicas.engine.sequence import Sequence, SequenceState
 
 _by_order = attrgetter("order")
@@ -41,6 +43,7 @@ class Lane:
         """Of the running ones, those with more than their newest token to plan."""
         self._block_tokens = block_tokens
         self._caches_prefixes = caches_prefixes
+        self._leaders = PrefixLeaders(block_tokens=block_tokens)
         self._num_waiting_tokens = 0
 
     @property
@@ -58,6 +61,10 @@ class Lane:
         return len(self._rows)
 
     @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    @property
     def num_prefill_tokens(self) -> int:
         """Tokens to compute before every sequence of this lane decodes."""
         return self._num_waiting_tokens + sum(sequence.num_uncomputed for sequence in self.prefilling)
@@ -68,7 +75,7 @@ class Lane:
         self._num_waiting_tokens += sequence.length
 
     def admit(self, sequence: Sequence) -> None:
-        """From waiting to running, with a row and blocks. The caller has asked `has_room_for`."""
+        """From waiting to running, with a row and blocks. The caller has looked at both."""
         self._remove_waiting(sequence)
         sequence.row = heapq.heappop(self._free_rows)
         sequence.state = SequenceState.RUNNING
@@ -77,6 +84,8 @@ class Lane:
         sequence.blocks = cached + self.pool.allocate(self._blocks_of(sequence) - len(cached))
         sequence.reuse(num_blocks=len(cached), num_tokens=len(cached) * self._block_tokens)
         insort(self.running, sequence, key=_by_order)
+        if self._caches_prefixes:
+            self._leaders.add(sequence)
         if not sequence.is_decoding:
             insort(self.prefilling, sequence, key=_by_order)
 
@@ -91,6 +100,7 @@ class Lane:
             self._remove_waiting(sequence)
             return
         _remove(self.running, sequence)
+        self._leaders.discard(sequence)
         if sequence in self.prefilling:
             _remove(self.prefilling, sequence)
         self.pool.release(sequence.blocks)
@@ -109,6 +119,7 @@ class Lane:
 
     def file_computed(self, sequence: Sequence, *, num_tokens: int) -> None:
         """The KV of the first `num_tokens` of a running sequence is written and proved finite."""
+        self._leaders.discard(sequence)
         num_full = num_tokens // self._block_tokens
         if num_full == sequence.num_filed_blocks or not self._caches_prefixes:
             return
@@ -121,11 +132,20 @@ class Lane:
         """The KV of a running sequence is not to be trusted: none of its blocks stays in the cache."""
         self.pool.forget(sequence.blocks)
 
-    def has_room_for(self, sequence: Sequence) -> bool:
-        """Whether a row and all its blocks are free."""
-        if not self._free_rows:
-            return False
-        return self._num_needed(sequence, self._cached_blocks(sequence)) <= self.pool.num_free
+    def is_held(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence had better wait for blocks that another one is computing."""
+        if sequence.waits_for is None and self._caches_prefixes:
+            sequence.waits_for = self._leaders.leader_of(
+                sequence,
+                num_cached_blocks=len(self._cached_blocks(sequence)),
+                num_sharable_blocks=self._num_sharable(sequence),
+            )
+        return self._leaders.is_leading(sequence.waits_for)
+
+    def has_blocks_for(self, sequence: Sequence, *, besides: Iterable[Sequence] = ()) -> bool:
+        """Whether it could be admitted now, and the waiting ones `besides` it as well."""
+        reserved = sum([self._blocks_of(other) + 1 for other in besides])
+        return self._num_needed(sequence, self._cached_blocks(sequence)) + reserved <= self.pool.num_free
 
     def victims_for(self, sequence: Sequence) -> list[Sequence]:
         """The fewest running sequences of lower priority whose blocks and row would admit `sequence`.
@@ -166,7 +186,10 @@ class Lane:
         if not self._caches_prefixes:
             return []
         self._extend_hashes(sequence)
-        return self.pool.find(sequence.block_hashes[: (len(sequence.tokens) - 1) // self._block_tokens])
+        return self.pool.find(sequence.block_hashes[: self._num_sharable(sequence)])
+
+    def _num_sharable(self, sequence: Sequence) -> int:
+        return (len(sequence.tokens) - 1) // self._block_tokens
 
     def _extend_hashes(self, sequence: Sequence) -> None:
         extend_hashes(

@@ -240,11 +240,16 @@ class Scheduler:
             budget -= count
 
     def _admit(self, lane: Lane, new_rows: list[NewRow], now_ns: int) -> Iterator[Sequence]:
-        """Strictly in order: a long request at the head is not overtaken, so it cannot starve."""
-        while lane.waiting:
-            sequence = lane.waiting[0]
+        """In order: a long request at the head is not overtaken, so it cannot starve. Only who waits for a
+        leader's blocks is passed by; a row and its own blocks are kept for it."""
+        held: list[Sequence] = []
+        while len(held) < min(len(lane.waiting), lane.num_free_rows):
+            sequence = lane.waiting[len(held)]
+            if lane.is_held(sequence):
+                held.append(sequence)
+                continue
             # Preempted while its token was under way: the token decides whether it goes on.
-            if sequence.num_pending or not lane.has_room_for(sequence):
+            if sequence.num_pending or not lane.has_blocks_for(sequence, besides=held):
                 return
             lane.admit(sequence)
             new_rows.append(sequence.new_row())
@@ -269,7 +274,8 @@ class Scheduler:
         if not lane.waiting or not lane.running:
             return
         head = lane.waiting[0]
-        if not head.num_pending and head.request.priority > lane.running[-1].request.priority:
+        is_stuck = head.num_pending or lane.is_held(head)
+        if not is_stuck and head.request.priority > lane.running[-1].request.priority:
             for victim in lane.victims_for(head):
                 self._preempt(lane, victim)
 

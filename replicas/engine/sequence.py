@@ -58,6 +58,8 @@ class Sequence:
     """The first blocks of `blocks` that a plan has already told the runners."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Hashes of the first full blocks of `tokens`, as far as somebody asked for them."""
+    waits_for: Sequence | None = None
+    """Whose blocks it waits, or once waited, to share (`prefix_leaders.py`)."""
     num_filed_blocks: int = 0
     """The first blocks of `blocks` that are in the prefix cache, or equal to one that is."""
     cached_tokens: int = 0

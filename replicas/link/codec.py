@@ -48,6 +48,7 @@ def encode_hello(card: ReplicaCard, load: ReplicaLoad) -> link_pb2.FromReplica:
         metrics_address=card.metrics_address,
         eos_token_ids=engine.eos_token_ids,
         kernels=engine.kernels,
+        quantization=engine.quantization,
     )
     return link_pb2.FromReplica(epoch=card.epoch, hello=hello)
 

@@ -19,6 +19,7 @@ from grpc import aio
 
 from protos.wattline_link_pb2 import FromReplica, ToReplica
 from protos.wattline_link_pb2_grpc import ReplicaLinkStub
+from replicas.config import LinkCredentials
 from replicas.link.codec import (
     decode_command,
     encode_heartbeat,
@@ -26,6 +27,7 @@ from replicas.link.codec import (
     encode_ledger,
     encode_parcel,
 )
+from replicas.link.dial import dial
 from replicas.link.messages import ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
 
@@ -110,12 +112,14 @@ class RouterLink:
         target: str,
         handler: LinkHandler,
         attached: MutableMapping[str, LinkSession],
+        credentials: LinkCredentials | None = None,
         random: Random | None = None,
         make_outbox: Callable[[], Outbox] = Outbox,
     ) -> None:
         self._target = target
         self._handler = handler
         self._attached = attached
+        self._credentials = credentials
         self._random = random or Random()
         self._make_outbox = make_outbox
         self._session: LinkSession | None = None
@@ -155,7 +159,11 @@ class RouterLink:
 
     async def _attach(self) -> str:
         """One stream, from dial to end. Returns why it ended."""
-        async with aio.insecure_channel(self._target, CHANNEL_OPTIONS) as channel:
+        try:
+            dialled = dial(self._target, self._credentials, CHANNEL_OPTIONS)
+        except OSError as error:
+            return f"the link's certificates cannot be read: {error}"
+        async with dialled as channel:
             call = ReplicaLinkStub(channel).Attach()
             try:
                 session = await self._greet(call)

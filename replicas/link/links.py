@@ -12,6 +12,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address
 
+from replicas.config import LinkCredentials
 from replicas.link.link import LinkHandler, LinkSession, RouterLink
 
 REFRESH_S = 5.0
@@ -61,11 +62,13 @@ class LinkPool:
         *,
         addresses: Sequence[str],
         handler: LinkHandler,
+        credentials: LinkCredentials | None = None,
         resolve: Resolve = resolve_target,
         refresh_s: float = REFRESH_S,
     ) -> None:
         self._addresses = tuple(addresses)
         self._handler = handler
+        self._credentials = credentials
         self._resolve = resolve
         self._refresh_s = refresh_s
         self._links: dict[str, tuple[RouterLink, asyncio.Task[None]]] = {}
@@ -108,7 +111,12 @@ class LinkPool:
                 del self._links[gone]
         new = sorted(wanted - set(self._links))
         for target in new[: MAX_LINKS - len(self._links)]:
-            link = RouterLink(target=target, handler=self._handler, attached=self.attached)
+            link = RouterLink(
+                target=target,
+                handler=self._handler,
+                attached=self.attached,
+                credentials=self._credentials,
+            )
             self._links[target] = (link, asyncio.create_task(link.run(), name=f"link {target}"))
 
     async def _watch(self) -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from replicas.layers.attention import DecodeGroup, PagedSequences, PrefillChunk, Span
+from replicas.layers.triton.sequences import DeviceSequences
 from replicas.plan import LAST_SAMPLED, PlannedRow, StepPlan
 from replicas.request import SamplingParams
 
@@ -36,7 +37,8 @@ class Draw:
 class Batch:
     """The tensors of a step. `sampled_S[i]` is the flat index of the token that `draws[i]` continues.
 
-    `spans` and `sequences` say the same; compiled kernels read the second, and then the first is empty.
+    `spans` and `sequences` say the same; compiled kernels read the second, and then the first is empty. So do
+    `device_sequences`, which device kernels read in place of both.
     """
 
     token_ids_T: torch.Tensor
@@ -48,6 +50,7 @@ class Batch:
     draws: tuple[Draw, ...]
     lane_tokens: tuple[int, ...] = ()
     """In the `dispatch` layout: the tokens of every rank in this step; this one may have none."""
+    device_sequences: DeviceSequences | None = None
 
 
 class Rows:

@@ -44,6 +44,7 @@ class Lanes:
     def __init__(self, collectives: Collectives, *, max_sequences: int) -> None:
         self._collectives = collectives
         self._max_sequences = max_sequences
+        self.count = collectives.size
         self._sampling: dict[int, SamplingParams] = {}
         first = collectives.rank * max_sequences
         self.own_rows = range(first, first + max_sequences)

@@ -23,6 +23,7 @@ def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
         device=runner.device,
         costs=runner.costs,
         kernels=runner.kernels,
+        quantization=runner.quantization,
     )
-    expert_loads = runner.expert_loads if runner.spec.num_experts else None
+    expert_loads = runner.experts.loads if runner.spec.num_experts else None
     return BuiltRunner(runner=runner, shape=shape, expert_loads=expert_loads)

@@ -147,6 +147,7 @@ def _ready(config: RankConfig, shape: EngineShape, scheduler: Scheduler, engine:
         costs=shape.costs,
         load=engine.load,
         kernels=shape.kernels,
+        quantization=shape.quantization,
     )
 
 

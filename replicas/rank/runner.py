@@ -7,21 +7,20 @@ the same plans in the same order and return the same ids. Decides nothing about 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from replicas.config import EngineLimits, ParallelConfig, RankConfig
+from replicas.config import EngineLimits, RankConfig
 from replicas.errors import BadCheckpoint, RankLost
-from replicas.expert_loads import ExpertLoads
 from replicas.layers.attention import PagedKV
-from replicas.layers.expert_routes import ExpertRoutes
 from replicas.layers.experts import StackedExperts
 from replicas.layers.kernels.layers import CpuLayers
-from replicas.layers.kernels.library import open_pool
+from replicas.layers.kernels.library import Storage, open_pool
+from replicas.layers.quantize import round_weights
 from replicas.models.checkpoint import Checkpoint
 from replicas.models.costs import costs_of
 from replicas.models.decoder import Decoder
@@ -31,10 +30,11 @@ from replicas.parallel.collectives import Collectives, SoloCollectives
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
 from replicas.rank.batch import Batch, Draw, Rows
-from replicas.rank.expert_copies import ExpertCopies, ExpertStore
+from replicas.rank.expert_copies import ExpertStore
 from replicas.rank.lanes import Lanes
 from replicas.rank.logit_edits import LogitEdits
 from replicas.rank.logprobs import measure_logprobs, read_logprobs
+from replicas.rank.rank_experts import RankExperts
 from replicas.rank.sampler import NOT_FINITE, sample
 from replicas.request import TORCH_KERNELS, SamplingParams
 
@@ -96,21 +96,17 @@ class ModelRunner:
         self.spec = spec
         self.weights_digest = weights_digest
         self._limits = limits
-        self._num_lanes = config.parallel.num_lanes
-        self._num_expert_ranks = config.parallel.expert
         self._shard = shard
         self._collectives = collectives
         self._vocab_ranks = SoloCollectives() if shard.is_dispatched else collectives
         self._lanes = Lanes(collectives, max_sequences=limits.max_sequences) if shard.is_dispatched else None
-        self._own_rows = range(limits.max_sequences) if self._lanes is None else self._lanes.own_rows
         self._device = weights.embedding_VH.device
         dtype = weights.embedding_VH.dtype
         self.dtype = str(dtype).removeprefix("torch.")
         self.device = _device_name(self._device)
-        self.costs = costs_of(spec, config.parallel, dtype.itemsize)
         self.num_blocks = _num_blocks(spec, shard, limits, dtype.itemsize)
         self.context_tokens = _context_tokens(spec, limits)
-        kv = PagedKV(
+        kv = self._kv = PagedKV(
             num_layers=spec.num_layers,
             num_blocks=self.num_blocks,
             block_tokens=limits.block_tokens,
@@ -119,15 +115,15 @@ class ModelRunner:
             device=self._device,
             dtype=dtype,
         )
-        self._kv = kv
-        self._tally_LX = torch.zeros(
-            (spec.num_layers, spec.num_experts), dtype=torch.int64, device=self._device
-        )
-        routes = _expert_routes(config.parallel, spec, shard, self._device)
-        self._kernels = _cpu_layers(config, spec, shard, weights, kv, self._tally_LX, routes)
-        self._experts: ExpertStore = self._kernels or StackedExperts(weights.layers)
-        self._copies = ExpertCopies(config.parallel, self._tally_LX, collectives, routes) if routes else None
+        experts = self.experts = RankExperts(spec, shard, config.parallel, collectives, self._device)
+        self._kernels = _cpu_layers(config, spec, shard, weights, kv, experts)
         self.kernels = TORCH_KERNELS if self._kernels is None else self._kernels.name
+        self.quantization = config.quantization
+        weight_bytes = dtype.itemsize if self._kernels is None else self._kernels.bytes_per_weight
+        self.costs = costs_of(spec, config.parallel, weight_bytes=weight_bytes, kv_bytes=dtype.itemsize)
+        if config.quantization == "int8" and self._kernels is None:
+            weights = round_weights(weights)
+        self._store: ExpertStore = self._kernels or StackedExperts(weights.layers)
         self._rows = Rows(
             max_sequences=limits.max_sequences,
             max_blocks=-(-self.context_tokens // limits.block_tokens),
@@ -138,7 +134,9 @@ class ModelRunner:
         )
         self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
-        self.decoder = Decoder(spec, shard, weights, kv, self._tally_LX, collectives, self._kernels, routes)
+        self.decoder = Decoder(
+            spec, shard, weights, kv, collectives, self._kernels, experts.tally_LX, experts.routes
+        )
 
     @classmethod
     def build(cls, config: RankConfig, collectives: Collectives, progress: Progress) -> ModelRunner:
@@ -155,7 +153,7 @@ class ModelRunner:
         shard = shard_of(spec, config.parallel, config.rank)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             weights = load_weights(checkpoint, spec, shard, device=device, dtype=dtype, progress=progress)
-            digest = checkpoint.digest()
+            digest = _digest_of(checkpoint.digest(), config)
         runner = cls(config, collectives, spec=spec, shard=shard, weights=weights, weights_digest=digest)
         collectives.barrier(_LOAD_SKEW_S)
         runner._refuse_other_models()
@@ -165,10 +163,9 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run a step, or enqueue it. Block tables change here; what was sampled is in the result."""
         for row in self._broken_rows.intersection(plan.freed_rows):
-            self._kv.scrub(self._rows.blocks_of(row - self._own_rows.start))
+            self._kv.scrub(self._rows.blocks_of(row % self._limits.max_sequences))
             self._broken_rows.remove(row)
-        if self._copies is not None:
-            self._copies.look(plan.step, self._experts)
+        self.experts.before_step(plan.step, self._store)
         lane = None if self._lanes is None else self._lanes.split(plan)
         own = plan if lane is None else lane.plan
         self._rows.apply(own)
@@ -194,7 +191,7 @@ class ModelRunner:
         """From the words a step leaves: ids, then the experts hit. Notes rows that must be scrubbed."""
         *ids, experts_hit = words
         for draw, token_id in zip(draws, ids, strict=True):
-            if token_id == NOT_FINITE and draw.row in self._own_rows:
+            if token_id == NOT_FINITE and (self._lanes is None or draw.row in self._lanes.own_rows):
                 self._broken_rows.add(draw.row)
         said = () if logprobs is None else read_logprobs(logprobs.tolist(), draws)
         return StepOutcome(sampled_ids=tuple(ids), experts_hit=experts_hit, logprobs=said)
@@ -221,16 +218,7 @@ class ModelRunner:
                         for row in range(count)
                     )
                 )
-        self._tally_LX.zero_()
-
-    def expert_loads(self) -> ExpertLoads:
-        """What the experts got since the warm-up; waits for the device. For models with experts."""
-        return ExpertLoads(
-            num_experts=self.spec.num_experts,
-            tokens=tuple(self._tally_LX.view(-1).tolist()),
-            num_ranks=self._num_expert_ranks,
-            spares=() if self._copies is None else self._copies.flat_spares,
-        )
+        self.experts.forget()
 
     def _sample(
         self, batch: Batch, logits_SV: torch.Tensor, num_best: int | None
@@ -253,8 +241,10 @@ class ModelRunner:
 
     def _run_alone(self, rows: tuple[PlannedRow, ...]) -> None:
         """In every lane."""
-        firsts = range(0, self._num_lanes * self._limits.max_sequences, self._limits.max_sequences)
-        planned = tuple(replace(row, row=first + row.row) for first in firsts for row in rows)
+        max_sequences, num_lanes = self._limits.max_sequences, 1 if self._lanes is None else self._lanes.count
+        planned = tuple(
+            replace(row, row=lane * max_sequences + row.row) for lane in range(num_lanes) for row in rows
+        )
         new_rows = tuple(NewRow(row=row.row, sampling=SamplingParams()) for row in planned)
         self.launch(StepPlan(step=0, freed_rows=(), new_rows=new_rows, rows=planned)).result()
         freed_rows = tuple(row.row for row in planned)
@@ -286,6 +276,15 @@ def _dtype_of(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def _digest_of(checkpoint_digest: str, config: RankConfig) -> str:
+    """Rounded weights are other weights; and ranks that split rows round each part by itself."""
+    if config.quantization == "none":
+        return checkpoint_digest
+    parallel = config.parallel
+    rounded = f"{checkpoint_digest} {config.quantization} {parallel.tensor} {parallel.expert}"
+    return hashlib.blake2b(rounded.encode(), digest_size=16).hexdigest()
+
+
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -296,8 +295,7 @@ def _cpu_layers(
     shard: Shard,
     weights: ModelWeights,
     kv: PagedKV,
-    tally_LX: torch.Tensor,
-    routes: Sequence[ExpertRoutes],
+    experts: RankExperts,
 ) -> CpuLayers | None:
     """The compiled kernels where they serve: float32 on a CPU with a compiler. Torch then needs one thread:
     two pools would fight for the same cores."""
@@ -307,26 +305,12 @@ def _cpu_layers(
     pool = open_pool(config.threads)
     if pool is None:
         return None
-    layers = CpuLayers(pool, spec, shard, weights, kv, tally_LX, routes, keeps_half=config.kernels == "auto")
+    storage = Storage.SMALLEST if config.kernels == "auto" else Storage.FLOAT32
+    if config.quantization == "int8":
+        storage = Storage.INT8
+    layers = CpuLayers(pool, spec, shard, weights, kv, experts.tally_LX, experts.routes, storage=storage)
     torch.set_num_threads(1)
     return layers
-
-
-def _expert_routes(
-    parallel: ParallelConfig, spec: ModelSpec, shard: Shard, device: torch.device
-) -> tuple[ExpertRoutes, ...]:
-    """One per layer; none where no expert has room for a copy."""
-    if not shard.num_spare_experts:
-        return ()
-    return tuple(
-        ExpertRoutes.empty(
-            num_experts=spec.num_experts,
-            num_ranks=parallel.expert,
-            num_slots=shard.num_experts + shard.num_spare_experts,
-            device=device,
-        )
-        for _ in range(spec.num_layers)
-    )
 
 
 def _num_blocks(spec: ModelSpec, shard: Shard, limits: EngineLimits, itemsize: int) -> int:

@@ -73,7 +73,11 @@ class LiveGroup:
             )
             self._energy = EnergyAccount(ledger, clock=time.monotonic_ns)
         self.dispatcher = Dispatcher(card=card, send=socket.send, energy=self._energy)
-        self._links = LinkPool(addresses=card.config.routers, handler=self.dispatcher)
+        self._links = LinkPool(
+            addresses=card.config.routers,
+            handler=self.dispatcher,
+            credentials=card.config.link_credentials,
+        )
         self._first_reading = asyncio.Event()
         self._links_task: asyncio.Task[None] | None = None
         self._num_steps = 0

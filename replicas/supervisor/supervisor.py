@@ -205,6 +205,7 @@ class Supervisor:
                 dtype=config.dtype,
                 threads=config.threads_per_rank,
                 kernels=config.kernels,
+                quantization=config.quantization,
                 socket_path=str(files.socket_path) if rank == 0 else "",
                 shared_dir=config.shared_dir,
                 null=config.null,

@@ -101,7 +101,7 @@ def answer(config: RankConfig, collectives: Collectives, requests: list[Generati
     answers = Answers()
     while engine.has_work:
         deltas = engine.step().deltas
-        answers.loads.append(runner.expert_loads())
+        answers.loads.append(runner.experts.loads())
         for delta in deltas:
             answers.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
             answers.logprobs.setdefault(delta.request_id, []).extend(delta.logprobs)

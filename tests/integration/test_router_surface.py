@@ -18,9 +18,18 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from protos import wattline_inference_pb2 as pb
 from protos import wattline_link_pb2 as link
-from tests.fake_replica import EnergyMode
-from tests.router_fixture import MODEL, TestRouter, collect, make_config, make_request, run_test_router
+from tests.fake_replica import EnergyMode, Fate
+from tests.router_fixture import (
+    MODEL,
+    TestRouter,
+    collect,
+    fail,
+    make_config,
+    make_request,
+    run_test_router,
+)
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT_ID = "00f067aa0ba902b7"
@@ -267,6 +276,31 @@ async def test_the_trace_has_the_callers_id_the_phases_and_the_final_joules(
     assert (values["wattline.energy.source"], values["wattline.energy.final"]) == ("fake", True)
     assert inference.end_time_unix_nano <= rpc.end_time_unix_nano
     assert not any(SECRET in str(span) for span in servicer.spans)
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+async def test_a_prompt_is_on_a_span_only_where_that_is_switched_on(
+    collector: tuple[Collector, str], caplog: pytest.LogCaptureFixture, is_on: bool
+) -> None:
+    servicer, endpoint = collector
+    telemetry = {"otlp_endpoint": endpoint, "record_prompts": is_on}
+    caplog.set_level("DEBUG")
+    async with run_test_router(make_config(telemetry=telemetry)) as router:
+        async with router.replica() as replica:
+            await collect(router.inference.Generate(make_request(SECRET)))
+            chat = pb.ChatRequest(model=MODEL, messages=[pb.Message(role=SECRET, content=SECRET)])
+            await fail(router.inference.Chat(chat))
+            await fail(router.inference.Generate(make_request(SECRET, stop=[SECRET * 9])))
+            replica.running.clear()
+            lost = router.inference.Generate(make_request(SECRET))
+            await lost.initial_metadata()
+            await replica.end(Fate.KILLED)
+            await fail(lost)
+        await fail(router.inference.Generate(make_request(SECRET)))
+    assert any(SECRET in str(span) for span in servicer.spans) is is_on
+    assert servicer.span(f"text_completion {MODEL}")
+    ours = [record for record in caplog.records if record.name.startswith(("cluster", "replicas"))]
+    assert ours and not any(SECRET in record.getMessage() for record in ours)
 
 
 async def test_the_trace_tells_of_a_failover(collector: tuple[Collector, str]) -> None:

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from replicas.config import EngineLimits, NullEngineConfig
 from replicas.engine.engine import Engine
+from replicas.engine.prefix_leaders import MIN_SHARED_TOKENS
 from replicas.engine.scheduler import Scheduler
 from replicas.plan import LAST_SAMPLED, PendingStep, PlannedRow, StepPlan, decode_plan, encode_plan
 from replicas.rank.null_runner import EOS_TOKEN_ID, NullRunner, null_continuation
@@ -136,7 +137,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open(7, 8, 3, 0)
 
     @initialize(
-        num_blocks=st.integers(3, 16),
+        num_blocks=st.one_of(st.integers(3, 16), st.integers(40, 80)),
         step_tokens=st.integers(1, 24),
         max_sequences=st.integers(1, 5),
         lookahead=st.integers(0, 1),
@@ -175,7 +176,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
 
     @rule(
-        num_prompt=st.integers(1, 40),
+        num_prompt=st.one_of(st.integers(1, 40), st.integers(34, 42)),
         first_token=st.integers(3, 8),
         max_tokens=st.integers(1, 30),
         priority=st.integers(0, 2),
@@ -285,8 +286,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.prefix_caching or life.cached_tokens == 0
             request = life.request
             turn = (request.lane, request.priority)
-            assert self.newest_started.get(turn, 0) < request.request_id
-            self.newest_started[turn] = request.request_id
+            newest = self.newest_started.get(turn, 0)
+            assert newest < request.request_id or self.could_share(life)
+            self.newest_started[turn] = max(newest, request.request_id)
+
+    def could_share(self, life: Life) -> bool:
+        """Overtaken is only who begins as one does that started before it, and matters no less."""
+        return any(
+            other.has_started
+            and other is not life
+            and other.request.lane == life.request.lane
+            and other.request.priority >= life.request.priority
+            and other.request.cache_salt == life.request.cache_salt
+            and other.request.prompt_ids[:MIN_SHARED_TOKENS] == life.request.prompt_ids[:MIN_SHARED_TOKENS]
+            for other in self.lives.values()
+        )
 
     def check_work(self, life: Life, member: StepMember) -> None:
         """Wasted is what was computed before, or all once the request has ended; none is past the end."""

@@ -34,12 +34,16 @@ class KernelsUnavailable(Exception):
     """This machine cannot build or load the kernels; the text says why. Never leaves `replicas.layers`."""
 
 
-def build_library(cache_dir: Path | None = None) -> Path:
-    """The shared library for this machine; compiled (about 2 s) unless `cache_dir` already has it."""
+def build_library(cache_dir: Path | None = None, *, more_flags: tuple[str, ...] = ()) -> Path:
+    """The shared library for this machine; compiled (about 2 s) unless `cache_dir` already has it.
+
+    `more_flags` come last: `-mno-avx512f`, say, makes the library of a lesser machine.
+    """
     compiler = next((found for name in _COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise KernelsUnavailable(f"no C compiler ({' or '.join(_COMPILERS)}) on the PATH")
-    flags = (*FLAGS, _WIDE_FLAG) if platform.machine() == "x86_64" else FLAGS
+    wide_flags = (_WIDE_FLAG,) if platform.machine() == "x86_64" else ()
+    flags = (*FLAGS, *wide_flags, *more_flags)
     key = "\0".join((SOURCE.read_text(encoding="utf-8"), *flags, _version_of(compiler), _processor()))
     name = f"cpu_kernels-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.so"
     target = (cache_dir or _default_cache_dir()) / name

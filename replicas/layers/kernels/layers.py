@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import byref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -23,6 +23,7 @@ from replicas.layers.kernels.library import (
     CStep,
     KernelPool,
     PackedMatrix,
+    Storage,
 )
 from replicas.layers.rope import Rotation
 from replicas.models.spec import ModelSpec
@@ -38,17 +39,6 @@ class _KernelStep:
     owners: tuple[object, ...]
 
 
-@dataclass(slots=True)
-class _Packed:
-    """Whatever the C structures of all layers point into."""
-
-    tensors: list[torch.Tensor] = field(default_factory=list)
-
-    def keep(self, tensor: torch.Tensor) -> int:
-        self.tensors.append(tensor)
-        return tensor.data_ptr()
-
-
 class CpuLayers:
     """Runs the layers of one rank. Not reentrant: one step at a time, between `begin` calls."""
 
@@ -62,7 +52,7 @@ class CpuLayers:
         tally_LX: torch.Tensor,
         routes: Sequence[ExpertRoutes] = (),
         *,
-        keeps_half: bool,
+        storage: Storage,
     ) -> None:
         self._pool = pool
         self._spec = spec
@@ -72,9 +62,9 @@ class CpuLayers:
         self._routes = routes
         self._experts: dict[int, list[tuple[PackedMatrix, ...]]] = {}
         """Per layer and slot: gate, up and down."""
-        self._keeps_half = keeps_half
-        self._owned = _Packed()
-        self._panels: list[torch.Tensor] = []
+        self._storage = storage
+        self._owned: list[torch.Tensor] = []
+        self._matrices: list[PackedMatrix] = []
         self._attention = [self._pack_attention(index, layer) for index, layer in enumerate(weights.layers)]
         self._ffn = [
             self._pack_mlp(layer, layer.ffn)
@@ -89,8 +79,14 @@ class CpuLayers:
     @property
     def name(self) -> str:
         """Instruction set and what the matrices are kept in, such as `avx512-bfloat16`."""
-        kinds = {str(panels.dtype).removeprefix("torch.") for panels in self._panels}
+        kinds = {str(matrix.panels.dtype).removeprefix("torch.") for matrix in self._matrices}
         return f"{self._pool.instruction_set}-{kinds.pop() if len(kinds) == 1 else 'mixed'}"
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Mean over all matrices, their factors included."""
+        num_weights = sum(matrix.layout.num_rows * matrix.layout.num_columns for matrix in self._matrices)
+        return float(sum(matrix.num_bytes for matrix in self._matrices) / num_weights)
 
     def begin(self, rotation: Rotation, slots_T: torch.Tensor, sequences: PagedSequences) -> None:
         """Where the tokens of the next calls are: angles, slots to write, pages to read."""
@@ -158,14 +154,16 @@ class CpuLayers:
         return logits_SV
 
     def expert_tensors(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
-        """The panels of one expert: gate, up, down."""
-        return tuple(matrix.panels for matrix in self._experts[layer][slot])
+        """What the matrices of one expert are packed in: gate, up, down."""
+        return tuple(tensor for matrix in self._experts[layer][slot] for tensor in matrix.tensors)
 
     def put_expert(self, layer: int, slot: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Fill a spare slot with panels of another rank's expert; what was there may be in no route."""
+        """Fill a spare slot with another rank's expert, as that rank packed it."""
         packed, own = self._experts[layer], self._experts[layer][0]
+        per_matrix = len(tensors) // len(own)
         matrices = tuple(
-            self._pool.adopt(panels, like=matrix) for panels, matrix in zip(tensors, own, strict=True)
+            PackedMatrix.of(*tensors[kind * per_matrix : (kind + 1) * per_matrix], shape=matrix.shape)
+            for kind, matrix in enumerate(own)
         )
         packed.extend([matrices] * (slot + 1 - len(packed)))
         packed[slot] = matrices
@@ -180,7 +178,7 @@ class CpuLayers:
 
     def _pack_attention(self, index: int, layer: LayerWeights) -> CAttentionLayer:
         return CAttentionLayer(
-            norm_weight=self._owned.keep(layer.attention_norm_H),
+            norm_weight=self._keep(layer.attention_norm_H),
             qkv=self._pack(layer.qkv_QH).layout,
             out=self._pack(layer.out_HA).layout,
             keys=self._kv.keys[index].data_ptr(),
@@ -190,7 +188,7 @@ class CpuLayers:
     def _pack_mlp(self, layer: LayerWeights, mlp: MlpWeights) -> CMlpLayer:
         gate_FH, up_FH = mlp.gate_up_2FH.chunk(2)
         return CMlpLayer(
-            norm_weight=self._owned.keep(layer.ffn_norm_H),
+            norm_weight=self._keep(layer.ffn_norm_H),
             gate=self._pack(gate_FH).layout,
             up=self._pack(up_FH).layout,
             down=self._pack(mlp.down_HF).layout,
@@ -209,8 +207,8 @@ class CpuLayers:
         )
         routes = self._routes[index] if self._routes else None
         return CExpertLayer(
-            norm_weight=self._owned.keep(layer.ffn_norm_H),
-            router=self._pack(experts.router_XH).layout,
+            norm_weight=self._keep(layer.ffn_norm_H),
+            router=self._pack_router(experts.router_XH).layout,
             gate=gate,
             up=up,
             down=down,
@@ -224,6 +222,18 @@ class CpuLayers:
         )
 
     def _pack(self, weight: torch.Tensor) -> PackedMatrix:
-        packed = self._pool.pack(weight, keeps_half=self._keeps_half)
-        self._panels.append(packed.panels)
+        packed = self._pool.pack(weight, self._storage)
+        self._matrices.append(packed)
         return packed
+
+    def _pack_router(self, weight: torch.Tensor) -> PackedMatrix:
+        """Small, and it decides: never in bytes."""
+        exact = Storage.SMALLEST if self._storage is Storage.INT8 else self._storage
+        packed = self._pool.pack(weight, exact)
+        self._keep(packed.panels)
+        return packed
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        """The address of a tensor that C structures point into from now on."""
+        self._owned.append(tensor)
+        return tensor.data_ptr()

@@ -11,13 +11,14 @@ import logging
 import weakref
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 from replicas.layers.kernels.build import KernelsUnavailable, build_library
+from replicas.layers.quantize import quantize
 
 _LOG = logging.getLogger(__name__)
 
@@ -25,7 +26,11 @@ _LOG = logging.getLogger(__name__)
 class CMatrix(Structure):
     """`Matrix` of the C file."""
 
-    _fields_ = [("data", c_void_p), ("num_rows", c_long), ("num_columns", c_long), ("is_half", c_long)]
+    _fields_ = [
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        *((name, c_long) for name in ("num_rows", "num_columns", "storage")),
+    ]
 
 
 class CAttentionLayer(Structure):
@@ -71,12 +76,50 @@ class CExpertLayer(Structure):
     ]
 
 
+class Storage(Enum):
+    """What the panels of a weight hold. `SMALLEST`: halves where that loses nothing, else floats."""
+
+    FLOAT32 = auto()
+    SMALLEST = auto()
+    INT8 = auto()
+
+
+_STORAGE_WORDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""`storage` of the C file."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedMatrix:
-    """A weight [O, I] in panels; `panels` owns the memory that `layout` points to."""
+    """A weight [O, I] in panels; `panels` and `scales` own the memory that `layout` points to."""
 
     panels: torch.Tensor
+    scales: torch.Tensor | None
     layout: CMatrix
+
+    @classmethod
+    def of(
+        cls, panels: torch.Tensor, scales: torch.Tensor | None = None, *, shape: tuple[int, int]
+    ) -> PackedMatrix:
+        """What was packed, here or on another rank, from a weight of `shape`."""
+        layout = CMatrix(
+            panels.data_ptr(),
+            None if scales is None else scales.data_ptr(),
+            *shape,
+            _STORAGE_WORDS[panels.dtype],
+        )
+        return cls(panels=panels, scales=scales, layout=layout)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layout.num_rows, self.layout.num_columns
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.panels,) if self.scales is None else (self.panels, self.scales)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 class KernelPool:
@@ -98,26 +141,29 @@ class KernelPool:
     def panel_rows(self) -> int:
         return int(self.library.wl_panel_rows())
 
-    def pack(self, weight_OI: torch.Tensor, *, keeps_half: bool = True) -> PackedMatrix:
-        """Copy a float32 weight into panels; half the bytes, and the same values, where all are bfloat16."""
+    def pack(self, weight_OI: torch.Tensor, storage: Storage = Storage.SMALLEST) -> PackedMatrix:
+        """Copy a float32 weight into panels."""
+        scales = None
+        if storage is Storage.INT8:
+            quantized = quantize(weight_OI)
+            scales = self._padded(quantized.scales_O)
+            panels = self._panels(quantized.values_OI)
+        elif storage is Storage.SMALLEST and _is_bfloat16(weight_OI):
+            whole = self._panels(weight_OI.bfloat16())
+            panels = whole.reshape(*whole.shape[:2], 2, self.panel_rows // 2).transpose(2, 3)
+        else:
+            panels = self._panels(weight_OI)
         rows, columns = weight_OI.shape
-        panel_rows = self.panel_rows
-        padded_OI = functional.pad(weight_OI, (0, 0, 0, -rows % panel_rows))
-        panels = padded_OI.view(-1, panel_rows, columns).transpose(1, 2)
-        is_half = keeps_half and _is_bfloat16(weight_OI)
-        if is_half:
-            halves = panels.to(torch.bfloat16)
-            panels = halves.reshape(-1, columns, 2, panel_rows // 2).transpose(2, 3)
-        panels = panels.contiguous()
-        layout = CMatrix(panels.data_ptr(), rows, columns, int(is_half))
-        return PackedMatrix(panels=panels, layout=layout)
+        return PackedMatrix.of(panels.contiguous(), scales, shape=(rows, columns))
 
-    def adopt(self, panels: torch.Tensor, *, like: PackedMatrix) -> PackedMatrix:
-        """Panels that another rank packed, of a weight of the same shape."""
-        rows, columns = like.layout.num_rows, like.layout.num_columns
-        is_half = panels.dtype == torch.bfloat16
-        layout = CMatrix(panels.data_ptr(), rows, columns, int(is_half))
-        return PackedMatrix(panels=panels, layout=layout)
+    def _panels(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """[panel][input][row of the panel]; the last panel is filled up with zeros."""
+        padded_OI = self._padded(weight_OI)
+        return padded_OI.view(-1, self.panel_rows, weight_OI.shape[1]).transpose(1, 2)
+
+    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
+        missing = rows.new_zeros(-len(rows) % self.panel_rows, *rows.shape[1:])
+        return torch.cat((rows, missing))
 
     def linear(self, x_TI: torch.Tensor, weight: PackedMatrix) -> torch.Tensor:
         """x @ weight.T of contiguous float32 rows."""

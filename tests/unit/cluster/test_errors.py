@@ -13,6 +13,8 @@ from cluster.router.errors import STATUS_CODES, RouterError, engine_error, statu
 def make_errors() -> list[RouterError]:
     return [
         errors.InvalidRequest(field="a.b", got=1, limit="2 to 3", fix="choose"),
+        errors.Unauthenticated("no key"),
+        errors.NotAllowed("not yours"),
         errors.UnknownModel(served=("x", "y")),
         errors.UnknownRequest("gone"),
         errors.UnknownReplica("gone"),

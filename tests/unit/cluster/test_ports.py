@@ -42,7 +42,7 @@ def test_one_port_for_two_keys_is_refused() -> None:
 
 def test_a_host_that_is_not_ours_is_refused() -> None:
     router = RouterSection.model_validate(
-        {"host": "192.0.2.77", "grpc_port": 45872, "http_port": 0, "link_port": 0}
+        {"host": "192.0.2.77", "allow_insecure": True, "grpc_port": 45872, "http_port": 0, "link_port": 0}
     )
     with pytest.raises(CommandError, match=r"router\.grpc_port: cannot listen on 192\.0\.2\.77:45872"):
         check_ports(router)

@@ -59,6 +59,7 @@ def make_replica() -> ReplicaState:
         device="cpu",
         dtype="float32",
         kernels="avx512-bfloat16",
+        quantization="none",
         energy_source="tdp",
         host="h",
         supervisor_pid=1,

@@ -11,6 +11,7 @@ from replicas.errors import BadParallelism
 from replicas.models.costs import costs_of
 from replicas.models.spec import ModelSpec, RopeSpec
 from replicas.parallel.degrees import Shard, shard_of
+from replicas.request import EngineCosts
 
 MOE = ModelSpec(
     architecture="GraniteMoeForCausalLM",
@@ -100,22 +101,25 @@ def test_every_problem_is_named() -> None:
         shards(replace(DENSE, ffn_size=30), 4, 1)
 
 
+def costs(parallel: ParallelConfig, weight_bytes: float = 4) -> EngineCosts:
+    return costs_of(MOE, parallel, weight_bytes=weight_bytes, kv_bytes=4)
+
+
 def test_costs_count_what_ranks_repeat() -> None:
-    solo = costs_of(MOE, ParallelConfig(), 4)
+    solo = costs(ParallelConfig())
     attention, expert, router, norms = 64 * (2 * 64 + 2 * 16), 3 * 64 * 32, 64 * 8, 2 * 64
     head = 64 * 49155
     assert solo.active_params == 2 * (attention + router + norms + 2 * expert) + head
     assert solo.shared_weight_bytes == 4 * (2 * (attention + router + norms) + head)
     assert (solo.expert_bytes, solo.attention_dim, solo.num_layers) == (4 * expert, 64, 2)
     assert solo.kv_bytes_per_token == 2 * 2 * 16 * 4
-    assert costs_of(MOE, ParallelConfig(expert=2), 4).kv_bytes_per_token == 2 * solo.kv_bytes_per_token
-    assert costs_of(MOE, ParallelConfig(tensor=2), 4).kv_bytes_per_token == solo.kv_bytes_per_token
-    assert costs_of(MOE, ParallelConfig(tensor=4), 4).kv_bytes_per_token == 2 * solo.kv_bytes_per_token
+    assert costs(ParallelConfig(expert=2)).kv_bytes_per_token == 2 * solo.kv_bytes_per_token
+    assert costs(ParallelConfig(tensor=2)).kv_bytes_per_token == solo.kv_bytes_per_token
+    assert costs(ParallelConfig(tensor=4)).kv_bytes_per_token == 2 * solo.kv_bytes_per_token
 
 
 def test_dispatch_computes_a_token_once_and_reads_the_weights_per_rank() -> None:
-    solo = costs_of(MOE, ParallelConfig(), 4)
-    two = costs_of(MOE, ParallelConfig(expert=2, layout="dispatch"), 4)
+    solo, two = costs(ParallelConfig()), costs(ParallelConfig(expert=2, layout="dispatch"))
     router, norms = 2 * 64 * 8, 2 * 2 * 64
     assert two.active_params == solo.active_params + router + norms
     assert two.shared_weight_bytes == 2 * solo.shared_weight_bytes
@@ -129,3 +133,11 @@ def test_spare_slots_hold_at_most_all_but_one_of_the_others() -> None:
         shard_of(MOE, ParallelConfig(expert=2, spare_experts=4), 0)
     with pytest.raises(BadParallelism, match="0 where expert is 1"):
         ParallelConfig(spare_experts=1)
+
+
+def test_smaller_weights_are_fewer_bytes_and_the_same_arithmetic() -> None:
+    whole, small = costs(ParallelConfig()), costs(ParallelConfig(), 1.25)
+    assert small.active_params == whole.active_params
+    assert small.shared_weight_bytes * 16 == whole.shared_weight_bytes * 5
+    assert small.expert_bytes * 16 == whole.expert_bytes * 5
+    assert small.kv_bytes_per_token == whole.kv_bytes_per_token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import time
 from pathlib import Path
@@ -12,14 +13,26 @@ import torch
 
 from replicas.layers.kernels import build
 from replicas.layers.kernels.build import KernelsUnavailable, build_library
-from replicas.layers.kernels.library import KernelPool, open_pool
+from replicas.layers.kernels.library import KernelPool, Storage, open_pool
+from replicas.layers.quantize import rounded
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
 
-@pytest.fixture(scope="module")
-def pool() -> KernelPool:
-    return KernelPool(2)
+BUILDS = {"native": (), "avx2": ("-mno-avx512f", "-O1"), "generic": ("-mno-avx2", "-mno-avx512f", "-O1")}
+"""The library of this machine, and those of lesser ones."""
+
+
+@pytest.fixture(scope="module", params=BUILDS if platform.machine() == "x86_64" else ["native"])
+def pool(request: pytest.FixtureRequest) -> KernelPool:
+    return KernelPool(2, build_library(more_flags=BUILDS[request.param]))
+
+
+def test_a_lesser_machine_has_its_own_library() -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("names instruction sets of x86")
+    assert KernelPool(1, build_library(more_flags=BUILDS["generic"])).instruction_set == "generic"
+    assert KernelPool(1, build_library(more_flags=BUILDS["avx2"])).instruction_set in ("avx2", "generic")
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
@@ -30,7 +43,7 @@ def test_a_product_is_exact_to_rounding_and_half_storage_changes_no_bit(
     generator = torch.Generator().manual_seed(rows * 100 + num_tokens)
     weight = torch.randn(rows, 70, generator=generator).bfloat16().float()
     x = torch.randn(num_tokens, 70, generator=generator)
-    half, whole = pool.pack(weight), pool.pack(weight, keeps_half=False)
+    half, whole = pool.pack(weight), pool.pack(weight, Storage.FLOAT32)
     assert half.panels.dtype == torch.bfloat16
     assert whole.panels.dtype == torch.float32
     y = pool.linear(x, whole)
@@ -38,12 +51,29 @@ def test_a_product_is_exact_to_rounding_and_half_storage_changes_no_bit(
     torch.testing.assert_close(y.double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-4)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(pool: KernelPool) -> None:
-    weight = pool.pack(torch.randn(96, 64, generator=torch.Generator().manual_seed(1)))
+@pytest.mark.parametrize("rows", [1, 33, 200])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 13, 40])
+def test_a_product_of_bytes_is_that_of_the_weights_they_stand_for(
+    pool: KernelPool, rows: int, num_tokens: int
+) -> None:
+    generator = torch.Generator().manual_seed(rows * 100 + num_tokens)
+    weight = torch.randn(rows, 70, generator=generator) * torch.rand(rows, 1, generator=generator)
+    x = torch.randn(num_tokens, 70, generator=generator)
+    packed = pool.pack(weight, Storage.INT8)
+    assert packed.panels.dtype == torch.int8
+    y = pool.linear(x, packed)
+    torch.testing.assert_close(y.double(), x.double() @ rounded(weight).double().t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", Storage)
+def test_a_row_does_not_depend_on_the_rows_beside_it(pool: KernelPool, storage: Storage) -> None:
+    """Neither on the tile that computes it: one or two rows take two panels at a time."""
+    weight = pool.pack(torch.randn(80, 64, generator=torch.Generator().manual_seed(1)), storage)
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(2))
     whole = pool.linear(x, weight)
-    for row in (0, 11, 12, 299):
+    for row in (0, 11, 12, 298):
         assert torch.equal(pool.linear(x[row : row + 1].contiguous(), weight)[0], whole[row])
+        assert torch.equal(pool.linear(x[row : row + 2].contiguous(), weight), whole[row : row + 2])
 
 
 def test_weights_that_are_not_bfloat16_keep_all_their_bits(pool: KernelPool) -> None:

@@ -1,0 +1,1 @@
+"""The ledger store: what every request cost, kept over restarts, and what tenants may still spend today."""

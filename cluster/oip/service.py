@@ -1,0 +1,232 @@
+"""`inference.GRPCInferenceService`: what Triton's and KServe's clients call. Tensors in, `Streams` at work.
+
+`ModelInfer` gives the whole answer; `ModelStreamInfer` carries many requests at once, each with as many
+responses as its answer has pieces, and an error of one is a message, not the end of the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from time import monotonic
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import Message
+
+from cluster.link.replica_pool import ReplicaPool
+from cluster.oip.asks import InferAsk, infer_ask
+from cluster.oip.descriptions import MODEL_VERSION, model_config, model_metadata, server_metadata
+from cluster.oip.responses import Choices
+from cluster.router.answer import Completed
+from cluster.router.auth import Identity
+from cluster.router.caller import Caller
+from cluster.router.completion import TokenPrompt
+from cluster.router.errors import UnknownModel
+from cluster.router.rpc import Rpc, RpcGuard
+from cluster.router.served_model import ServedModel, find_model
+from cluster.router.streams import Streams
+from cluster.router.wire import energy_trailers
+from protos import wattline_oip_pb2 as pb
+
+SERVICE = "inference.GRPCInferenceService"
+MAX_REQUESTS_PER_STREAM = 256
+"""Under way at once; more wait unread, which the caller feels."""
+
+InferContext: TypeAlias = "grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelInferResponse]"
+StreamContext: TypeAlias = "grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelStreamInferResponse]"
+AnyContext: TypeAlias = "grpc.aio.ServicerContext[object, object]"
+Responses: TypeAlias = AsyncGenerator[tuple[pb.ModelInferResponse, Completed | None], None]
+
+
+class OipServicer:
+    """Holds no state of its own."""
+
+    def __init__(
+        self,
+        *,
+        guard: RpcGuard,
+        models: Mapping[str, ServedModel],
+        pool: ReplicaPool,
+        streams: Streams,
+    ) -> None:
+        self._guard = guard
+        self._models = models
+        self._pool = pool
+        self._streams = streams
+
+    async def server_live(self, _: pb.ServerLiveRequest, context: AnyContext) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    async def server_ready(self, _: pb.ServerReadyRequest, context: AnyContext) -> pb.ServerReadyResponse:
+        """Whether any model can answer now."""
+        return pb.ServerReadyResponse(ready=any(self._is_ready(name) for name in self._models))
+
+    async def model_ready(self, request: pb.ModelReadyRequest, context: AnyContext) -> pb.ModelReadyResponse:
+        async with self._guard.call(context, f"{SERVICE}/ModelReady") as rpc:
+            model = self._find(request.name, request.version, rpc)
+            return pb.ModelReadyResponse(ready=self._is_ready(model.name))
+
+    async def server_metadata(
+        self, _: pb.ServerMetadataRequest, context: AnyContext
+    ) -> pb.ServerMetadataResponse:
+        async with self._guard.call(context, f"{SERVICE}/ServerMetadata"):
+            return server_metadata()
+
+    async def model_metadata(
+        self, request: pb.ModelMetadataRequest, context: AnyContext
+    ) -> pb.ModelMetadataResponse:
+        async with self._guard.call(context, f"{SERVICE}/ModelMetadata") as rpc:
+            return model_metadata(self._find(request.name, request.version, rpc).name)
+
+    async def model_config(
+        self, request: pb.ModelConfigRequest, context: AnyContext
+    ) -> pb.ModelConfigResponse:
+        async with self._guard.call(context, f"{SERVICE}/ModelConfig") as rpc:
+            return model_config(self._find(request.name, request.version, rpc).name)
+
+    async def model_infer(
+        self, request: pb.ModelInferRequest, context: InferContext
+    ) -> pb.ModelInferResponse:
+        """One response, `stream` or not."""
+        async with self._guard.call(context, f"{SERVICE}/ModelInfer", is_inference=True) as rpc:
+            model = self._find(request.model_name, request.model_version, rpc)
+            rpc.model = model.name
+            ask = replace(infer_ask(request, model.bounds, _draw_seed), is_stream=False)
+            async with aclosing(self._respond(ask, model, rpc)) as responses:
+                async for response, end in responses:
+                    if end is not None:
+                        energy = energy_trailers(end.energy, is_settled=end.is_settled)
+                        context.set_trailing_metadata((*rpc.id_metadata, *energy))
+                    whole = response
+        return whole
+
+    async def model_stream_infer(
+        self, requests: AsyncIterator[pb.ModelInferRequest], context: StreamContext
+    ) -> None:
+        """Answer requests side by side until the caller has no more."""
+        async with self._guard.call(context, f"{SERVICE}/ModelStreamInfer") as call:
+            writing, room = asyncio.Lock(), asyncio.Semaphore(MAX_REQUESTS_PER_STREAM)
+
+            async def write(response: pb.ModelStreamInferResponse) -> None:
+                async with writing:
+                    await context.write(response)
+
+            async def answer(request: pb.ModelInferRequest) -> None:
+                try:
+                    await self._answer_one(request, context, write, call.identity)
+                finally:
+                    room.release()
+
+            async with asyncio.TaskGroup() as answering:
+                async for request in requests:
+                    await room.acquire()
+                    answering.create_task(answer(request))
+
+    async def _answer_one(
+        self,
+        request: pb.ModelInferRequest,
+        context: StreamContext,
+        write: Callable[[pb.ModelStreamInferResponse], Awaitable[None]],
+        identity: Identity,
+    ) -> None:
+        async def tell(message: str) -> None:
+            named = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
+            await write(pb.ModelStreamInferResponse(error_message=message, infer_response=named))
+
+        async with self._guard.part(context, f"{SERVICE}/ModelStreamInfer", tell, identity=identity) as rpc:
+            model = self._find(request.model_name, request.model_version, rpc)
+            rpc.model = model.name
+            ask = infer_ask(request, model.bounds, _draw_seed)
+            async with aclosing(self._respond(ask, model, rpc)) as responses:
+                async for response, _ in responses:
+                    await write(pb.ModelStreamInferResponse(infer_response=response))
+
+    async def _respond(self, ask: InferAsk, model: ServedModel, rpc: Rpc) -> Responses:
+        """The responses to one request; the last one comes with its end."""
+        completion = ask.completion
+        prompt_tokens = 0
+        if "num_input_tokens" in ask.outputs:
+            prompt_ids = await self._streams.tokenize(model, completion.prompt)
+            completion, prompt_tokens = (
+                replace(completion, prompt=TokenPrompt(ids=prompt_ids)),
+                len(prompt_ids),
+            )
+        choices = Choices(ask, model.tokenizer.decode, prompt_tokens=prompt_tokens)
+        async with aclosing(self._streams.run(completion, _caller(ask, rpc))) as events:
+            async for event in events:
+                if isinstance(event, Completed):
+                    yield choices.take(event), event
+                    continue
+                choices.add(event)
+                if ask.is_stream:
+                    yield choices.take(), None
+
+    def _find(self, name: str, version: str, rpc: Rpc) -> ServedModel:
+        if version not in ("", MODEL_VERSION):
+            raise UnknownModel(served=tuple(filter(rpc.identity.may_use, self._models)))
+        return find_model(self._models, name, rpc.identity)
+
+    def _is_ready(self, name: str) -> bool:
+        return bool(self._pool.ready(name))
+
+
+def add_oip(servicer: OipServicer, server: grpc.aio.Server) -> None:
+    """Serve it under the name its clients call, which is not the name of the messages' package."""
+    unary: dict[str, tuple[Any, type[Message]]] = {
+        "ServerLive": (servicer.server_live, pb.ServerLiveRequest),
+        "ServerReady": (servicer.server_ready, pb.ServerReadyRequest),
+        "ModelReady": (servicer.model_ready, pb.ModelReadyRequest),
+        "ServerMetadata": (servicer.server_metadata, pb.ServerMetadataRequest),
+        "ModelMetadata": (servicer.model_metadata, pb.ModelMetadataRequest),
+        "ModelConfig": (servicer.model_config, pb.ModelConfigRequest),
+        "ModelInfer": (servicer.model_infer, pb.ModelInferRequest),
+    }
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        name: grpc.unary_unary_rpc_method_handler(
+            method,
+            request_deserializer=request.FromString,
+            response_serializer=_serialize,
+        )
+        for name, (method, request) in unary.items()
+    }
+    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+        servicer.model_stream_infer,
+        request_deserializer=pb.ModelInferRequest.FromString,
+        response_serializer=pb.ModelStreamInferResponse.SerializeToString,
+    )
+    server.add_registered_method_handlers(SERVICE, handlers)
+
+
+def _caller(ask: InferAsk, rpc: Rpc) -> Caller:
+    """The request's own time limit counts beside that of the call."""
+    arrived_s = monotonic()
+
+    def time_remaining_s() -> float | None:
+        limits = [rpc.time_remaining_s()]
+        if ask.timeout_s is not None:
+            limits.append(ask.timeout_s - (monotonic() - arrived_s))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    async def accept() -> None:
+        """Nothing to say before the first response."""
+
+    return Caller(
+        request_id=rpc.request_id,
+        tenant=rpc.identity.tenant,
+        span=rpc.span,
+        time_remaining_s=time_remaining_s,
+        accept=accept,
+        interrupt=rpc.interrupt,
+    )
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _draw_seed() -> int:
+    return secrets.randbits(64)

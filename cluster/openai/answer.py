@@ -1,0 +1,157 @@
+"""The answer to one OpenAI request, whole or as events: its prompts and choices by way of `Streams.run`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
+from time import time
+from typing import Any, TypeAlias, TypeVar
+
+from cluster.openai.asks import Ask
+from cluster.openai.choice_text import ChoiceText
+from cluster.openai.exchange import Exchange
+from cluster.openai.figures import Figures, figures_of
+from cluster.openai.shapes import Shape
+from cluster.router.answer import Completed, TextDelta
+from cluster.router.completion import Completion, TextPrompt, TokenPrompt
+from cluster.router.served_model import ServedModel
+from cluster.router.side_by_side import side_by_side
+from cluster.router.streams import Streams
+
+Piece: TypeAlias = tuple[int, ChoiceText]
+"""Of the choice with this number, counted through all prompts."""
+Events: TypeAlias = AsyncGenerator[Piece | Completed, None]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One request's answer, to be written once."""
+
+    streams: Streams
+    executor: Executor
+    ask: Ask
+    model: ServedModel
+    shape: Shape
+    exchange: Exchange
+
+    async def write(self) -> None:
+        """As it was asked for. Raises RouterError, before or behind the first event."""
+        parts = [self._answer_prompt(*each) for each in enumerate(self.ask.completions)]
+        async with aclosing(parts[0] if len(parts) == 1 else side_by_side(parts)) as events:
+            if self.ask.is_stream:
+                await self._write_events(events)
+            else:
+                await self._write_document(events)
+
+    async def _write_document(self, events: Events) -> None:
+        choices: defaultdict[int, ChoiceText] = defaultdict(ChoiceText)
+        ended: list[Completed] = []
+        async for event in events:
+            if isinstance(event, Completed):
+                ended.append(event)
+            else:
+                choices[event[0]].add(event[1])
+        figures = self._figures(ended)
+        decode = self.model.tokenizer.decode
+        # Logprobs are many small texts.
+        written = await self._off_loop(
+            lambda: [self.shape.whole(index, choices[index], decode) for index in sorted(choices)]
+        )
+        document = {
+            **self._head(self.shape.whole_name),
+            "choices": written,
+            "usage": figures.usage_document(),
+        }
+        await self.exchange.reply.send_document(document, headers=figures.headers())
+
+    async def _write_events(self, events: Events) -> None:
+        """The joules come last: in the chunk with the usage where it is wanted, else in a comment."""
+        reply = self.exchange.reply
+        head = self._head(self.shape.chunk_name) | ({"usage": None} if self.ask.has_usage else {})
+        sent_chars: dict[int, int] = {}
+        ended: list[Completed] = []
+        async for event in events:
+            if isinstance(event, Completed):
+                ended.append(event)
+                continue
+            index, piece = event
+            write = partial(
+                self.shape.chunk, index, piece, self.model.tokenizer.decode, sent_chars.get(index)
+            )
+            # Only what an echo says of a whole prompt is long.
+            is_echo = self.ask.echo and index not in sent_chars
+            chunk = await self._off_loop(write) if is_echo else write()
+            sent_chars[index] = sent_chars.get(index, 0) + len(piece.text)
+            if not reply.has_begun:
+                await reply.begin_events()
+            await reply.send_event({**head, "choices": [chunk]})
+        figures = self._figures(ended)
+        if self.ask.has_usage:
+            await reply.send_event({**head, "choices": [], "usage": figures.usage_document()})
+        else:
+            await reply.send_comment("energy", figures.energy_document())
+        await reply.end_events(is_whole=True)
+
+    async def _answer_prompt(self, position: int, completion: Completion) -> Events:
+        """One prompt's pieces, its own text before them where it shall be echoed, then its end."""
+        ask = self.ask
+        echo = ChoiceText()
+        if ask.echo:
+            completion, echo = await self._prepare_echo(completion)
+        echoed: set[int] = set()
+        async with aclosing(self.streams.run(completion, self.exchange.caller(position))) as events:
+            async for event in events:
+                if isinstance(event, Completed):
+                    yield event
+                    continue
+                index = position * ask.num_choices + event.index
+                if ask.echo and index not in echoed:
+                    echoed.add(index)
+                    if event.prompt_logprobs:
+                        echo.logprobs = [None, *event.prompt_logprobs]
+                    yield index, echo
+                if ask.has_answer:
+                    yield index, _piece(event)
+                elif event.finish is not None:
+                    yield index, ChoiceText(finish=event.finish)
+
+    async def _prepare_echo(self, completion: Completion) -> tuple[Completion, ChoiceText]:
+        """The completion with the tokens of its prompt, so that they are told apart once, and its text."""
+        token_ids = await self.streams.tokenize(self.model, completion.prompt)
+        if isinstance(completion.prompt, TextPrompt):
+            text = completion.prompt.text
+        else:
+            text = await self._off_loop(partial(self.model.tokenizer.decode, token_ids))
+        echo = ChoiceText(text=text, token_ids=list(token_ids), logprobs=[None] * len(token_ids))
+        return replace(completion, prompt=TokenPrompt(ids=token_ids)), echo
+
+    async def _off_loop(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self.executor, work)
+
+    def _head(self, object_name: str) -> dict[str, Any]:
+        return {
+            "id": f"{self.shape.id_prefix}{self.exchange.request_id}",
+            "object": object_name,
+            "created": int(time()),
+            "model": self.model.name,
+        }
+
+    def _figures(self, ended: list[Completed]) -> Figures:
+        return figures_of(ended, num_choices=self.ask.num_choices, has_answer=self.ask.has_answer)
+
+
+def _piece(delta: TextDelta) -> ChoiceText:
+    unsaid = [None] * (len(delta.token_ids) - len(delta.logprobs))
+    return ChoiceText(
+        text=delta.text,
+        token_ids=list(delta.token_ids),
+        logprobs=[*delta.logprobs, *unsaid],
+        finish=delta.finish,
+    )

@@ -1,0 +1,47 @@
+"""Bodies of OpenAI requests, with the common extensions of `SamplingBody`."""
+
+from __future__ import annotations
+
+from cluster.foreign.json_body import Body
+from cluster.foreign.sampling_body import SamplingBody, TokenIds, Uint32
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class AnswerBody(SamplingBody):
+    """What both kinds of request have."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class CompletionBody(AnswerBody):
+    """`POST /v1/completions`."""
+
+    prompt: str | TokenIds | list[str] | list[TokenIds]
+    echo: bool | None = None
+    logprobs: Uint32 | None = None
+
+
+class ContentPart(Body):
+    """A piece of a message; only text is served."""
+
+    type: str
+    text: str | None = None
+
+
+class MessageBody(Body):
+    role: str
+    content: str | list[ContentPart] | None = None
+
+
+class ChatBody(AnswerBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[MessageBody]
+    max_completion_tokens: Uint32 | None = None
+    logprobs: bool | None = None
+    top_logprobs: Uint32 | None = None

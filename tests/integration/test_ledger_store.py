@@ -1,0 +1,152 @@
+"""The ledger store as a process: killed, away, full and back; what was confirmed is never lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+
+from cluster.ledger.database import Database
+from cluster.ledger.entries import BilledEnergy, RequestEntry
+from cluster.ledger.reading import StoreReader
+from cluster.ledger.recorder import LedgerRecorder
+from protos import wattline_ledger_pb2 as pb
+from protos import wattline_ledger_pb2_grpc as pb_grpc
+
+pytestmark = pytest.mark.processes
+WAIT_S = 60.0
+
+ENERGY = BilledEnergy(
+    prefill_mj=100,
+    decode_mj=200,
+    static_mj=50,
+    wasted_mj=0,
+    source="counter",
+    method="step-ledger/1",
+    confidence_factor=1.05,
+    is_final=True,
+)
+
+
+def entry(number: int) -> RequestEntry:
+    return RequestEntry(
+        request_id=f"r{number}",
+        trace_id="t",
+        tenant="a",
+        model="m",
+        outcome="stop",
+        ended_s=time.time(),
+        prompt_tokens=1,
+        cached_tokens=0,
+        output_tokens=2,
+        wasted_tokens=0,
+        ttft_ms=1.0,
+        total_ms=2.0,
+        energy=ENERGY,
+    )
+
+
+@asynccontextmanager
+async def running_store(folder: Path, *, port: int = 0) -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
+    config = folder / "wattline.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "models": [{"name": "m", "source": "null"}],
+                "runtime_dir": str(folder),
+                "ledger": {"port": port},
+            }
+        )
+    )
+    told = folder / "ledger.json"
+    told.unlink(missing_ok=True)
+    process = subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-m", "cluster.ledger", "--config", str(config), "--addresses", str(told)]
+    )
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while not told.exists():
+                assert process.poll() is None
+                await asyncio.sleep(0.05)
+        yield process, json.loads(told.read_text())["address"]
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        await asyncio.to_thread(process.wait, 20)
+
+
+async def drained(recorder: LedgerRecorder) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while recorder.num_pending:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_what_was_confirmed_survives_a_kill_and_the_rest_is_sent_again(tmp_path: Path) -> None:
+    async with running_store(tmp_path) as (process, address):
+        recorder = LedgerRecorder(address, router_id="one", read_sums=tuple)
+        recorder.start()
+        for number in range(2500):
+            recorder.add(entry(number))
+        await drained(recorder)
+        process.send_signal(signal.SIGKILL)
+        await asyncio.to_thread(process.wait, 20)
+        for number in range(2400, 3000):
+            recorder.add(entry(number))
+    database = Database(tmp_path / "ledger.db", read_only=True)
+    assert len(list(database.list_requests(since_s=0.0, until_s=1e11))) == 2500
+    database.close()
+    async with running_store(tmp_path, port=int(address.rpartition(":")[2])) as (_, again):
+        assert again == address
+        await drained(recorder)
+        await recorder.close()
+        reader = StoreReader(address)
+        (sums,) = (await asyncio.to_thread(reader.summarize, since_s=0.0, until_s=1e11)).requests
+        listed = await asyncio.to_thread(lambda: list(reader.list_requests(since_s=0.0, until_s=1e11)))
+        reader.close()
+    assert sums.num_requests == len(listed) == 3000
+    assert sums.energy_mj == 3000 * 300
+    assert recorder.num_dropped == 0
+
+
+async def test_an_entry_that_cannot_be_true_is_dropped_and_holds_up_nobody(tmp_path: Path) -> None:
+    async with running_store(tmp_path) as (_, address):
+        recorder = LedgerRecorder(address, router_id="one", read_sums=tuple)
+        recorder.start()
+        recorder.add(replace(entry(0), request_id=""))
+        await drained(recorder)
+        recorder.add(entry(1))
+        await drained(recorder)
+        await recorder.close()
+        reader = StoreReader(address)
+        (sums,) = (await asyncio.to_thread(reader.summarize, since_s=0.0, until_s=1e11)).requests
+        reader.close()
+    assert (sums.num_requests, recorder.num_dropped) == (1, 1)
+
+
+async def test_a_budget_outlives_the_store(tmp_path: Path) -> None:
+    granted = []
+    for _ in range(2):
+        async with (
+            running_store(tmp_path) as (_, address),
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            store = pb_grpc.LedgerStoreStub(channel)
+            answer = await store.LeaseEnergy(
+                pb.LeaseEnergyRequest(tenant="a", want_mj=700, budget_mj_per_day=1000)
+            )
+            granted.append(answer.granted_mj)
+            with pytest.raises(grpc.aio.AioRpcError, match="until_s") as refused:
+                await store.Summarize(pb.SummarizeRequest(since_s=-1.0))
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert granted in ([700, 300], [700, 700])  # The second holds if midnight, UTC, came between.

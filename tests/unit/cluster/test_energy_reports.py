@@ -1,0 +1,169 @@
+"""Reports are arithmetic over the ledger's sums; sources stay apart, unknown is not zero."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from google.protobuf import json_format
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.ledger.database import Database, LedgerFileError
+from cluster.ledger.entries import BilledEnergy, ModelSums, RequestEntry, RequestSums, Summary
+from cluster.ledger.formats import report_to_csv, to_mlperf, to_otlp
+from cluster.ledger.report import Group, Site, make_report
+
+
+def sums(tenant: str, model: str, source: str, *, output_tokens: int, energy_mj: int) -> RequestSums:
+    return RequestSums(
+        tenant=tenant,
+        model=model,
+        source=source,
+        num_requests=2,
+        prompt_tokens=output_tokens,
+        cached_tokens=0,
+        output_tokens=output_tokens,
+        wasted_tokens=0,
+        prefill_mj=energy_mj // 4,
+        decode_mj=energy_mj - energy_mj // 4,
+        static_mj=energy_mj // 2,
+        wasted_mj=0,
+        num_final=2,
+        worst_confidence_factor=1.05 if source else 0.0,
+    )
+
+
+SUMMARY = Summary(
+    requests=(
+        sums("a", "m", "counter", output_tokens=1000, energy_mj=1_800_000),
+        sums("b", "m", "counter", output_tokens=500, energy_mj=900_000),
+        sums("b", "m", "tdp", output_tokens=300, energy_mj=600_000),
+        sums("b", "n", "", output_tokens=200, energy_mj=0),
+    ),
+    models=(
+        ModelSums(
+            model="m",
+            source="counter",
+            meter_mj=3_600_000,
+            request_mj=2_700_000,
+            idle_mj=800_000,
+            unattributed_mj=100_000,
+        ),
+    ),
+)
+SITE = Site(pue=1.5, carbon_g_per_kwh=400.0)
+
+
+def test_a_model_pays_for_its_idle_time_and_the_building() -> None:
+    report = make_report(SUMMARY, by=Group.MODEL, site=SITE, since_s=0.0, until_s=60.0)
+    rows = {(row.group, row.source): row for row in report.rows}
+    measured = rows["m", "counter"]
+    assert measured.energy_j == 2700.0
+    assert measured.idle_j == 900.0
+    assert measured.joules_per_output_token == 1.8
+    assert measured.joules_per_token == 0.9
+    assert measured.kwh == 0.0015
+    assert measured.carbon_g == pytest.approx(0.6)
+    assert measured.sci_g_per_1000_tokens == pytest.approx(0.4)
+    assert rows["m", "tdp"].energy_j == 600.0
+
+
+def test_unknown_joules_are_no_joules_at_all() -> None:
+    report = make_report(SUMMARY, by=Group.MODEL, site=SITE, since_s=0.0, until_s=60.0)
+    (unknown,) = [row for row in report.rows if row.group == "n"]
+    assert unknown.source == "unknown"
+    assert unknown.energy_j is unknown.kwh is unknown.carbon_g is unknown.joules_per_output_token is None
+    assert report.coverage is not None
+    assert (report.coverage.measured, report.coverage.estimated, report.coverage.unknown) == (0.75, 0.15, 0.1)
+
+
+def test_idle_energy_is_no_tenants() -> None:
+    report = make_report(SUMMARY, by=Group.TENANT, site=SITE, since_s=0.0, until_s=60.0)
+    assert [(row.group, row.source) for row in report.rows] == [
+        ("a", "counter"),
+        ("b", "counter"),
+        ("b", "tdp"),
+        ("b", "unknown"),
+    ]
+    assert all(row.idle_j is None for row in report.rows)
+
+
+def test_csv_leaves_unknown_empty() -> None:
+    report = make_report(SUMMARY, by=Group.MODEL, site=SITE, since_s=0.0, until_s=60.0)
+    rows = list(csv.DictReader(io.StringIO(report_to_csv(report))))
+    assert {row["model"]: row["energy_j"] for row in rows if row["source"] == "unknown"} == {"n": ""}
+
+
+def test_mlperf_results_say_what_was_measured() -> None:
+    report = make_report(SUMMARY, by=Group.MODEL, site=SITE, since_s=0.0, until_s=60.0)
+    results = json.loads(to_mlperf(report))["results"]
+    assert {row["measurement_method"]: row["is_measured"] for row in results} == {
+        "counter": True,
+        "tdp": False,
+        "unknown": False,
+    }
+    (measured,) = [row for row in results if row["is_measured"]]
+    assert measured["static_energy_joules"] + measured["active_energy_joules"] == 2700.0
+
+
+def test_a_collector_can_read_the_otlp_export() -> None:
+    message = json_format.Parse(to_otlp(SUMMARY, since_s=10.0, until_s=20.0), ExportMetricsServiceRequest())
+    energy, tokens = message.resource_metrics[0].scope_metrics[0].metrics
+    assert sum(point.as_double for point in energy.sum.data_points) == pytest.approx(4200.0)
+    assert sum(point.as_double for point in tokens.sum.data_points) == 4000.0
+    assert {point.start_time_unix_nano for point in energy.sum.data_points} == {10_000_000_000}
+
+
+def test_the_command_reads_the_file_of_a_store(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    database = Database(path)
+    energy = BilledEnergy(
+        prefill_mj=1000,
+        decode_mj=3000,
+        static_mj=0,
+        wasted_mj=0,
+        source="counter",
+        method="step-ledger/1",
+        confidence_factor=1.05,
+        is_final=True,
+    )
+    entry = RequestEntry(
+        request_id="r",
+        trace_id="t",
+        tenant="acme",
+        model="m",
+        outcome="stop",
+        ended_s=1e9,
+        prompt_tokens=4,
+        cached_tokens=0,
+        output_tokens=8,
+        wasted_tokens=0,
+        ttft_ms=1.0,
+        total_ms=2.0,
+        energy=energy,
+    )
+    database.record([entry], [])
+    run = CliRunner().invoke
+    table = run(app, ["energy", "report", "--since", "all", "--by", "tenant", "--db", str(path)])
+    assert table.exit_code == 0
+    assert "acme" in table.output
+    assert "100% measured" in table.output
+    lines = run(app, ["energy", "export", "--since", "all", "--db", str(path)]).output.splitlines()
+    assert json.loads(lines[0])["energy"]["decode_mj"] == 3000
+    document = json.loads(
+        run(app, ["energy", "report", "--since", "1h", "--format", "json", "--db", str(path)]).output
+    )
+    assert document["rows"] == []
+    database.close()
+
+
+def test_a_file_that_is_no_ledger_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "notes.db"
+    path.write_text("these are notes, and long enough to be read as a header of a database file")
+    with pytest.raises(LedgerFileError, match=r"notes\.db: cannot be used as a ledger"):
+        Database(path)
