@@ -130,7 +130,7 @@ def export(
 @contextmanager
 def _reader(db: Path | None, address: str, file: Path | None) -> Iterator[tuple[LedgerReader, EnergySection]]:
     from cluster.config import EnergySection, default_runtime_dir, load_config
-    from cluster.ledger.process import ledger_path
+    from cluster.ledger.location import ledger_path
     from cluster.ledger.reading import open_reader
 
     config = load_config(file) if file else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import signal
 import sys
@@ -18,27 +17,22 @@ from cluster.command_error import CommandError
 from cluster.config import Config, ConfigError, load_config
 from cluster.config.ledger import LedgerSection
 from cluster.ledger.database import Database, LedgerFileError
+from cluster.ledger.location import SOCKET_NAME, ledger_path
 from cluster.ledger.service import LedgerServicer
-from cluster.router.grpc_servers import bind
+from cluster.router.grpc_servers import Port, bind, bind_socket
 from protos import wattline_ledger_pb2_grpc
 
-ADDRESS_FILE = "ledger.json"
 PRUNE_PERIOD_S = 600.0
 STOP_GRACE_S = 2.0
 
 logger = logging.getLogger(__name__)
 
 
-def ledger_path(config: Config) -> Path:
-    """The file of a configuration's ledger."""
-    return Path(config.ledger.path) if config.ledger.path else Path(config.runtime_dir) / "ledger.db"
-
-
-async def run_ledger(config: Config, *, address_path: Path | None = None) -> None:
+async def run_ledger(config: Config) -> None:
     """Serve until SIGTERM or SIGINT; then finish what was begun.
 
-    Once the port is open its address is written to `address_path`. Raises ConfigError for a file that is no
-    ledger or a port that is taken.
+    On a Unix socket of this user's, and on a port where one is configured. Raises ConfigError for a file that
+    is no ledger, CommandError for a port that is taken.
     """
     path = ledger_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,13 +47,11 @@ async def run_ledger(config: Config, *, address_path: Path | None = None) -> Non
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
     wattline_ledger_pb2_grpc.add_LedgerStoreServicer_to_server(servicer, server)
     try:
-        address = bind(server, key="ledger.port", host=config.ledger.host, port=config.ledger.port)
+        bind_socket(server, Path(config.runtime_dir) / SOCKET_NAME)
+        if config.ledger.port:
+            bind(server, Port(key="ledger.port", host=config.ledger.host, port=config.ledger.port), tls=None)
         await server.start()
-        if address_path is not None:
-            partial = address_path.with_suffix(".part")
-            partial.write_text(json.dumps({"address": address}), encoding="utf-8")
-            partial.replace(address_path)
-        logger.info("ledger_ready address=%s path=%s", address, path)
+        logger.info("ledger_ready path=%s", path)
         await _prune_until(stopping, servicer, database, config.ledger)
     finally:
         await server.stop(STOP_GRACE_S)
@@ -92,11 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m cluster.ledger --config FILE`: a ledger store and nothing else."""
     parser = argparse.ArgumentParser(prog="wattline ledger", description="Remember what requests cost.")
     parser.add_argument("-f", "--config", type=Path, required=True, help="wattline.yaml")
-    parser.add_argument("--addresses", type=Path, help="where to write the address once it listens")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        asyncio.run(run_ledger(load_config(given.config), address_path=given.addresses))
+        asyncio.run(run_ledger(load_config(given.config)))
     except (ConfigError, CommandError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import monotonic
+from time import monotonic, time
 
+from cluster.ledger.recorder import LedgerRecorder
 from cluster.router.answer import Timing, Usage, join_timing, sum_usage
 from cluster.router.energy_account import EnergyAccount, joined, summed
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
 from cluster.router.errors import RouterError, status_of
 from cluster.router.journal import ClosedRequest, Journal
+from cluster.router.ledger_entries import entry_of
 from cluster.router.run import Run
 from cluster.router.served_model import ServedModel
 from cluster.telemetry.metrics import RouterMetrics
@@ -32,8 +34,16 @@ class Books:
     """Where all that is remembered of a request goes."""
 
     def __init__(
-        self, *, record: EnergyRecord, journal: Journal, metrics: RouterMetrics, telemetry: Telemetry
+        self,
+        *,
+        record: EnergyRecord,
+        journal: Journal,
+        metrics: RouterMetrics,
+        telemetry: Telemetry,
+        ledger: LedgerRecorder | None,
     ) -> None:
+        """`ledger` None: what requests cost is forgotten with this process."""
+        self._ledger = ledger
         self._record = record
         self._journal = journal
         self._metrics = metrics
@@ -64,6 +74,8 @@ class Books:
             )
         )
         whole.account.when_settled(partial(self._add_bill, model, whole))
+        if self._ledger is not None:
+            whole.account.when_settled(partial(self._send_to_ledger, self._ledger, closed, time()))
         return whole
 
     def _close_choice(self, run: Run) -> ClosedBooks:
@@ -92,6 +104,9 @@ class Books:
         if account.energy is not None:
             self._metrics.add_energy(model.name, account.energy)
 
+    def _send_to_ledger(self, ledger: LedgerRecorder, closed: ClosedRequest, ended_s: float) -> None:
+        ledger.add(entry_of(closed, ended_s=ended_s))
+
     def _add_bill(self, model: ServedModel, whole: ClosedBooks) -> None:
         energy = whole.account.energy
         if energy is None:
@@ -108,6 +123,7 @@ def _closed(runs: Sequence[Run], whole: ClosedBooks) -> ClosedRequest:
     return ClosedRequest(
         request_id=first.request_id,
         trace_id=first.span.trace_id,
+        tenant=first.tenant,
         model=first.model.name,
         ended_s=monotonic(),
         usage=whole.usage,

@@ -56,6 +56,7 @@ class ClosedRequest:
 
     request_id: str
     trace_id: str
+    tenant: str
     model: str
     ended_s: float
     usage: Usage

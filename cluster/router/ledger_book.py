@@ -94,6 +94,11 @@ class LedgerBook:
         """By source: measured and estimated joules are never added up."""
         return self._sums
 
+    @property
+    def newest(self) -> Iterable[ReplicaLedger]:
+        """The last report of each life that is remembered."""
+        return [life.ledger for life in self._lives.values()]
+
     def confidence_factor(self, source: str) -> float | None:
         """The truth lies within value / factor .. value * factor; None for a source nobody reported."""
         return self._confidence_factors.get(source)

@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import grpc
@@ -33,6 +33,8 @@ from cluster.config import Config, ConfigError, RouterSection, default_runtime_d
 from cluster.dashboard.feed import DashboardFeed
 from cluster.dashboard.routes import dashboard_routes
 from cluster.dashboard.snapshot import take_snapshot
+from cluster.ledger.location import ledger_address
+from cluster.ledger.recorder import LedgerRecorder
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.server import LinkServicer
 from cluster.monitoring.targets import target_routes
@@ -59,13 +61,14 @@ from cluster.router.http_app import build_app
 from cluster.router.http_guard import HttpGuard
 from cluster.router.http_server import HttpServer
 from cluster.router.journal import Journal, Objective
+from cluster.router.ledger_entries import replica_sums
 from cluster.router.resumption import Resumption
 from cluster.router.rpc import RpcGuard
 from cluster.router.secret import RouterSecret, draw_secret, read_secret
 from cluster.router.served_model import ServedModel
 from cluster.router.service import InferenceServicer
 from cluster.router.streams import Streams
-from cluster.telemetry.gauges import read_gauges
+from cluster.telemetry.gauges import read_gauges, read_recorder
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from cluster.text.detokenize_worker import DetokenizeWorker
@@ -110,8 +113,15 @@ class Router:
         record = EnergyRecord(section.energy_record_count)
         self._journal = journal = _new_journal(config)
         self._dashboard = DashboardFeed(read=self._snapshot, router_id=self.router_id, version=release)
+        self._ledger = self._new_ledger()
         self._streams = self._new_streams(
-            Books(record=record, journal=journal, metrics=self._metrics, telemetry=self._telemetry)
+            Books(
+                record=record,
+                journal=journal,
+                metrics=self._metrics,
+                telemetry=self._telemetry,
+                ledger=self._ledger,
+            )
         )
         guard = RpcGuard(telemetry=self._telemetry, metrics=self._metrics, authenticator=self._authenticator)
         self._inference = InferenceServicer(
@@ -142,6 +152,8 @@ class Router:
         self._closing = AsyncExitStack()
         """What has to be closed, in the reverse order of its start."""
         self._closing.push_async_callback(self._telemetry.close)
+        if self._ledger is not None:
+            self._closing.push_async_callback(self._ledger.close)
         self._closing.callback(self._worker.close)
         self._closing.callback(self._tokenizing.shutdown, wait=False, cancel_futures=True)
 
@@ -181,6 +193,8 @@ class Router:
         for server in (links, clients, http):
             await server.start()
         self._dashboard.start()
+        if self._ledger is not None:
+            self._ledger.start()
         watching = asyncio.create_task(self._health.watch())
         self._closing.callback(watching.cancel)
         return RouterAddresses(
@@ -206,6 +220,17 @@ class Router:
 
     def _snapshot(self) -> dict[str, Any]:
         return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
+
+    def _new_ledger(self) -> LedgerRecorder | None:
+        if not self._config.ledger.enabled:
+            return None
+        recorder = LedgerRecorder(
+            ledger_address(self._config),
+            router_id=self.router_id,
+            read_sums=lambda: replica_sums(self._models.values(), at_s=time()),
+        )
+        self._metrics.add_gauges(lambda: read_recorder(recorder))
+        return recorder
 
     def _new_streams(self, books: Books) -> Streams:
         section = self._config.router

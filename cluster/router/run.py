@@ -57,6 +57,7 @@ class Run:
     """
 
     request_id: str
+    tenant: str
     arrived_s: float
     model: ServedModel
     job: EngineJob

@@ -250,6 +250,7 @@ class Streams:
         )
         return Run(
             request_id=caller.request_id,
+            tenant=caller.tenant,
             arrived_s=caller.arrived_s,
             model=model,
             job=job,

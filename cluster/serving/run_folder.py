@@ -66,6 +66,10 @@ class RunFolder:
         return self.path / "router.log"
 
     @property
+    def ledger_log_path(self) -> Path:
+        return self.path / "ledger.log"
+
+    @property
     def ray_dir(self) -> Path:
         return self.path / "ray"
 

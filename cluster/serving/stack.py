@@ -19,6 +19,7 @@ from cluster.command_error import CommandError
 from cluster.config import Config
 from cluster.replies import RouterState
 from cluster.serving.deployments import Deployments
+from cluster.serving.ledger_process import LedgerProcess
 from cluster.serving.loading_note import Loading, read_loading
 from cluster.serving.ray_session import RaySession, node_address
 from cluster.serving.router_process import RouterProcess
@@ -74,6 +75,7 @@ class Stack:
         self._config = config
         self._ray = RaySession(config, folder)
         self._router = RouterProcess(config, folder)
+        self._ledger = LedgerProcess(config, folder)
         self._deployments: Deployments | None = None
         self._client: Client | None = None
         self._state = UpState(pid=os.getpid(), created_s=psutil.Process().create_time())
@@ -91,6 +93,7 @@ class Stack:
     def start(self) -> None:
         """Start router and Ray, and hand the models to Serve. Raises CommandError."""
         self._folder.write_state(self._state)
+        self._ledger.start()
         self._router.start()
         self._ray.start()
         while (addresses := self._router.poll_addresses()) is None:
@@ -148,6 +151,7 @@ class Stack:
     def tend(self) -> None:
         """Call often: starts a dead router again. Raises CommandError when it cannot live."""
         self._router.tend()
+        self._ledger.tend()
 
     def status(self) -> RouterState | None:
         """What the router says; None while it does not answer."""
@@ -163,6 +167,7 @@ class Stack:
                 logger.warning("drain_cut_short")
         finally:
             self._router.stop()
+            self._ledger.stop()
             self._ray.stop()
             if self._client:
                 self._client.close()

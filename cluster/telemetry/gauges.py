@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from cluster.ledger.recorder import LedgerRecorder
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router.ledger_book import LedgerSums
@@ -28,6 +29,20 @@ def read_gauges(models: Mapping[str, ServedModel], pool: ReplicaPool) -> Iterabl
     yield from _replica_gauges(pool)
     yield from _picker_gauges(models, pool)
     yield from _energy_counters(models)
+
+
+def read_recorder(recorder: LedgerRecorder) -> Iterable[Metric]:
+    """How the ledger store hears of requests."""
+    yield GaugeMetricFamily(
+        "wattline_ledger_pending_requests",
+        "Closed requests that the store has not confirmed.",
+        value=recorder.num_pending,
+    )
+    yield CounterMetricFamily(
+        "wattline_ledger_dropped_requests",
+        "Closed requests that the store will never hear of.",
+        value=recorder.num_dropped,
+    )
 
 
 def _model_gauges(models: Mapping[str, ServedModel], pool: ReplicaPool) -> Iterable[Metric]:

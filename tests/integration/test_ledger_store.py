@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +17,26 @@ import grpc
 import pytest
 import yaml
 
+from cluster.config import load_config
 from cluster.ledger.database import Database
 from cluster.ledger.entries import BilledEnergy, RequestEntry
+from cluster.ledger.location import ledger_address
 from cluster.ledger.reading import StoreReader
 from cluster.ledger.recorder import LedgerRecorder
 from protos import wattline_ledger_pb2 as pb
 from protos import wattline_ledger_pb2_grpc as pb_grpc
+from tests.router_fixture import MODEL, collect, make_config, make_request, run_test_router
 
 pytestmark = pytest.mark.processes
 WAIT_S = 60.0
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Unix sockets want short paths."""
+    with tempfile.TemporaryDirectory(prefix="wl-") as name:
+        yield Path(name)
+
 
 ENERGY = BilledEnergy(
     prefill_mj=100,
@@ -58,28 +69,22 @@ def entry(number: int) -> RequestEntry:
 
 
 @asynccontextmanager
-async def running_store(folder: Path, *, port: int = 0) -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
+async def running_store(folder: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
+    """A store's process and its address, once it answers; the same address for the same folder."""
     config = folder / "wattline.yaml"
     config.write_text(
-        yaml.safe_dump(
-            {
-                "models": [{"name": "m", "source": "null"}],
-                "runtime_dir": str(folder),
-                "ledger": {"port": port},
-            }
-        )
+        yaml.safe_dump({"models": [{"name": "m", "source": "null"}], "runtime_dir": str(folder)})
     )
-    told = folder / "ledger.json"
-    told.unlink(missing_ok=True)
+    address = ledger_address(load_config(config))
     process = subprocess.Popen(  # noqa: ASYNC220
-        [sys.executable, "-m", "cluster.ledger", "--config", str(config), "--addresses", str(told)]
+        [sys.executable, "-m", "cluster.ledger", "--config", str(config)]
     )
     try:
-        async with asyncio.timeout(WAIT_S):
-            while not told.exists():
-                assert process.poll() is None
-                await asyncio.sleep(0.05)
-        yield process, json.loads(told.read_text())["address"]
+        async with grpc.aio.insecure_channel(address) as channel:
+            await pb_grpc.LedgerStoreStub(channel).Summarize(
+                pb.SummarizeRequest(), timeout=WAIT_S, wait_for_ready=True
+            )
+        yield process, address
     finally:
         if process.poll() is None:
             process.terminate()
@@ -92,8 +97,8 @@ async def drained(recorder: LedgerRecorder) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_what_was_confirmed_survives_a_kill_and_the_rest_is_sent_again(tmp_path: Path) -> None:
-    async with running_store(tmp_path) as (process, address):
+async def test_what_was_confirmed_survives_a_kill_and_the_rest_is_sent_again(short_folder: Path) -> None:
+    async with running_store(short_folder) as (process, address):
         recorder = LedgerRecorder(address, router_id="one", read_sums=tuple)
         recorder.start()
         for number in range(2500):
@@ -103,11 +108,10 @@ async def test_what_was_confirmed_survives_a_kill_and_the_rest_is_sent_again(tmp
         await asyncio.to_thread(process.wait, 20)
         for number in range(2400, 3000):
             recorder.add(entry(number))
-    database = Database(tmp_path / "ledger.db", read_only=True)
+    database = Database(short_folder / "ledger.db", read_only=True)
     assert len(list(database.list_requests(since_s=0.0, until_s=1e11))) == 2500
     database.close()
-    async with running_store(tmp_path, port=int(address.rpartition(":")[2])) as (_, again):
-        assert again == address
+    async with running_store(short_folder) as (_, address):
         await drained(recorder)
         await recorder.close()
         reader = StoreReader(address)
@@ -119,8 +123,8 @@ async def test_what_was_confirmed_survives_a_kill_and_the_rest_is_sent_again(tmp
     assert recorder.num_dropped == 0
 
 
-async def test_an_entry_that_cannot_be_true_is_dropped_and_holds_up_nobody(tmp_path: Path) -> None:
-    async with running_store(tmp_path) as (_, address):
+async def test_an_entry_that_cannot_be_true_is_dropped_and_holds_up_nobody(short_folder: Path) -> None:
+    async with running_store(short_folder) as (_, address):
         recorder = LedgerRecorder(address, router_id="one", read_sums=tuple)
         recorder.start()
         recorder.add(replace(entry(0), request_id=""))
@@ -134,11 +138,11 @@ async def test_an_entry_that_cannot_be_true_is_dropped_and_holds_up_nobody(tmp_p
     assert (sums.num_requests, recorder.num_dropped) == (1, 1)
 
 
-async def test_a_budget_outlives_the_store(tmp_path: Path) -> None:
+async def test_a_budget_outlives_the_store(short_folder: Path) -> None:
     granted = []
     for _ in range(2):
         async with (
-            running_store(tmp_path) as (_, address),
+            running_store(short_folder) as (_, address),
             grpc.aio.insecure_channel(address) as channel,
         ):
             store = pb_grpc.LedgerStoreStub(channel)
@@ -150,3 +154,19 @@ async def test_a_budget_outlives_the_store(tmp_path: Path) -> None:
                 await store.Summarize(pb.SummarizeRequest(since_s=-1.0))
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert granted in ([700, 300], [700, 700])  # The second holds if midnight, UTC, came between.
+
+
+async def test_a_router_sends_its_closed_requests_and_the_sums_of_its_replicas(short_folder: Path) -> None:
+    config = make_config(runtime_dir=str(short_folder))
+    async with running_store(short_folder) as (_, address):
+        async with run_test_router(config) as router, router.replica():
+            answer = await collect(router.inference.Generate(make_request()))
+        # The router is gone, and what it knew is here.
+        reader = StoreReader(address)
+        (found,) = await asyncio.to_thread(lambda: list(reader.list_requests(since_s=0.0, until_s=1e11)))
+        reader.close()
+    assert found.request_id == answer.final.request_id
+    assert (found.tenant, found.model, found.outcome) == ("default", MODEL, "length")
+    assert found.output_tokens == answer.final.usage.completion_tokens
+    assert found.energy is not None
+    assert (found.energy.prefill_mj + found.energy.decode_mj) / 1e3 == answer.final.energy.total_j

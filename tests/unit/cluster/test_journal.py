@@ -18,6 +18,7 @@ def make_closed(
 ) -> ClosedRequest:
     return ClosedRequest(
         request_id=request_id,
+        tenant="default",
         trace_id="0" * 32,
         model="m",
         ended_s=100.0,
