@@ -11,6 +11,7 @@ from pathlib import Path
 from bench.record import RequestTimes
 from bench.workload import Workload
 from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, RankConfig
+from replicas.expert_loads import ExpertLoads
 from replicas.frames import Submit, read_event, write_command
 from replicas.request import EngineReady, GenerationRequest, StepResult
 from replicas.supervisor.rank_group import RankProcess, SubprocessRankGroup
@@ -23,6 +24,7 @@ class EngineSetup:
     source: str
     tensor: int = 1
     expert: int = 1
+    layout: str = "shared"
     threads: int = 1
     dtype: str = "auto"
     kernels: str = "auto"
@@ -62,7 +64,7 @@ class EngineUnderTest:
 
     def _configs(self, socket_path: str) -> list[RankConfig]:
         setup = self._setup
-        parallel = ParallelConfig(tensor=setup.tensor, expert=setup.expert)
+        parallel = ParallelConfig(tensor=setup.tensor, expert=setup.expert, layout=setup.layout)
         return [
             RankConfig(
                 group=Path(self._folder.name).name,
@@ -91,8 +93,10 @@ class EngineUnderTest:
             while waiting and len(live) < workload.concurrency:
                 request_id, prompt = waiting.pop()
                 live[request_id] = [time.perf_counter()]
-                await write_command(self._writer, Submit(request=_request(request_id, prompt, workload)))
+                await write_command(self._writer, Submit(request=self._request(request_id, prompt, workload)))
             event = await read_event(self._reader)
+            if isinstance(event, ExpertLoads):
+                continue
             assert isinstance(event, StepResult), event
             now_s = time.perf_counter()
             for delta in event.deltas:
@@ -103,9 +107,15 @@ class EngineUnderTest:
                     done.append(_times(live.pop(delta.request_id)))
         return done, time.perf_counter() - start_s
 
-
-def _request(request_id: int, prompt: tuple[int, ...], workload: Workload) -> GenerationRequest:
-    return GenerationRequest(request_id=request_id, prompt_ids=prompt, max_tokens=workload.output_tokens)
+    def _request(self, request_id: int, prompt: tuple[int, ...], workload: Workload) -> GenerationRequest:
+        """Lanes in turn."""
+        assert self.ready is not None, "a workload runs on an engine that is ready"
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_ids=prompt,
+            max_tokens=workload.output_tokens,
+            lane=request_id % self.ready.lanes,
+        )
 
 
 def _times(marks: list[float]) -> RequestTimes:

@@ -138,15 +138,27 @@ def test_lanes_answer_as_one_rank_does(granite_moe: Path, expert: int, lookahead
             assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
 
 
-@pytest.mark.parametrize("kernels", ["auto", "off"])
-@pytest.mark.parametrize(("expert", "layout"), [(2, "dispatch"), (4, "dispatch"), (2, "shared")])
+@pytest.mark.parametrize(
+    ("expert", "layout", "kernels", "quantization"),
+    [
+        (2, "dispatch", "auto", "none"),
+        (2, "dispatch", "auto", "int8"),
+        (2, "dispatch", "off", "none"),
+        (4, "dispatch", "auto", "none"),
+        (2, "shared", "auto", "none"),
+        (2, "shared", "off", "none"),
+    ],
+)
 def test_copies_of_hot_experts_come_and_go_and_change_no_token(
-    granite_moe: Path, expert: int, layout: str, kernels: str
+    granite_moe: Path, expert: int, layout: str, kernels: str, quantization: str
 ) -> None:
     """Copies are made while sequences decode; every rank serves some of the tokens of a copied expert."""
-    alone = answer_in_group(make_configs(granite_moe, expert=1, layout="shared"), make_requests())
-    configs = make_configs(granite_moe, expert=expert, layout=layout, spare=2, kernels=kernels)
-    together = answer_in_group(configs, make_requests())
+    one = make_configs(granite_moe, expert=1, layout="shared")
+    several = make_configs(granite_moe, expert=expert, layout=layout, spare=2, kernels=kernels)
+    alone, together = (
+        answer_in_group([replace(config, quantization=quantization) for config in configs], make_requests())
+        for configs in (one, several)
+    )
     assert together.tokens == alone.tokens
     placements = [loads.spares for loads in together.loads]
     assert set(placements[0]) == {EMPTY_SLOT}
