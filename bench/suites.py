@@ -72,6 +72,7 @@ async def run_line_suite(
             source=section.source,
             tensor=section.parallel.tensor,
             expert=section.parallel.expert,
+            layout=section.parallel.layout,
             threads=section.threads_per_rank,
             dtype=section.dtype,
             kernels=section.kernels,
@@ -139,7 +140,7 @@ async def measure_engine(
                 identity("wattline-engine", wattline_version(), name, setup.dtype, workload)
                 | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
                 | energy_fields((after.energy_mj - before.energy_mj) / 1e3, after.source.value, workload)
-                | {"tensor_parallel": setup.tensor, "expert_parallel": setup.expert}
+                | {"tensor_parallel": setup.tensor, "expert_parallel": setup.expert, "layout": setup.layout}
                 | {"threads_per_rank": setup.threads, "kernels": engine.ready.kernels}
                 | {"quantization": engine.ready.quantization}
                 | {"load_average": round(os.getloadavg()[0], 2)}
