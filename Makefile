@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 # with another checkout, is noticed.
 STAMP_TEXT := $(shell cat pyproject.toml constraints.txt 2>/dev/null | sha256sum | cut -c1-16) $(CURDIR)
 
-.PHONY: help venv demo test lint types layers proto proto-check pytest bench gpu-check soak format
+.PHONY: help venv demo test lint types layers proto proto-check pytest bench gpu-check soak chaos format
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,10 +49,13 @@ proto-check: venv ## fail if the committed protobuf code is stale
 	@$(BIN)/python -m protos.generate --check
 
 pytest: venv ## the CPU tests (ARGS="-k name" to choose)
-	@$(BIN)/python -m pytest -m "not soak" --durations=15 $(ARGS)
+	@$(BIN)/python -m pytest -m "not soak and not (chaos and slow)" --durations=15 $(ARGS)
 
-soak: venv ## mixed load on the demonstration models, and 10,000 simulated bad afternoons of a router
+soak: venv ## mixed load on the demonstration models, 10,000 simulated bad afternoons of a router, 100,000 ledgers
 	@$(BIN)/python -m pytest -m soak $(ARGS)
+
+chaos: venv ## the fault matrix of docs/reliability.md: kill, stop, cut, fill, all of it
+	@$(BIN)/python -m pytest -m chaos --durations=15 $(ARGS)
 
 bench: venv ## measure engine, line and edge on this machine; results go to bench/results/
 	@$(BIN)/python -m bench $(ARGS)

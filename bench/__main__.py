@@ -160,25 +160,42 @@ def line(
     ] = Path("examples/demo.yaml"),
     concurrency: ConcurrencyOption = "1,8,32",
     output_tokens: Annotated[int, typer.Option(help="tokens each request produces")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="times line and engine run every case, in turn")] = 3,
     json: JsonOption = None,
 ) -> None:
     """The whole line: gRPC client, router, link, engine under Ray Serve, beside the engine alone."""
     from bench.suites import run_line_suite
 
-    asyncio.run(run_line_suite(config, parse_concurrency(concurrency), output_tokens, json))
+    asyncio.run(run_line_suite(config, parse_concurrency(concurrency), output_tokens, rounds, json))
 
 
 @app.command()
 def edge(
-    concurrency: ConcurrencyOption = "1,8,32,128",
-    output_tokens: Annotated[int, typer.Option(help="tokens each request produces")] = 256,
-    step_ms: Annotated[float, typer.Option(help="step time of the null engine")] = 0.0,
+    concurrency: Annotated[str, typer.Option(help="streams at once, comma separated")] = "1,8,32,128,512",
+    ttft_concurrency: Annotated[
+        str, typer.Option(help="streams of the paced engine whose first tokens are timed, comma separated")
+    ] = "1,8",
+    step_ms: Annotated[float, typer.Option(min=0.0, help="step time of the paced engine")] = 5.0,
+    rounds: Annotated[int, typer.Option(min=1, help="times every system runs every case, in turn")] = 3,
+    window: Annotated[float, typer.Option(min=0.1, help="seconds that each case is watched")] = 2.0,
+    ray_serve: Annotated[bool, typer.Option(help="measure Ray Serve's gRPC proxy too")] = True,
     json: JsonOption = None,
 ) -> None:
-    """What router and link cost per token, over a null engine: CPU microseconds of each process."""
-    from bench.suites import run_edge_suite
+    """Streamed tokens/s of router and link over a null engine, beside a bare echo and Ray Serve's proxy.
 
-    asyncio.run(run_edge_suite(parse_concurrency(concurrency), output_tokens, step_ms, json))
+    With added time to first token, CPU microseconds per token of each process, and stalled readers.
+    """
+    from bench.edge.suite import EdgePlan, run_edge_suite
+
+    plan = EdgePlan(
+        streams=tuple(parse_concurrency(concurrency)),
+        ttft_streams=tuple(parse_concurrency(ttft_concurrency)),
+        rounds=rounds,
+        window_s=window,
+        step_ms=step_ms,
+        has_ray_serve=ray_serve,
+    )
+    asyncio.run(run_edge_suite(plan, json))
 
 
 @app.command()
@@ -224,6 +241,18 @@ def overload(
     from bench.overload import run_overload
 
     run_overload(seconds, json)
+
+
+@app.command()
+def shapley(
+    requests: Annotated[int, typer.Option(min=2, help="requests of each mix")] = 300,
+    orders: Annotated[int, typer.Option(min=2, help="orders of arrival sampled per step")] = 256,
+    json: JsonOption = None,
+) -> None:
+    """The ledger's bills against Shapley values, over six simulated mixes: joules on the wrong request."""
+    from bench.shapley_mixes import run_shapley
+
+    run_shapley(requests, orders, json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The balancing policies against each other: simulated replicas in virtual time, the router's own code.
 
-Open loop, Poisson arrivals, the same requests for every policy. Joules are those of whole replicas, idle ones
-included, so leaving one idle shows. The first seconds are warm-up.
+Open loop, Poisson arrivals, the same requests for every policy. `joules_per_output_token` is that of whole
+replicas, idle ones included, so leaving one idle shows; `busy_joules_per_output_token` is of steps alone. The
+first seconds are warm-up.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from replicas.request import SamplingParams
 
 SEED = 20261122
 NUM_REPLICAS = 6
-LASTING_S = 10.0
+LASTING_S = 8.0
 WARM_UP_S = 2.0
 VOCAB_SIZE = 32_000
 TTFT_MS, TPOT_MS = 500.0, 40.0
@@ -68,6 +69,7 @@ class Run:
     in_time_share: float
     output_tok_s: float
     cached_share: float
+    busy_joules_per_output_token: float
     joules_per_output_token: float
     awake_replicas: float
 
@@ -137,6 +139,7 @@ def summarize(
         cached_share=round(
             sum(one.cached_tokens for one in usages) / sum(one.prompt_tokens for one in usages), 3
         ),
+        busy_joules_per_output_token=round(sum(one.divided_mj for one in replicas) / 1e3 / output_tokens, 4),
         joules_per_output_token=round(meter_mj / 1e3 / output_tokens, 4),
         awake_replicas=round(sum(one.busy_s for one in replicas) / (ended_s - since_s), 2),
     )

@@ -43,7 +43,7 @@ class EngineUnderTest:
     """A running rank group and the socket to its rank 0. Use as an async context."""
 
     def __init__(self, setup: EngineSetup) -> None:
-        self._setup = setup
+        self.setup = setup
         self._folder = tempfile.TemporaryDirectory(prefix="wattline-bench-")
         self._ranks = SubprocessRankGroup(runtime_dir=Path(self._folder.name))
         self._server: asyncio.Server | None = None
@@ -97,7 +97,7 @@ class EngineUnderTest:
             await asyncio.wait((doing, dying), return_when=asyncio.FIRST_COMPLETED)
             if doing.done() and not isinstance(doing.exception(), RankLost):
                 return doing.result()
-            raise RankLost(f"the engine of {self._setup.source} ended: {await dying}")
+            raise RankLost(f"the engine of {self.setup.source} ended: {await dying}")
         finally:
             doing.cancel()
             dying.cancel()
@@ -120,7 +120,7 @@ class EngineUnderTest:
         return Run(times=streams.times(), wall_s=streams.wall_s())
 
     def _configs(self, socket_path: str) -> list[RankConfig]:
-        setup = self._setup
+        setup = self.setup
         parallel = ParallelConfig(tensor=setup.tensor, expert=setup.expert, layout=setup.layout)
         return [
             RankConfig(

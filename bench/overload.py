@@ -2,16 +2,19 @@
 
 Goodput is the tokens a second of answers that kept the objective. Refusals are timed from the request to its
 status. The real run is a router process, two null-engine replicas and open-loop clients over gRPC; capacity
-is what their rows can serve.
+is what their rows can serve. What the router measured of the same requests, and how late the clients' own
+event loop was, stand beside what clients saw: the difference is the machine's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -24,11 +27,13 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from bench.priority import share_priority
 from bench.record import percentile, write_results
 from bench.simulation.sim_replica import ReplicaShape
 from bench.simulation.virtual_time import run_virtual
 from bench.simulation.world import Told, World
 from cluster.config import parse_config
+from cluster.router.api_keys import make_key
 from cluster.router.completion import Completion, TokenPrompt
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc
@@ -42,11 +47,13 @@ LOADS = (0.5, 1.0, 2.0, 5.0)
 TTFT_MS = 500.0
 NUM_REPLICAS = 2
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 64
-SIMULATED_S = 30.0
+SIMULATED_S = 12.0
 SMALL_SHARE = 0.1
 """Of the arrivals: those of the small tenant; the rest is one flood of another."""
 VOCAB_SIZE = 32_000
 READY_S = 60.0
+LAG_EVERY_S = 0.005
+REFUSAL_BUCKET = re.compile(r'wattline_refusal_seconds_bucket\{le="(?P<edge>[^"]+)",.*\} (?P<count>\S+)')
 NULL = NullEngineConfig(step_ms=20.0, prefill_tokens_per_s=20_000.0, vocab_size=VOCAB_SIZE)
 LIMITS = EngineLimits(max_sequences=16, max_waiting=64, num_blocks=1024)
 MODEL: dict[str, Any] = {
@@ -63,12 +70,16 @@ console = Console()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """One request as its client saw it. `ttft_ms` None: it was refused after `told_ms`."""
+    """One request as its client saw it. `ttft_ms` None: it was refused after `told_ms`.
+
+    `router_ttft_ms` is the time to the first token as the router measured it.
+    """
 
     tenant: str
     told_ms: float
     ttft_ms: float | None
     output_tokens: int
+    router_ttft_ms: float | None = None
 
 
 def run_overload(seconds: float, path: Path | None) -> None:
@@ -135,10 +146,15 @@ def make_completion(number: int) -> Completion:
         model="null",
         prompt=TokenPrompt(ids=make_prompt(number)),
         sampling=SamplingParams(),
-        max_tokens=OUTPUT_TOKENS,
+        max_tokens=answer_tokens(number),
         ignore_eos=True,
         energy_wait_ms=0,
     )
+
+
+def answer_tokens(number: int) -> int:
+    """Of every length, many short and a few long."""
+    return max(1, min(8 * OUTPUT_TOKENS, round(Random(-number).expovariate(1.0 / OUTPUT_TOKENS))))
 
 
 def make_prompt(number: int) -> tuple[int, ...]:
@@ -148,42 +164,77 @@ def make_prompt(number: int) -> tuple[int, ...]:
 async def measure_real(seconds: float) -> list[dict[str, object]]:
     """All loads on one router and its replicas, one after another."""
     rows = []
-    async with serving() as (address, router), grpc.aio.insecure_channel(address) as channel:
+    async with serving() as served, grpc.aio.insecure_channel(served.grpc) as channel:
         stub = pb_grpc.InferenceStub(channel)
-        await send(stub, 0, "flood")
+        await send(stub, make_request(0), "flood", served.keys)
         for load in LOADS:
-            before_mib = router.memory_info().rss / 2**20
-            since_s = time.perf_counter()
-            async with asyncio.TaskGroup() as tasks:
-                sent = []
-                for number, (at_s, tenant) in enumerate(arrivals(load, seconds)):
-                    await asyncio.sleep(max(0.0, since_s + at_s - time.perf_counter()))
-                    sent.append(tasks.create_task(send(stub, number, tenant)))
-            row = {"run": "real", "load": load} | summarize([one.result() for one in sent], seconds)
-            refused = [one.result().told_ms for one in sent if one.result().ttft_ms is None]
-            row["refusal_ms_p99"] = round(percentile(refused, 99), 1) if refused else None
+            before_mib, before = served.router_mib(), await served.refusals()
+            ended, lag_ms = await offer(stub, load, seconds, served.keys)
+            refused_ms = [one.told_ms for one in ended if one.ttft_ms is None]
+            row = {"run": "real", "load": load} | summarize(ended, seconds)
+            row["router_ttft_ms_p99"] = round(
+                percentile([one.router_ttft_ms for one in ended if one.router_ttft_ms is not None], 99), 1
+            )
+            row["refusal_ms_p99"] = round(percentile(refused_ms, 99), 1) if refused_ms else None
+            row["router_refusal_ms_p99_below"] = percentile_below_ms(before, await served.refusals())
+            row["client_lag_ms_p99"] = round(percentile(lag_ms, 99), 1)
             row["router_mib_before"] = round(before_mib, 1)
-            row["router_mib_after"] = round(router.memory_info().rss / 2**20, 1)
+            row["router_mib_after"] = round(served.router_mib(), 1)
             rows.append(row)
     return rows
 
 
-async def send(stub: pb_grpc.InferenceAsyncStub, number: int, tenant: str) -> Ended:
-    """Tenants are told apart by their API keys, which this router does not ask for: all are one."""
-    request = pb.GenerateRequest(
+async def offer(
+    stub: pb_grpc.InferenceAsyncStub, load: float, seconds: float, keys: dict[str, str]
+) -> tuple[list[Ended], list[float]]:
+    """What became of all requests, and by how much this process's own loop was late, in ms.
+
+    Requests are made before the first is due: making them would delay the reading of answers.
+    """
+    requests = [
+        (at_s, tenant, make_request(number)) for number, (at_s, tenant) in enumerate(arrivals(load, seconds))
+    ]
+    lag_ms: list[float] = []
+    watching = asyncio.create_task(watch_lag(lag_ms))
+    since_s = time.perf_counter()
+    async with asyncio.TaskGroup() as tasks:
+        sent = []
+        for at_s, tenant, request in requests:
+            await asyncio.sleep(max(0.0, since_s + at_s - time.perf_counter()))
+            sent.append(tasks.create_task(send(stub, request, tenant, keys)))
+    watching.cancel()
+    return [one.result() for one in sent], lag_ms
+
+
+async def watch_lag(lag_ms: list[float]) -> None:
+    while True:
+        since_s = time.perf_counter()
+        await asyncio.sleep(LAG_EVERY_S)
+        lag_ms.append((time.perf_counter() - since_s - LAG_EVERY_S) * 1e3)
+
+
+def make_request(number: int) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
         model="null",
         tokens=pb.TokenIds(ids=make_prompt(number)),
         sampling=pb.Sampling(temperature=0.0),
-        limits=pb.Limits(max_tokens=OUTPUT_TOKENS, ignore_eos=True),
+        limits=pb.Limits(max_tokens=answer_tokens(number), ignore_eos=True),
         energy_wait_ms=0,
     )
+
+
+async def send(
+    stub: pb_grpc.InferenceAsyncStub, request: pb.GenerateRequest, tenant: str, keys: dict[str, str]
+) -> Ended:
     since_s = time.perf_counter()
-    first_s, output_tokens = None, 0
+    first_s, router_ttft_ms, output_tokens = None, None, 0
     try:
-        async for response in stub.Generate(request):
+        async for response in stub.Generate(request, metadata=(("x-api-key", keys[tenant]),)):
             if response.delta.token_ids:
                 first_s = first_s or time.perf_counter()
                 output_tokens += len(response.delta.token_ids)
+            if response.HasField("final"):
+                router_ttft_ms = response.final.timing.ttft_ms
     except grpc.aio.AioRpcError as error:
         if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
             raise
@@ -192,7 +243,17 @@ async def send(stub: pb_grpc.InferenceAsyncStub, number: int, tenant: str) -> En
         told_ms=(time.perf_counter() - since_s) * 1e3,
         ttft_ms=None if first_s is None else (first_s - since_s) * 1e3,
         output_tokens=output_tokens,
+        router_ttft_ms=router_ttft_ms,
     )
+
+
+def percentile_below_ms(before: dict[float, float], after: dict[float, float]) -> float | None:
+    """The upper edge of the bucket with the 99th percentile of what came between; None: nothing did."""
+    counts = {edge: count - before.get(edge, 0.0) for edge, count in after.items()}
+    total = counts.get(float("inf"), 0.0)
+    if total == 0.0:
+        return None
+    return min(edge for edge, count in counts.items() if count >= 0.99 * total) * 1e3
 
 
 def summarize(ended: list[Ended], seconds: float) -> dict[str, object]:
@@ -215,18 +276,47 @@ def summarize(ended: list[Ended], seconds: float) -> dict[str, object]:
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A router process, seen from outside. `keys` are the API keys of the tenants."""
+
+    grpc: str
+    http: str
+    keys: dict[str, str]
+    process: psutil.Process
+
+    def router_mib(self) -> float:
+        return float(self.process.memory_info().rss) / 2**20
+
+    async def refusals(self) -> dict[float, float]:
+        """How many were refused within so many seconds, as the router measured it."""
+        page = await asyncio.to_thread(_read_page, f"http://{self.http}/metrics")
+        found = (REFUSAL_BUCKET.match(line) for line in page.splitlines())
+        return {float(one["edge"]): float(one["count"]) for one in found if one is not None}
+
+
+def _read_page(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=READY_S) as response:
+        text: str = response.read().decode()
+    return text
+
+
 @asynccontextmanager
-async def serving() -> AsyncIterator[tuple[str, psutil.Process]]:
-    """A router process and the replicas that dial it; yields the router's gRPC address."""
+async def serving() -> AsyncIterator[Served]:
+    """A router process and the replicas that dial it."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wlb-")))
-        ports = {"grpc_port": 0, "http_port": 0, "link_port": 0}
-        config, told = folder / "wattline.yaml", folder / "router.json"
-        config.write_text(json.dumps({"models": [MODEL], "router": ports}))
+        made = {str(one["name"]): make_key(str(one["name"])) for one in TENANTS}
+        keys_file, config, told = folder / "keys", folder / "wattline.yaml", folder / "router.json"
+        keys_file.write_text("".join(f"{key.line}\n" for _, key in made.values()))
+        auth = {"keys_file": str(keys_file), "protect_pages": False}
+        router = {"grpc_port": 0, "http_port": 0, "link_port": 0, "auth": auth}
+        tenants = {"tenants": TENANTS, "ledger": {"enabled": False}}
+        config.write_text(json.dumps({"models": [MODEL], "router": router} | tenants))
         arguments = ("-m", "cluster.router", "--config", str(config), "--addresses", str(told))
-        router = await asyncio.create_subprocess_exec(sys.executable, *arguments)
-        stack.push_async_callback(router.wait)
-        stack.callback(router.terminate)
+        process = await asyncio.create_subprocess_exec(sys.executable, *arguments)
+        stack.push_async_callback(process.wait)
+        stack.callback(process.terminate)
         async with asyncio.timeout(READY_S):
             while not told.exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
@@ -234,7 +324,12 @@ async def serving() -> AsyncIterator[tuple[str, psutil.Process]]:
         for index in range(NUM_REPLICAS):
             replica = await start_replica(folder, f"r{index}", addresses["link"])
             stack.push_async_callback(replica.stop)
-        yield addresses["grpc"], psutil.Process(router.pid)
+        yield Served(
+            grpc=addresses["grpc"],
+            http=addresses["http"],
+            keys={name: key for name, (key, _) in made.items()},
+            process=psutil.Process(process.pid),
+        )
 
 
 async def start_replica(folder: Path, name: str, link: str) -> Supervisor:
@@ -251,4 +346,6 @@ async def start_replica(folder: Path, name: str, link: str) -> Supervisor:
     ranks = SubprocessRankGroup(runtime_dir=Path(replica.runtime_dir))
     supervisor = Supervisor(replica, ranks, lambda _: None)
     await supervisor.start()
+    for child in psutil.Process().children(recursive=True):
+        share_priority(child.pid)
     return supervisor

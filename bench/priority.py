@@ -10,8 +10,16 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 
 def share_priority(pid: int) -> None:
     """Give the session of `pid` the nice value of this process; nothing where sessions are no groups."""
     with suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text(str(os.getpriority(os.PRIO_PROCESS, 0)))
+
+
+def share_priority_below() -> None:
+    """The same for every process below this one: Ray starts some in sessions of their own."""
+    for child in psutil.Process().children(recursive=True):
+        share_priority(child.pid)

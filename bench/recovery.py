@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 RECOVERY_TIMEOUT_S = 120.0
 POLL_S = 0.05
-LONG_ANSWER = Ask(max_tokens=1500, ignore_eos=True, temperature=0.0)
+LONG_ANSWER = Ask(max_tokens=1500, ignore_eos=True, temperature=0.0, resume=False)
 SHORT_ANSWER = Ask(max_tokens=2, temperature=0.0, energy_wait_ms=0)
 
 

@@ -34,6 +34,9 @@ def open_channel(address: str, access: Access) -> grpc.Channel:
     options: list[tuple[str, str | int]] = [
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.enable_http_proxy", 0),
+        # A router that is started again is found soon.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
     ]
     if not access.ca or address.startswith("unix:"):
         return grpc.insecure_channel(address, options=options)

@@ -22,13 +22,17 @@ class PortInUse(ConfigError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterAddresses:
-    """host:port of each server, and the process that has them."""
+    """host:port of each server, and the process that has them.
+
+    `metrics`: where this very process shows its pages, which is not `http` where several share that port.
+    """
 
     router_id: str
     pid: int
     grpc: str
     link: str
     http: str
+    metrics: str = ""
 
     def write(self, path: Path) -> None:
         """In one piece: whoever waits for the file never reads half of it."""

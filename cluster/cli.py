@@ -18,11 +18,14 @@ from cluster.commands.energy import app as energy
 from cluster.commands.generate import generate
 from cluster.commands.key import app as key_app
 from cluster.commands.ledger import ledger
+from cluster.commands.meters import meters
 from cluster.commands.monitoring import monitoring
+from cluster.commands.roll import roll
 from cluster.commands.router import router
 from cluster.commands.status import status
 from cluster.commands.top import top
 from cluster.commands.up import up
+from cluster.commands.why import why
 
 EXAMPLES = """\
  Examples
@@ -38,6 +41,7 @@ EXAMPLES = """\
    wattline status --watch
    wattline top                                the dashboard, in this terminal
    wattline generate "Once upon a time" -m llama-demo --json | jq .energy
+   wattline why REQUEST_ID                     what happened to a request, and why
    wattline energy report --since 1h --by tenant
 
    wattline down
@@ -79,7 +83,7 @@ def wattline(
     """Options of `wattline` itself."""
 
 
-for command in (demo, up, down, status, top, chat, generate, router, ledger, monitoring):
+for command in (demo, up, down, status, top, why, chat, generate, router, roll, ledger, meters, monitoring):
     app.command()(command)
 app.command(context_settings=PASS_THROUGH)(agent)
 app.add_typer(key_app, name="key")

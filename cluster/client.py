@@ -9,16 +9,18 @@ Synchronous; one channel; safe to share between threads. Closing an iterator ear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Self, TypeVar
 
 import grpc
 
 from cluster import replies
 from cluster.access import Access, open_channel
 from cluster.command_error import CommandError
+from cluster.resuming import AnswerStream, countdown, resumed, whole
 from cluster.status_replies import to_model_state, to_request_state
 from protos import wattline_cluster_pb2 as cluster_pb
 from protos import wattline_cluster_pb2_grpc as cluster_rpc
@@ -32,14 +34,6 @@ FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "lengt
 Answer = TypeVar("Answer")
 
 
-class AnswerStream(Protocol):
-    """What a streaming call of grpc gives: messages, and a way to give up."""
-
-    def __iter__(self) -> Iterator[pb.GenerateResponse]: ...
-
-    def cancel(self) -> bool: ...
-
-
 class CallError(CommandError):
     """A call the router refused, or could not finish. `code` is the gRPC status name, e.g. UNAVAILABLE."""
 
@@ -48,12 +42,16 @@ class CallError(CommandError):
         self.code = code
 
 
+class RouterAway(CallError):
+    """UNAVAILABLE: another router may do it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
     """How answers are drawn and where they end. None: the server's default.
 
     `logprobs`: of every token, and of this many of the likeliest beside it. `num_choices`: answers side by
-    side, told apart by `Delta.index`.
+    side, told apart by `Delta.index`. `resume`: where the router is lost, one answer goes on at another.
     """
 
     temperature: float | None = None
@@ -73,6 +71,7 @@ class Ask:
     priority: int = 0
     energy_wait_ms: int | None = None
     timeout_s: float | None = None
+    resume: bool = True
 
     def sampling(self) -> pb.Sampling:
         return pb.Sampling(
@@ -94,16 +93,16 @@ class Ask:
 
 
 class Client:
-    """Calls one router."""
+    """Calls one router, or one of several that serve the same."""
 
     def __init__(self, address: str, access: Access | None = None) -> None:
-        """`access` None: a router that asks for nothing."""
+        """`address`: host:port, or several with commas. `access` None: routers that ask for nothing."""
         self.address = address
         access = access or Access()
         self._metadata = access.metadata
-        self._channel = open_channel(address, access)
-        self._inference = rpc.InferenceStub(self._channel)
-        self._cluster = cluster_rpc.ClusterStub(self._channel)
+        self._channels = [open_channel(one.strip(), access) for one in address.split(",")]
+        self._inference = [rpc.InferenceStub(channel) for channel in self._channels]
+        self._cluster = [cluster_rpc.ClusterStub(channel) for channel in self._channels]
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +113,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def generate(
         self, model: str, prompt: str | Iterable[int], ask: Ask | None = None
@@ -134,7 +134,7 @@ class Client:
             request.text = prompt
         else:
             request.tokens.ids.extend(prompt)
-        return self._stream(self._inference.Generate, request, ask)
+        return self._stream([stub.Generate for stub in self._inference], request, ask)
 
     def chat(
         self, model: str, messages: Iterable[tuple[str, str]], ask: Ask | None = None
@@ -149,10 +149,10 @@ class Client:
             priority=ask.priority,
             energy_wait_ms=ask.energy_wait_ms,
         )
-        return self._stream(self._inference.Chat, request, ask)
+        return self._stream([stub.Chat for stub in self._inference], request, ask)
 
     def list_models(self) -> tuple[replies.ModelCard, ...]:
-        answer = self._call(self._inference.ListModels, pb.ListModelsRequest())
+        answer = self._call([stub.ListModels for stub in self._inference], pb.ListModelsRequest())
         return tuple(
             replies.ModelCard(
                 name=model.name,
@@ -169,18 +169,18 @@ class Client:
         """The prompt a conversation of (role, content) pairs becomes, as token ids."""
         conversation = pb.Conversation(messages=[to_message(role, content) for role, content in messages])
         request = pb.TokenizeRequest(model=model, conversation=conversation)
-        answer = self._call(self._inference.Tokenize, request)
+        answer = self._call([stub.Tokenize for stub in self._inference], request)
         return tuple(answer.token_ids)
 
     def get_energy(self, request_id: str) -> replies.Energy:
         """The energy of a finished request, final once `is_final`."""
         request = pb.GetEnergyRequest(request_id=request_id)
-        answer = self._call(self._inference.GetEnergy, request)
+        answer = self._call([stub.GetEnergy for stub in self._inference], request)
         return to_energy(answer.energy)
 
     def status(self, *, timeout_s: float = ASK_TIMEOUT_S, last_requests: int = 0) -> replies.RouterState:
         request = cluster_pb.StatusRequest(last_requests=last_requests)
-        answer = self._call(self._cluster.Status, request, timeout_s=timeout_s)
+        answer = self._call([stub.Status for stub in self._cluster], request, timeout_s=timeout_s)
         return replies.RouterState(
             router_id=answer.router_id,
             version=answer.version,
@@ -189,32 +189,62 @@ class Client:
             last_requests=tuple(to_request_state(request) for request in answer.last_requests),
         )
 
+    def explain(self, request_or_trace_id: str) -> tuple[cluster_pb.RequestStory, ...]:
+        """What happened to a request, or to all of a trace, once they ended. Raises CallError.
+
+        The messages themselves: they are read once, to be shown or written down.
+        """
+        request = cluster_pb.ExplainRequest(id=request_or_trace_id)
+        answer = self._call([stub.Explain for stub in self._cluster], request)
+        return tuple(answer.stories)
+
     def _call(
-        self, method: Callable[..., Answer], request: object, *, timeout_s: float = ASK_TIMEOUT_S
+        self,
+        methods: Sequence[Callable[..., Answer]],
+        request: object,
+        *,
+        timeout_s: float = ASK_TIMEOUT_S,
     ) -> Answer:
+        """Ask the first router that answers."""
+        for method in methods[:-1]:
+            with suppress(RouterAway):
+                return self._ask(method, request, timeout_s)
+        return self._ask(methods[-1], request, timeout_s)
+
+    def _ask(self, method: Callable[..., Answer], request: object, timeout_s: float) -> Answer:
         try:
             return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._explain(error) from error
 
     def _stream(
-        self, method: Callable[..., AnswerStream], request: object, ask: Ask
+        self,
+        methods: Sequence[Callable[..., AnswerStream]],
+        request: pb.GenerateRequest | pb.ChatRequest,
+        ask: Ask,
     ) -> Iterator[replies.Delta | replies.Final]:
-        stream = method(request, timeout=ask.timeout_s, metadata=self._metadata)
+        def start(request: pb.GenerateRequest | pb.ChatRequest, attempt: int) -> AnswerStream:
+            method = methods[attempt % len(methods)]
+            return method(request, timeout=left_s(), metadata=self._metadata)
+
+        left_s = countdown(ask.timeout_s)
         try:
-            for message in stream:
+            if ask.resume:
+                messages = resumed(request, start, num_routers=len(methods))
+            else:
+                messages = whole(start(request, 0))
+            for message in messages:
                 yield to_event(message)
         except grpc.RpcError as error:
             raise self._explain(error) from error
-        finally:
-            stream.cancel()
 
     def _explain(self, error: grpc.RpcError) -> CallError:
         assert isinstance(error, grpc.Call)
         code, text = error.code().name, error.details() or ""
         if code == "UNAVAILABLE" and ("failed to connect" in text or "DNS resolution" in text):
             text = f"no router at {self.address}; start one with `wattline up -f wattline.yaml`"
-        return CallError(code=code, text=text or code)
+        kind = RouterAway if code == "UNAVAILABLE" else CallError
+        return kind(code=code, text=text or code)
 
 
 def to_message(role: str, content: str) -> pb.Message:

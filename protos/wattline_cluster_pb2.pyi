@@ -448,3 +448,493 @@ class DrainReplicaResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainReplicaResponse: _TypeAlias = DrainReplicaResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ONLY_HERE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """A request's id, or the id of its trace."""
+    only_here: _builtins.bool
+    """Do not ask the other routers of this host."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        only_here: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "only_here", b"only_here"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    STORIES_FIELD_NUMBER: _builtins.int
+    router_id: _builtins.str
+    @_builtins.property
+    def stories(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestStory]:
+        """Of a trace all that are remembered, oldest first."""
+
+    def __init__(
+        self,
+        *,
+        router_id: _builtins.str = ...,
+        stories: _abc.Iterable[Global___RequestStory] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["router_id", b"router_id", "stories", b"stories"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class RequestStory(_message.Message):
+    """Ids, counts, times and joules. Never text of a prompt or an answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    ARRIVAL_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
+    QUEUED_MS_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    SLACK_MS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    WASTED_TOKENS_FIELD_NUMBER: _builtins.int
+    TTFT_MS_FIELD_NUMBER: _builtins.int
+    TPOT_MS_FIELD_NUMBER: _builtins.int
+    TOTAL_MS_FIELD_NUMBER: _builtins.int
+    ENERGY_FIELD_NUMBER: _builtins.int
+    LEGS_FIELD_NUMBER: _builtins.int
+    RECORDING_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    trace_id: _builtins.str
+    tenant: _builtins.str
+    model: _builtins.str
+    age_s: _builtins.float
+    """Since it ended."""
+    outcome: _builtins.str
+    """A finish reason, `cancelled`, or the name of a gRPC status."""
+    refusal: _builtins.str
+    """Why it was not served; empty where a replica had it."""
+    queued_ms: _builtins.float
+    deadline_ms: _builtins.float
+    """Left of the caller's deadline when it was submitted, and in the end; unset without one."""
+    slack_ms: _builtins.float
+    prompt_tokens: _builtins.int
+    cached_tokens: _builtins.int
+    output_tokens: _builtins.int
+    wasted_tokens: _builtins.int
+    ttft_ms: _builtins.float
+    tpot_ms: _builtins.float
+    total_ms: _builtins.float
+    recording: _builtins.str
+    """The balancer's questions and answers of all legs: the document that `wattline why --record` writes, and
+    that can be replayed. Empty where none was asked.
+    """
+    @_builtins.property
+    def arrival(self) -> Global___ArrivalCheck:
+        """Unset where it was refused, and where it was not known."""
+
+    @_builtins.property
+    def queue(self) -> Global___QueueCheck:
+        """Unset where a lane could begin it at once."""
+
+    @_builtins.property
+    def energy(self) -> Global___PhaseEnergy:
+        """Unset while nothing is known."""
+
+    @_builtins.property
+    def legs(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoryLeg]:
+        """What each replica did, choice by choice, in order."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        trace_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        model: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        outcome: _builtins.str = ...,
+        refusal: _builtins.str = ...,
+        arrival: Global___ArrivalCheck | None = ...,
+        queue: Global___QueueCheck | None = ...,
+        queued_ms: _builtins.float = ...,
+        deadline_ms: _builtins.float | None = ...,
+        slack_ms: _builtins.float | None = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        wasted_tokens: _builtins.int = ...,
+        ttft_ms: _builtins.float | None = ...,
+        tpot_ms: _builtins.float | None = ...,
+        total_ms: _builtins.float = ...,
+        energy: Global___PhaseEnergy | None = ...,
+        legs: _abc.Iterable[Global___StoryLeg] | None = ...,
+        recording: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_slack_ms", b"_slack_ms", "_tpot_ms", b"_tpot_ms", "_ttft_ms", b"_ttft_ms", "arrival", b"arrival", "deadline_ms", b"deadline_ms", "energy", b"energy", "queue", b"queue", "slack_ms", b"slack_ms", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_slack_ms", b"_slack_ms", "_tpot_ms", b"_tpot_ms", "_ttft_ms", b"_ttft_ms", "age_s", b"age_s", "arrival", b"arrival", "cached_tokens", b"cached_tokens", "deadline_ms", b"deadline_ms", "energy", b"energy", "legs", b"legs", "model", b"model", "outcome", b"outcome", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "queue", b"queue", "queued_ms", b"queued_ms", "recording", b"recording", "refusal", b"refusal", "request_id", b"request_id", "slack_ms", b"slack_ms", "tenant", b"tenant", "total_ms", b"total_ms", "tpot_ms", b"tpot_ms", "trace_id", b"trace_id", "ttft_ms", b"ttft_ms", "wasted_tokens", b"wasted_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
+    _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
+    _WhichOneofReturnType__slack_ms: _TypeAlias = _typing.Literal["slack_ms"]  # noqa: Y015
+    _WhichOneofArgType__slack_ms: _TypeAlias = _typing.Literal["_slack_ms", b"_slack_ms"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_ms: _TypeAlias = _typing.Literal["tpot_ms"]  # noqa: Y015
+    _WhichOneofArgType__tpot_ms: _TypeAlias = _typing.Literal["_tpot_ms", b"_tpot_ms"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_ms: _TypeAlias = _typing.Literal["ttft_ms"]  # noqa: Y015
+    _WhichOneofArgType__ttft_ms: _TypeAlias = _typing.Literal["_ttft_ms", b"_ttft_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_ms) -> _WhichOneofReturnType__deadline_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slack_ms) -> _WhichOneofReturnType__slack_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_ms) -> _WhichOneofReturnType__tpot_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_ms) -> _WhichOneofReturnType__ttft_ms | None: ...
+
+Global___RequestStory: _TypeAlias = RequestStory  # noqa: Y015
+
+@_typing.final
+class ArrivalCheck(_message.Message):
+    """The limits that were looked at before any work was done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    MAX_STREAMS_FIELD_NUMBER: _builtins.int
+    in_flight: _builtins.int
+    max_streams: _builtins.int
+    def __init__(
+        self,
+        *,
+        in_flight: _builtins.int = ...,
+        max_streams: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_flight", b"in_flight", "max_streams", b"max_streams"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArrivalCheck: _TypeAlias = ArrivalCheck  # noqa: Y015
+
+@_typing.final
+class QueueCheck(_message.Message):
+    """What the queue was asked when the request joined it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUED_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
+    START_MS_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    TARGET_TTFT_MS_FIELD_NUMBER: _builtins.int
+    queued: _builtins.int
+    max_queued: _builtins.int
+    wait_ms: _builtins.float
+    """Predicted: in the queue, and from there to the first token."""
+    start_ms: _builtins.float
+    deadline_ms: _builtins.float
+    target_ttft_ms: _builtins.float
+    def __init__(
+        self,
+        *,
+        queued: _builtins.int = ...,
+        max_queued: _builtins.int = ...,
+        wait_ms: _builtins.float = ...,
+        start_ms: _builtins.float = ...,
+        deadline_ms: _builtins.float | None = ...,
+        target_ttft_ms: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_target_ttft_ms", b"_target_ttft_ms", "deadline_ms", b"deadline_ms", "target_ttft_ms", b"target_ttft_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_target_ttft_ms", b"_target_ttft_ms", "deadline_ms", b"deadline_ms", "max_queued", b"max_queued", "queued", b"queued", "start_ms", b"start_ms", "target_ttft_ms", b"target_ttft_ms", "wait_ms", b"wait_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
+    _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
+    _WhichOneofReturnType__target_ttft_ms: _TypeAlias = _typing.Literal["target_ttft_ms"]  # noqa: Y015
+    _WhichOneofArgType__target_ttft_ms: _TypeAlias = _typing.Literal["_target_ttft_ms", b"_target_ttft_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_ms) -> _WhichOneofReturnType__deadline_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_ttft_ms) -> _WhichOneofReturnType__target_ttft_ms | None: ...
+
+Global___QueueCheck: _TypeAlias = QueueCheck  # noqa: Y015
+
+@_typing.final
+class PhaseEnergy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_J_FIELD_NUMBER: _builtins.int
+    DECODE_J_FIELD_NUMBER: _builtins.int
+    STATIC_J_FIELD_NUMBER: _builtins.int
+    WASTED_J_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    IS_FINAL_FIELD_NUMBER: _builtins.int
+    prefill_j: _builtins.float
+    decode_j: _builtins.float
+    static_j: _builtins.float
+    """Parts of the two above."""
+    wasted_j: _builtins.float
+    source: _builtins.str
+    is_final: _builtins.bool
+    def __init__(
+        self,
+        *,
+        prefill_j: _builtins.float = ...,
+        decode_j: _builtins.float = ...,
+        static_j: _builtins.float = ...,
+        wasted_j: _builtins.float = ...,
+        source: _builtins.str = ...,
+        is_final: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_j", b"decode_j", "is_final", b"is_final", "prefill_j", b"prefill_j", "source", b"source", "static_j", b"static_j", "wasted_j", b"wasted_j"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PhaseEnergy: _TypeAlias = PhaseEnergy  # noqa: Y015
+
+@_typing.final
+class StoryLeg(_message.Message):
+    """What one replica did for one choice; times are since the request's arrival."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    LANE_FIELD_NUMBER: _builtins.int
+    SUBMITTED_MS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_MS_FIELD_NUMBER: _builtins.int
+    LAST_TOKEN_MS_FIELD_NUMBER: _builtins.int
+    FIRST_OFFSET_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    WASTED_TOKENS_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    ENGINE_QUEUE_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_MS_FIELD_NUMBER: _builtins.int
+    DECODE_MS_FIELD_NUMBER: _builtins.int
+    ENERGY_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    choice_index: _builtins.int
+    replica_id: _builtins.str
+    epoch: _builtins.int
+    lane: _builtins.int
+    submitted_ms: _builtins.float
+    first_token_ms: _builtins.float
+    last_token_ms: _builtins.float
+    first_offset: _builtins.int
+    output_tokens: _builtins.int
+    wasted_tokens: _builtins.int
+    loss: _builtins.str
+    """How the replica was lost: killed, failed, frozen, drained, refused. Empty: it was not."""
+    engine_queue_ms: _builtins.float
+    """The engine's own times; unset where it gave none."""
+    prefill_ms: _builtins.float
+    decode_ms: _builtins.float
+    @_builtins.property
+    def batches(self) -> Global___BatchMates:
+        """Unset where no step gave a token."""
+
+    @_builtins.property
+    def energy(self) -> Global___PhaseEnergy: ...
+    @_builtins.property
+    def choice(self) -> Global___StoryChoice:
+        """Unset where the balancer was not asked: another choice of the same request was there."""
+
+    def __init__(
+        self,
+        *,
+        choice_index: _builtins.int = ...,
+        replica_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        lane: _builtins.int = ...,
+        submitted_ms: _builtins.float = ...,
+        first_token_ms: _builtins.float | None = ...,
+        last_token_ms: _builtins.float | None = ...,
+        first_offset: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        wasted_tokens: _builtins.int = ...,
+        batches: Global___BatchMates | None = ...,
+        loss: _builtins.str = ...,
+        engine_queue_ms: _builtins.float | None = ...,
+        prefill_ms: _builtins.float | None = ...,
+        decode_ms: _builtins.float | None = ...,
+        energy: Global___PhaseEnergy | None = ...,
+        choice: Global___StoryChoice | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_engine_queue_ms", b"_engine_queue_ms", "_first_token_ms", b"_first_token_ms", "_last_token_ms", b"_last_token_ms", "_prefill_ms", b"_prefill_ms", "batches", b"batches", "choice", b"choice", "decode_ms", b"decode_ms", "energy", b"energy", "engine_queue_ms", b"engine_queue_ms", "first_token_ms", b"first_token_ms", "last_token_ms", b"last_token_ms", "prefill_ms", b"prefill_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_engine_queue_ms", b"_engine_queue_ms", "_first_token_ms", b"_first_token_ms", "_last_token_ms", b"_last_token_ms", "_prefill_ms", b"_prefill_ms", "batches", b"batches", "choice", b"choice", "choice_index", b"choice_index", "decode_ms", b"decode_ms", "energy", b"energy", "engine_queue_ms", b"engine_queue_ms", "epoch", b"epoch", "first_offset", b"first_offset", "first_token_ms", b"first_token_ms", "lane", b"lane", "last_token_ms", b"last_token_ms", "loss", b"loss", "output_tokens", b"output_tokens", "prefill_ms", b"prefill_ms", "replica_id", b"replica_id", "submitted_ms", b"submitted_ms", "wasted_tokens", b"wasted_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__decode_ms: _TypeAlias = _typing.Literal["decode_ms"]  # noqa: Y015
+    _WhichOneofArgType__decode_ms: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms"]  # noqa: Y015
+    _WhichOneofReturnType__engine_queue_ms: _TypeAlias = _typing.Literal["engine_queue_ms"]  # noqa: Y015
+    _WhichOneofArgType__engine_queue_ms: _TypeAlias = _typing.Literal["_engine_queue_ms", b"_engine_queue_ms"]  # noqa: Y015
+    _WhichOneofReturnType__first_token_ms: _TypeAlias = _typing.Literal["first_token_ms"]  # noqa: Y015
+    _WhichOneofArgType__first_token_ms: _TypeAlias = _typing.Literal["_first_token_ms", b"_first_token_ms"]  # noqa: Y015
+    _WhichOneofReturnType__last_token_ms: _TypeAlias = _typing.Literal["last_token_ms"]  # noqa: Y015
+    _WhichOneofArgType__last_token_ms: _TypeAlias = _typing.Literal["_last_token_ms", b"_last_token_ms"]  # noqa: Y015
+    _WhichOneofReturnType__prefill_ms: _TypeAlias = _typing.Literal["prefill_ms"]  # noqa: Y015
+    _WhichOneofArgType__prefill_ms: _TypeAlias = _typing.Literal["_prefill_ms", b"_prefill_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decode_ms) -> _WhichOneofReturnType__decode_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__engine_queue_ms) -> _WhichOneofReturnType__engine_queue_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_ms) -> _WhichOneofReturnType__first_token_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_token_ms) -> _WhichOneofReturnType__last_token_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill_ms) -> _WhichOneofReturnType__prefill_ms | None: ...
+
+Global___StoryLeg: _TypeAlias = StoryLeg  # noqa: Y015
+
+@_typing.final
+class BatchMates(_message.Message):
+    """Sequences per step, this one included, over the steps that gave it tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    MIN_FIELD_NUMBER: _builtins.int
+    MEDIAN_FIELD_NUMBER: _builtins.int
+    MAX_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    min: _builtins.int
+    median: _builtins.int
+    max: _builtins.int
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        min: _builtins.int = ...,
+        median: _builtins.int = ...,
+        max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max", b"max", "median", b"median", "min", b"min", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchMates: _TypeAlias = BatchMates  # noqa: Y015
+
+@_typing.final
+class StoryChoice(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TARGET_TTFT_MS_FIELD_NUMBER: _builtins.int
+    TARGET_TPOT_MS_FIELD_NUMBER: _builtins.int
+    EXPECTED_TOKENS_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    reason: _builtins.str
+    """policy, session, none_in_time, stale."""
+    target_ttft_ms: _builtins.float
+    target_tpot_ms: _builtins.float
+    expected_tokens: _builtins.int
+    """Of an answer, as was expected."""
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoryCandidate]: ...
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        target_ttft_ms: _builtins.float = ...,
+        target_tpot_ms: _builtins.float = ...,
+        expected_tokens: _builtins.int = ...,
+        candidates: _abc.Iterable[Global___StoryCandidate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "expected_tokens", b"expected_tokens", "policy", b"policy", "reason", b"reason", "target_tpot_ms", b"target_tpot_ms", "target_ttft_ms", b"target_ttft_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoryChoice: _TypeAlias = StoryChoice  # noqa: Y015
+
+@_typing.final
+class StoryCandidate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    LANE_FIELD_NUMBER: _builtins.int
+    IS_CHOSEN_FIELD_NUMBER: _builtins.int
+    IS_SESSION_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    TTFT_MS_FIELD_NUMBER: _builtins.int
+    TPOT_MS_FIELD_NUMBER: _builtins.int
+    ADDED_J_FIELD_NUMBER: _builtins.int
+    HAS_KV_FIELD_NUMBER: _builtins.int
+    IS_HOT_FIELD_NUMBER: _builtins.int
+    IS_IN_TIME_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_AGE_MS_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    lane: _builtins.int
+    is_chosen: _builtins.bool
+    is_session: _builtins.bool
+    requests: _builtins.int
+    cached_tokens: _builtins.int
+    ttft_ms: _builtins.float
+    """Predicted."""
+    tpot_ms: _builtins.float
+    added_j: _builtins.float
+    has_kv: _builtins.bool
+    is_hot: _builtins.bool
+    is_in_time: _builtins.bool
+    snapshot_age_ms: _builtins.float
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        lane: _builtins.int = ...,
+        is_chosen: _builtins.bool = ...,
+        is_session: _builtins.bool = ...,
+        requests: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        ttft_ms: _builtins.float = ...,
+        tpot_ms: _builtins.float = ...,
+        added_j: _builtins.float = ...,
+        has_kv: _builtins.bool = ...,
+        is_hot: _builtins.bool = ...,
+        is_in_time: _builtins.bool = ...,
+        snapshot_age_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_j", b"added_j", "cached_tokens", b"cached_tokens", "has_kv", b"has_kv", "is_chosen", b"is_chosen", "is_hot", b"is_hot", "is_in_time", b"is_in_time", "is_session", b"is_session", "lane", b"lane", "replica_id", b"replica_id", "requests", b"requests", "snapshot_age_ms", b"snapshot_age_ms", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoryCandidate: _TypeAlias = StoryCandidate  # noqa: Y015

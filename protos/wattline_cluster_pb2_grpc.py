@@ -49,6 +49,11 @@ class ClusterStub:
                 request_serializer=protos_dot_wattline__cluster__pb2.DrainReplicaRequest.SerializeToString,
                 response_deserializer=protos_dot_wattline__cluster__pb2.DrainReplicaResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/wattline.v1.Cluster/Explain',
+                request_serializer=protos_dot_wattline__cluster__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=protos_dot_wattline__cluster__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -74,6 +79,13 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """What happened to a request that ended, and why. NOT_FOUND once it is forgotten.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +103,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.DrainReplica,
                     request_deserializer=protos_dot_wattline__cluster__pb2.DrainReplicaRequest.FromString,
                     response_serializer=protos_dot_wattline__cluster__pb2.DrainReplicaResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=protos_dot_wattline__cluster__pb2.ExplainRequest.FromString,
+                    response_serializer=protos_dot_wattline__cluster__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -174,6 +191,33 @@ class Cluster:
             '/wattline.v1.Cluster/DrainReplica',
             protos_dot_wattline__cluster__pb2.DrainReplicaRequest.SerializeToString,
             protos_dot_wattline__cluster__pb2.DrainReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wattline.v1.Cluster/Explain',
+            protos_dot_wattline__cluster__pb2.ExplainRequest.SerializeToString,
+            protos_dot_wattline__cluster__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

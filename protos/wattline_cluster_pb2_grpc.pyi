@@ -36,6 +36,8 @@ class ClusterStub:
     """Per-model demand, once a second, for autoscaling policies."""
     DrainReplica: _grpc.UnaryUnaryMultiCallable[_wattline_cluster_pb2.DrainReplicaRequest, _wattline_cluster_pb2.DrainReplicaResponse]
     """Stops new work on a replica; streams under way finish."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_wattline_cluster_pb2.ExplainRequest, _wattline_cluster_pb2.ExplainResponse]
+    """What happened to a request that ended, and why. NOT_FOUND once it is forgotten."""
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -45,6 +47,8 @@ class ClusterAsyncStub(ClusterStub):
     """Per-model demand, once a second, for autoscaling policies."""
     DrainReplica: _aio.UnaryUnaryMultiCallable[_wattline_cluster_pb2.DrainReplicaRequest, _wattline_cluster_pb2.DrainReplicaResponse]  # type: ignore[assignment]
     """Stops new work on a replica; streams under way finish."""
+    Explain: _aio.UnaryUnaryMultiCallable[_wattline_cluster_pb2.ExplainRequest, _wattline_cluster_pb2.ExplainResponse]  # type: ignore[assignment]
+    """What happened to a request that ended, and why. NOT_FOUND once it is forgotten."""
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -69,5 +73,13 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_wattline_cluster_pb2.DrainReplicaResponse, _abc.Awaitable[_wattline_cluster_pb2.DrainReplicaResponse]]:
         """Stops new work on a replica; streams under way finish."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _wattline_cluster_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_wattline_cluster_pb2.ExplainResponse, _abc.Awaitable[_wattline_cluster_pb2.ExplainResponse]]:
+        """What happened to a request that ended, and why. NOT_FOUND once it is forgotten."""
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -28,7 +28,7 @@ class WatchEnergyRequest(_message.Message):
     METER_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     meter: _builtins.str
-    """auto | nvml | cpu-model | fake"""
+    """auto | nvml | rapl | cpu-model | fake"""
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property

@@ -5,7 +5,10 @@ The client contract of Wattline: text or tokens in, tokens and joules out.
 
 Status codes (one table, `cluster/router/errors.py`):
   INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names field, value, limit and fix
+  UNAUTHENTICATED     no key or certificate says who calls, where that is asked
+  PERMISSION_DENIED   the tenant may not use this model, or not see and steer the whole
   NOT_FOUND           the model is not served here
+  FAILED_PRECONDITION the resume token does not fit; start over without it
   RESOURCE_EXHAUSTED  refused now rather than late; google.rpc.RetryInfo says when to come back
   UNAVAILABLE         no replica can take it, or the replica died under the stream and no other went on
   ABORTED             two replicas died while they served this prompt; it is refused for ten minutes
@@ -270,6 +273,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     ENERGY_WAIT_MS_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     text: _builtins.str
     priority: _builtins.int
@@ -288,6 +292,10 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> Global___Sampling: ...
     @_builtins.property
     def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def resume(self) -> Global___Resume:
+        """Set: go on where the answer to this very request ended when its router was lost."""
+
     def __init__(
         self,
         *,
@@ -299,10 +307,11 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int = ...,
         energy_wait_ms: _builtins.int | None = ...,
         session_id: _builtins.str = ...,
+        resume: Global___Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_energy_wait_ms", b"_energy_wait_ms", "energy_wait_ms", b"energy_wait_ms", "limits", b"limits", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_energy_wait_ms", b"_energy_wait_ms", "energy_wait_ms", b"energy_wait_ms", "limits", b"limits", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_energy_wait_ms", b"_energy_wait_ms", "energy_wait_ms", b"energy_wait_ms", "limits", b"limits", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "session_id", b"session_id", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_energy_wait_ms", b"_energy_wait_ms", "energy_wait_ms", b"energy_wait_ms", "limits", b"limits", "model", b"model", "priority", b"priority", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "session_id", b"session_id", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__energy_wait_ms: _TypeAlias = _typing.Literal["energy_wait_ms"]  # noqa: Y015
     _WhichOneofArgType__energy_wait_ms: _TypeAlias = _typing.Literal["_energy_wait_ms", b"_energy_wait_ms"]  # noqa: Y015
@@ -314,6 +323,34 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Resume(_message.Message):
+    """The token of the first delta, and all tokens that came. The rest of the request must be as it was, but the
+    seed may stay unset: the token has the one that was drawn. FAILED_PRECONDITION where it does not fit, or
+    no replica of these weights is left; the answer then has to start over.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    token: _builtins.bytes
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        token: _builtins.bytes = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resume: _TypeAlias = Resume  # noqa: Y015
 
 @_typing.final
 class Message(_message.Message):
@@ -349,6 +386,7 @@ class ChatRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     ENERGY_WAIT_MS_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     priority: _builtins.int
     energy_wait_ms: _builtins.int
@@ -360,6 +398,8 @@ class ChatRequest(_message.Message):
     def sampling(self) -> Global___Sampling: ...
     @_builtins.property
     def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def resume(self) -> Global___Resume: ...
     def __init__(
         self,
         *,
@@ -370,10 +410,11 @@ class ChatRequest(_message.Message):
         priority: _builtins.int = ...,
         energy_wait_ms: _builtins.int | None = ...,
         session_id: _builtins.str = ...,
+        resume: Global___Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_energy_wait_ms", b"_energy_wait_ms", "energy_wait_ms", b"energy_wait_ms", "limits", b"limits", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_energy_wait_ms", b"_energy_wait_ms", "energy_wait_ms", b"energy_wait_ms", "limits", b"limits", "resume", b"resume", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_energy_wait_ms", b"_energy_wait_ms", "energy_wait_ms", b"energy_wait_ms", "limits", b"limits", "messages", b"messages", "model", b"model", "priority", b"priority", "sampling", b"sampling", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_energy_wait_ms", b"_energy_wait_ms", "energy_wait_ms", b"energy_wait_ms", "limits", b"limits", "messages", b"messages", "model", b"model", "priority", b"priority", "resume", b"resume", "sampling", b"sampling", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__energy_wait_ms: _TypeAlias = _typing.Literal["energy_wait_ms"]  # noqa: Y015
     _WhichOneofArgType__energy_wait_ms: _TypeAlias = _typing.Literal["_energy_wait_ms", b"_energy_wait_ms"]  # noqa: Y015
@@ -416,12 +457,17 @@ class Delta(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Whole characters only: never half of a UTF-8 sequence, never part of a stop text."""
     finish_reason: Global___FinishReason.ValueType
     """Set on the last delta alone, of each choice."""
     index: _builtins.int
     """Which of the `n` choices this belongs to; they come interleaved."""
+    resume_token: _builtins.bytes
+    """On the first delta of a request for one answer: what `Resume` takes, for an hour. Any router of the
+    deployment goes on with it.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -436,10 +482,11 @@ class Delta(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
         index: _builtins.int = ...,
+        resume_token: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "resume_token", b"resume_token", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -518,7 +565,8 @@ class Final(_message.Message):
     def energy(self) -> Global___Energy: ...
     @_builtins.property
     def resumed_at(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Offsets of the first token of each attempt but the first: up to there, the lost replica's tokens.
+        """Offsets of the first token of each attempt that did not begin the answer: up to there, the tokens of a
+        lost replica, or of a lost router.
         Of several choices, one after another.
         """
 

@@ -5,7 +5,10 @@ The client contract of Wattline: text or tokens in, tokens and joules out.
 
 Status codes (one table, `cluster/router/errors.py`):
   INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names field, value, limit and fix
+  UNAUTHENTICATED     no key or certificate says who calls, where that is asked
+  PERMISSION_DENIED   the tenant may not use this model, or not see and steer the whole
   NOT_FOUND           the model is not served here
+  FAILED_PRECONDITION the resume token does not fit; start over without it
   RESOURCE_EXHAUSTED  refused now rather than late; google.rpc.RetryInfo says when to come back
   UNAVAILABLE         no replica can take it, or the replica died under the stream and no other went on
   ABORTED             two replicas died while they served this prompt; it is refused for ten minutes

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from replicas.layers.kernels.build import SOURCES
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -38,7 +40,7 @@ def test_wheel_holds_our_packages_alone(wheel: zipfile.ZipFile) -> None:
 def test_wheel_is_typed_and_carries_its_schemas(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     assert {f"{package}/py.typed" for package in ("autoscale", "cluster", "protos", "replicas")} <= names
-    assert "replicas/layers/kernels/cpu_kernels.c" in names, "compiled on first use"
+    assert {f"replicas/layers/kernels/{source.name}" for source in SOURCES} <= names, "compiled on first use"
     assert "protos/wattline_inference.proto" in names
     static = "cluster/dashboard/static"
     assert {f"{static}/index.html", f"{static}/dash.js", f"{static}/uplot-LICENSE.txt"} <= names

@@ -19,6 +19,8 @@ MARKS = re.compile(r"\b(TODO(?!\(#\d+\))|FIXME|XXX|HACK)\b")
 # Where bytes become domain objects. A new name here needs a reason.
 PROTOBUF_EDGES = {
     "cluster/client.py",
+    "cluster/commands/story_screen.py",
+    "cluster/resuming.py",
     "cluster/foreign/sampling_body.py",
     "cluster/oip/asks.py",
     "cluster/oip/descriptions.py",
@@ -42,6 +44,8 @@ PROTOBUF_EDGES = {
     "cluster/router/validation.py",
     "cluster/router/process.py",
     "cluster/router/service.py",
+    "cluster/router/story_wire.py",
+    "cluster/router/siblings.py",
     "cluster/router/wire.py",
     "replicas/energy/agent.py",
     "replicas/energy/agent_client.py",

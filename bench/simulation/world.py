@@ -18,13 +18,17 @@ from cluster.router.bookkeeping import Books
 from cluster.router.cache_salt import CacheSalts
 from cluster.router.caller import Caller
 from cluster.router.completion import Completion
+from cluster.router.continuation import Continuations
 from cluster.router.energy_record import EnergyRecord
 from cluster.router.errors import DeadlinePassed, RouterError
 from cluster.router.gate import Gate
 from cluster.router.journal import Journal, Objective
+from cluster.router.refusal import Refusals
+from cluster.router.resume_token import ResumeSeal
 from cluster.router.resumption import Resumption
 from cluster.router.route_finder import RouteFinder
 from cluster.router.served_model import ServedModel
+from cluster.router.story_record import StoryRecord
 from cluster.router.streams import Streams
 from cluster.router.tenants import Tenants
 from cluster.telemetry.metrics import RouterMetrics
@@ -80,7 +84,8 @@ class World:
         self.replicas: dict[str, SimReplica] = {}
         self._freeze_s = config.router.failover.freeze_s
         finder = RouteFinder(pool=self.pool, random=Random(seed))
-        self.gate = Gate(self.model, pool=self.pool, finder=finder, clock_s=self.now_s)
+        refusals = Refusals(Random(seed))
+        self.gate = Gate(self.model, pool=self.pool, finder=finder, refusals=refusals, clock_s=self.now_s)
         metrics = RouterMetrics()
         self._telemetry = Telemetry(TelemetrySection(), router_id="simulated", version="0")
         objective = Objective(ttft_ms=section.slo.ttft_ms, tpot_ms=section.slo.tpot_ms)
@@ -92,12 +97,15 @@ class World:
             models=models,
             pool=self.pool,
             gates={self.model.name: self.gate},
+            refusals=refusals,
             tenants=self.tenants,
             tokenizing=ThreadPoolExecutor(1),
             salts=CacheSalts(b"simulated"),
+            continuations=Continuations(seal=ResumeSeal(b"simulated"), pool=self.pool, finder=finder),
             books=Books(
                 record=EnergyRecord(16),
                 journal=Journal([(self.model.name, objective)]),
+                stories=StoryRecord(),
                 metrics=metrics,
                 telemetry=self._telemetry,
                 ledger=None,

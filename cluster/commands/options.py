@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cluster.config import Config
 
 DEFAULT_CONFIG = Path("wattline.yaml")
+MAX_ROUTERS = 16
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 ENERGY_WAIT_MS = 500
 """A person does not notice, and the joules are final."""
@@ -81,8 +82,8 @@ def find_router(address: str) -> str:
     state = read_state(folder)
     if state is None or not state.grpc:
         return DEFAULT_ADDRESS
-    own = RunFolder(folder).router_socket(0)
-    return f"unix:{own}" if own.exists() else state.grpc
+    own = [path for index in range(MAX_ROUTERS) if (path := RunFolder(folder).router_socket(index)).exists()]
+    return ",".join(f"unix:{path}" for path in own) or state.grpc
 
 
 def dial_router(address: str, *, ca: str, cert: str, api_key: str) -> Client:

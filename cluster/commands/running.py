@@ -90,6 +90,9 @@ def serve_until_interrupted(stack: Stack, interrupts: Interrupts, console: Conso
     """Keep the router alive until the first signal, and say when the number of ready replicas changes."""
     known: dict[str, int] = {}
     while not interrupts.wait(TEND_PERIOD_S):
+        if interrupts.take_roll():
+            console.print("Replacing the routers.")
+            stack.roll_routers()
         stack.tend()
         state = stack.status()
         for model in state.models if state else ():

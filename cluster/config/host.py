@@ -20,7 +20,7 @@ class TelemetrySection(Section):
 
 
 class EnergySection(Section):
-    meter: Literal["auto", "nvml", "cpu-model", "fake"] = "auto"
+    meter: Literal["auto", "nvml", "rapl", "cpu-model", "fake"] = "auto"
     poll_ms: float = Field(30.0, ge=5.0, le=1000.0)
     cpu_static_w: float = Field(10.0, ge=0.0, description="cpu-model: drawn whatever the work")
     pue: float = Field(

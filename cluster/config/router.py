@@ -43,6 +43,15 @@ class RouterSection(Section):
     http_port: int = Field(8100, ge=0, le=65535)
     link_host: str = "127.0.0.1"
     link_port: int = Field(50052, ge=0, le=65535)
+    processes: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="routers that `up` starts on these ports; the next ones link_port + 1, ...",
+    )
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="with several processes: /metrics of each by itself, counted up"
+    )
     link_addresses: tuple[str, ...] = Field(
         (), description="what replicas dial; empty: link_host:link_port of the router that `up` starts"
     )

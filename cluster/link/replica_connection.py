@@ -216,6 +216,7 @@ class ReplicaConnection:
         """Hand the tokens of one engine step on to their streams. Returns how many there were."""
         entries: list[StreamTokens] = []
         num_tokens = 0
+        batch_size = max(len(step.deltas), sum(step.load.running))
         for delta in step.deltas:
             stream = self._streams.get(delta.request_id)
             if stream is None or delta.attempt != stream.attempt:
@@ -234,6 +235,8 @@ class ReplicaConnection:
                 self._send(link.ToReplica(cancel=link.Cancel(request_id=stream.link_id)))
                 token_ids, logprobs, end = (), (), EngineFault("tokens of this answer were lost on the way")
             stream.next_offset += len(token_ids)
+            if token_ids:
+                stream.batches.add(batch_size)
             num_tokens += len(token_ids)
             entries.append((stream, token_ids, logprobs, end))
             self._note_progress(stream.link_id, end)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -39,9 +38,9 @@ class BodyTooLarge(Exception):
 class Exchange:
     """A request under way. `model` is set once it is known to be a configured one."""
 
-    def __init__(self, request: Request, *, span: RpcSpan, send: Send) -> None:
+    def __init__(self, request: Request, *, request_id: str, span: RpcSpan, send: Send) -> None:
         self.request = request
-        self.request_id = secrets.token_hex(12)
+        self.request_id = request_id
         self.span = span
         self.model = ""
         self.interruption: RouterError | None = None
@@ -85,7 +84,15 @@ Handler = Callable[[Exchange, bytes], Coroutine[Any, Any, None]]
 class ExchangeGuard:
     """Opens an `Exchange` around each handler."""
 
-    def __init__(self, *, telemetry: Telemetry, metrics: RouterMetrics, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        telemetry: Telemetry,
+        metrics: RouterMetrics,
+        max_body_bytes: int,
+        draw_id: Callable[[], str],
+    ) -> None:
+        self._draw_id = draw_id
         self._telemetry = telemetry
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
@@ -99,7 +106,7 @@ class ExchangeGuard:
     ) -> None:
         request = Request(scope, receive)
         span = self._telemetry.start_http(request.method, route, request.headers.items())
-        exchange = Exchange(request, span=span, send=send)
+        exchange = Exchange(request, request_id=self._draw_id(), span=span, send=send)
         code = "CANCELLED"
         try:
             content = await self._read_body(request)

@@ -1,5 +1,5 @@
 """`python -m cluster.router --config FILE`: one router in the foreground."""
 
-from cluster.router.process import main
+from cluster.router.serve import main
 
 main()

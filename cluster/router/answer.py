@@ -40,6 +40,7 @@ class TextDelta:
     `logprobs` is parallel to `token_ids` where asked for, else empty. `index`: of the choice.
     `prompt_logprobs` come with the first delta of the first choice where asked for: of every token of the
     prompt but the first.
+    `resume_token`: on the first of an answer that another router could go on with.
     """
 
     text: str
@@ -48,6 +49,7 @@ class TextDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     index: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    resume_token: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

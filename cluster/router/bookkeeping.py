@@ -9,6 +9,7 @@ from time import monotonic, time
 
 from cluster.ledger.recorder import LedgerRecorder
 from cluster.router.answer import Timing, Usage, join_timing, sum_usage
+from cluster.router.caller import Caller
 from cluster.router.energy_account import EnergyAccount, joined, summed
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
 from cluster.router.errors import LimitReached, NoReplica, RouterError, status_of
@@ -16,6 +17,8 @@ from cluster.router.journal import ClosedRequest, Journal
 from cluster.router.ledger_entries import entry_of
 from cluster.router.run import Run
 from cluster.router.served_model import ServedModel
+from cluster.router.story import Story, story_of
+from cluster.router.story_record import StoryRecord
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from replicas.request import FinishReason
@@ -41,6 +44,7 @@ class Books:
         *,
         record: EnergyRecord,
         journal: Journal,
+        stories: StoryRecord,
         metrics: RouterMetrics,
         telemetry: Telemetry,
         ledger: LedgerRecorder | None,
@@ -50,16 +54,36 @@ class Books:
         self._ledger = ledger
         self._record = record
         self._journal = journal
+        self._stories = stories
         self._metrics = metrics
         self._telemetry = telemetry
         self._clock_s = clock_s
 
-    def count_admission(self, model: ServedModel, *, tenant: str, refusal: RouterError | None) -> None:
-        """Called once per request that was valid; `tenant` is a label."""
-        if refusal is not None:
-            model.refused_total += 1
-        outcome = "admitted" if refusal is None else REFUSALS.get(type(refusal), "overloaded")
+    def count_admission(self, model: ServedModel, *, tenant: str) -> None:
+        """This or `count_refusal` is called once per request that was valid; `tenant` is a label."""
+        self._metrics.count_admission(model.name, tenant, "admitted")
+
+    def count_refusal(
+        self, model: ServedModel, refusal: RouterError, *, tenant: str, arrived_s: float
+    ) -> None:
+        model.refused_total += 1
+        outcome = REFUSALS.get(type(refusal), "overloaded")
         self._metrics.count_admission(model.name, tenant, outcome)
+        self._metrics.observe_refusal(model.name, self._clock_s() - arrived_s)
+
+    def tell_refusal(self, model: ServedModel, caller: Caller, refusal: RouterError) -> None:
+        """Remember for `wattline why` what a request was refused for."""
+        self._stories.add(
+            Story(
+                request_id=caller.request_id,
+                trace_id=caller.span.trace_id,
+                tenant=caller.tenant,
+                model=model.name,
+                ended_s=self._clock_s(),
+                outcome=status_of(refusal).code.name,
+                refusal=status_of(refusal).message,
+            )
+        )
 
     def close(self, runs: Sequence[Run]) -> ClosedBooks:
         """Called once per request, however it ended, with its choices that were begun.
@@ -79,6 +103,7 @@ class Books:
         self._metrics.count_tokens(model.name, whole.usage)
         closed = _closed(runs, whole, now_s=self._clock_s())
         is_met = self._journal.add(closed)
+        self._stories.add(story_of(runs, closed))
         self._metrics.observe_request(closed, is_met=is_met)
         self._record.add(
             FinishedRequest(

@@ -13,9 +13,13 @@ import grpc
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router.auth import Need
+from cluster.router.errors import UnknownRequest
 from cluster.router.journal import ClosedRequest, Journal, Spread
 from cluster.router.rpc import RpcGuard
 from cluster.router.served_model import ServedModel
+from cluster.router.siblings import Siblings
+from cluster.router.story_record import StoryRecord
+from cluster.router.story_wire import story_message
 from protos import wattline_cluster_pb2 as pb
 from protos import wattline_cluster_pb2_grpc as pb_grpc
 from protos import wattline_link_pb2 as link
@@ -31,6 +35,7 @@ STATES = {
 
 StatusContext: TypeAlias = "grpc.aio.ServicerContext[pb.StatusRequest, pb.StatusResponse]"
 SignalsContext: TypeAlias = "grpc.aio.ServicerContext[pb.WatchSignalsRequest, pb.Signals]"
+ExplainContext: TypeAlias = "grpc.aio.ServicerContext[pb.ExplainRequest, pb.ExplainResponse]"
 DrainContext: TypeAlias = "grpc.aio.ServicerContext[pb.DrainReplicaRequest, pb.DrainReplicaResponse]"
 
 
@@ -44,6 +49,8 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         models: Mapping[str, ServedModel],
         pool: ReplicaPool,
         journal: Journal,
+        stories: StoryRecord,
+        siblings: Siblings,
         router_id: str,
         version: str,
     ) -> None:
@@ -51,6 +58,8 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         self._models = models
         self._pool = pool
         self._journal = journal
+        self._stories = stories
+        self._siblings = siblings
         self._router_id = router_id
         self._version = version
         self._started_s = monotonic()
@@ -75,6 +84,19 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         async with self._guard.call(context, f"{SERVICE}/DrainReplica", need=Need.OPERATOR):
             self._pool.drain(request.replica_id, reason="asked for by DrainReplica")
             return pb.DrainReplicaResponse()
+
+    async def Explain(self, request: pb.ExplainRequest, context: ExplainContext) -> pb.ExplainResponse:
+        async with self._guard.call(context, f"{SERVICE}/Explain", need=Need.OPERATOR):
+            try:
+                found = self._stories.find(request.id)
+            except UnknownRequest:
+                if request.only_here or (answer := await self._siblings.explain(request)) is None:
+                    raise
+                return answer
+            now_s = monotonic()
+            return pb.ExplainResponse(
+                router_id=self._router_id, stories=[story_message(story, now_s=now_s) for story in found]
+            )
 
     def status(self, *, last_requests: int) -> pb.StatusResponse:
         """All that Status answers."""

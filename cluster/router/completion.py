@@ -42,6 +42,18 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """An answer that goes on: the token of its first delta, and the tokens the caller has.
+
+    `identity` is what the token says of the weights, once it is opened.
+    """
+
+    token: bytes
+    token_ids: tuple[int, ...]
+    identity: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One request. `max_tokens` None: what the context leaves; `energy_wait_ms` None: server's default.
 
@@ -57,8 +69,14 @@ class Completion:
     priority: int = 0
     energy_wait_ms: int | None = None
     session_id: str = ""
+    resume: Resume | None = None
     num_choices: int = 1
     wants_prompt_logprobs: bool = False
+
+    @property
+    def delivered_ids(self) -> tuple[int, ...]:
+        """What the caller has of the answer already."""
+        return self.resume.token_ids if self.resume else ()
 
     @property
     def operation(self) -> Operation:

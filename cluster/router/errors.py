@@ -5,6 +5,7 @@
     ├── Unauthenticated     nobody knows who calls
     ├── NotAllowed          it is known who calls, and that it may not do this
     ├── UnknownModel        the model is not served here
+    ├── ResumeRefused       the token of a stream to go on with does not fit
     ├── UnknownRequest      GetEnergy of a request that left the record, or never was
     ├── UnknownReplica      DrainReplica of a replica that is not attached
     ├── Overloaded          refused now rather than late; says when to come back
@@ -67,6 +68,10 @@ class UnknownModel(RouterError):
 
     def __init__(self, *, served: tuple[str, ...]) -> None:
         super().__init__(f"model is not served here; served: {', '.join(served)}")
+
+
+class ResumeRefused(RouterError):
+    """The answer cannot go on with this token; it has to start over."""
 
 
 class UnknownRequest(RouterError):
@@ -151,6 +156,7 @@ STATUS_CODES: dict[type[RouterError], grpc.StatusCode] = {
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     NotAllowed: grpc.StatusCode.PERMISSION_DENIED,
     UnknownModel: grpc.StatusCode.NOT_FOUND,
+    ResumeRefused: grpc.StatusCode.FAILED_PRECONDITION,
     UnknownRequest: grpc.StatusCode.NOT_FOUND,
     UnknownReplica: grpc.StatusCode.NOT_FOUND,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,

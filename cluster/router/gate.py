@@ -10,25 +10,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
 
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.admission.decision import Decision, Verdict, Wait, decide_wait
+from cluster.router.admission.decision import Verdict, Wait, decide_wait
 from cluster.router.admission.fair_queue import FairQueue, Waiting, virtual_tokens
-from cluster.router.admission.pace import AHEAD_S, Pace, takes_more
+from cluster.router.admission.pace import AHEAD_S, Forecast, Pace, takes_more
 from cluster.router.admission.tenant import Tenant
 from cluster.router.balancing.lane_view import LaneView
 from cluster.router.balancing.prediction import prefill_rate
-from cluster.router.errors import NoReplica, Overloaded, RouterError
-from cluster.router.refusal import refusal_of
+from cluster.router.errors import NoReplica, RouterError
+from cluster.router.refusal import Refusals
 from cluster.router.route_finder import Errand, Place, RouteFinder
 from cluster.router.served_model import ServedModel
 
 FULL_RETRY_MS = 250
+TURNED_OUT_RETRY_MS = 1000
 TICK_S = 0.05
 """How often the queue looks for room that comes without a word, and for replicas that left."""
+UNKNOWN = Forecast()
 LANES_S = 0.1
 """How long a list of the lanes is good enough for a forecast."""
 
@@ -51,6 +53,8 @@ class Ticket:
     errand: Errand
     place: asyncio.Future[Held]
     is_queued: bool = True
+    since_s: float = 0.0
+    forecast: Forecast = UNKNOWN
 
 
 class Gate:
@@ -62,11 +66,13 @@ class Gate:
         *,
         pool: ReplicaPool,
         finder: RouteFinder,
+        refusals: Refusals,
         clock_s: Callable[[], float] = monotonic,
     ) -> None:
         self._model = model
         self._pool = pool
         self._finder = finder
+        self._refusals = refusals
         self._clock_s = clock_s
         self._queue: FairQueue[Ticket] = FairQueue()
         self._pace = Pace()
@@ -107,7 +113,9 @@ class Gate:
         """For what is under way already and lost its place: whatever lane has room. Raises Overloaded."""
         place = self._finder.find(self._model.section, errand)
         if place is None:
-            raise Overloaded("all replicas of this model are full", retry_after_ms=FULL_RETRY_MS)
+            raise self._refusals.overloaded(
+                "all replicas of this model are full", retry_after_ms=FULL_RETRY_MS
+            )
         return place
 
     def correct(self, tenant: Tenant, errand: Errand, *, uncached_tokens: int, output_tokens: int) -> None:
@@ -127,13 +135,16 @@ class Gate:
                 break
             self._take_out(head)
             self._queue.count(head.tenant, head.cost)
-            self._pace.left(head.tokens, now_s=self._clock_s())
+            now_s = self._clock_s()
+            self._pace.left(head.tokens, now_s=now_s)
+            self._pace.waited(head.item.forecast, actual_s=now_s - head.item.since_s)
             head.item.place.set_result(held)
 
     async def _wait(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Held:
-        decision = self._judge(waiting, deadline_s)
+        question = self._question(waiting, deadline_s)
+        decision = decide_wait(question)
         if decision.verdict is not Verdict.ADMIT:
-            raise refusal_of(decision)
+            raise self._refusals.of(decision)
         if len(self._queue) >= self._model.section.limits.max_queued:
             self._turn_out_last()
         self._queue.push(waiting)
@@ -144,37 +155,41 @@ class Gate:
             async with asyncio.timeout(max_queue_s):
                 held = await waiting.item.place
         except TimeoutError:
-            raise Overloaded(f"no replica was free for {max_queue_s:g} s", retry_after_ms=1000) from None
+            raise self._refusals.overloaded(
+                f"no replica was free for {max_queue_s:g} s", retry_after_ms=TURNED_OUT_RETRY_MS
+            ) from None
         finally:
             if held is None:
                 self._leave(waiting)
-        return held
+        return replace(held, place=replace(held.place, wait=question))
 
-    def _judge(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Decision:
-        """The question to the pure decision."""
+    def _question(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Wait:
+        """What the pure decision is asked."""
         section, errand, now_s = self._model.section, waiting.item.errand, self._clock_s()
         lanes = self._known_lanes(now_s)
-        last = self._queue.last_of_lowest()
-        ahead = self._queue.tokens_ahead(waiting.tenant, priority=waiting.priority, cost=waiting.cost)
+        tenant, cost = waiting.tenant, waiting.cost
+        is_below_share = self._queue.is_below_share(tenant, cost)
         prompt_tokens = len(errand.prompt_ids)
+        forecast = self._pace.forecast(
+            self._queue.tokens_ahead(tenant, priority=waiting.priority, cost=cost),
+            lanes,
+            prompt_tokens=prompt_tokens,
+            output_tokens=errand.output_tokens,
+            now_s=now_s,
+        )
+        waiting.item.since_s, waiting.item.forecast = now_s, forecast
         rate = max([prefill_rate(lane) for lane in lanes], default=1.0)
         ttft_ms = section.slo.ttft_ms if section.slo.refuse_late else None
-        return decide_wait(
-            Wait(
-                num_queued=len(self._queue),
-                max_queued=section.limits.max_queued,
-                is_lowest=last is None or waiting.priority <= last.priority,
-                wait_s=self._pace.wait_s(
-                    ahead + waiting.tokens,
-                    lanes,
-                    prompt_tokens=prompt_tokens,
-                    output_tokens=errand.output_tokens,
-                    now_s=now_s,
-                ),
-                start_s=AHEAD_S + prompt_tokens / rate,
-                deadline_s=deadline_s,
-                target_ttft_s=None if ttft_ms is None else ttft_ms / 1e3,
-            )
+        return Wait(
+            num_queued=len(self._queue),
+            max_queued=section.limits.max_queued,
+            can_displace=self._can_displace(waiting, is_below_share=is_below_share),
+            is_below_share=is_below_share,
+            wait_s=forecast.mean_s,
+            late_s=forecast.late_s,
+            start_s=AHEAD_S + prompt_tokens / rate,
+            deadline_s=deadline_s,
+            target_ttft_s=None if ttft_ms is None else ttft_ms / 1e3,
         )
 
     def _hold(self, errand: Errand) -> Held | None:
@@ -193,11 +208,19 @@ class Gate:
             self._lanes = (now_s, self._pool.lanes(self._model.name))
         return self._lanes[1]
 
+    def _can_displace(self, waiting: Waiting[Ticket], *, is_below_share: bool) -> bool:
+        """Whether the last in the queue matters less, or has more than its share where this one has less."""
+        last = self._queue.last()
+        if last is None or waiting.priority != last.priority:
+            return last is not None and waiting.priority > last.priority
+        return is_below_share and last.tenant is not waiting.tenant
+
     def _turn_out_last(self) -> None:
-        """In favour of one that matters more."""
-        last = self._queue.last_of_lowest()
+        """In favour of one that is served before it."""
+        last = self._queue.last()
         assert last is not None, "a full queue has a last"
-        self._fail(last, Overloaded("requests of higher priority took this one's place", retry_after_ms=1000))
+        reason = "requests that go first took this one's place"
+        self._fail(last, self._refusals.overloaded(reason, retry_after_ms=TURNED_OUT_RETRY_MS))
 
     def _keep_ticking(self) -> None:
         if self._timer is None:

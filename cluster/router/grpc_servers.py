@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 
 from cluster.addresses import PortInUse, join_host_port
-from cluster.config import RouterSection
+from cluster.config import ConfigError, RouterSection
 from cluster.router.certificates import CertificateFiles, grpc_credentials
 
 SPARE_RPCS = 512
@@ -27,8 +27,6 @@ KEEPALIVE = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.http2.max_ping_strikes", 0),
-    # By default two servers bind one port without a word.
-    ("grpc.so_reuseport", 0),
 )
 
 
@@ -46,6 +44,7 @@ def client_server(section: RouterSection) -> grpc.aio.Server:
     return grpc.aio.server(
         options=(
             *KEEPALIVE,
+            ("grpc.so_reuseport", int(section.processes > 1)),
             ("grpc.max_receive_message_length", request_limit_bytes(section)),
             ("grpc.max_concurrent_streams", section.max_streams + SPARE_RPCS),
         ),
@@ -60,7 +59,14 @@ def request_limit_bytes(section: RouterSection) -> int:
 
 def link_server() -> grpc.aio.Server:
     """The server replicas dial."""
-    return grpc.aio.server(options=(*KEEPALIVE, ("grpc.max_receive_message_length", LINK_MESSAGE_BYTES)))
+    return grpc.aio.server(
+        options=(
+            *KEEPALIVE,
+            # By default two servers bind one port without a word.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", LINK_MESSAGE_BYTES),
+        )
+    )
 
 
 def bind_socket(server: grpc.aio.Server, path: Path | None) -> None:
@@ -68,7 +74,10 @@ def bind_socket(server: grpc.aio.Server, path: Path | None) -> None:
     if path is None or len(bytes(path)) > SOCKET_PATH_BYTES:
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    server.add_insecure_port(f"unix:{path}")
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    except RuntimeError as error:
+        raise ConfigError(f"runtime_dir: no socket can be made at {path}; choose another folder") from error
     path.chmod(0o600)
 
 

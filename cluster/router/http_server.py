@@ -21,8 +21,17 @@ STOP_S = 2.0
 class HttpServer:
     """Owns one listening socket and the task that serves it."""
 
-    def __init__(self, app: ASGIApp, *, host: str, port: int, tls: CertificateFiles | None = None) -> None:
-        self._socket = _bind(host, port)
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        host: str,
+        port: int,
+        tls: CertificateFiles | None = None,
+        is_shared: bool = False,
+    ) -> None:
+        """`is_shared`: other processes of this user may listen on the port too."""
+        self._socket = _bind(host, port, is_shared=is_shared)
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False)
         config.timeout_graceful_shutdown = int(STOP_S)
@@ -35,6 +44,11 @@ class HttpServer:
     async def start(self) -> None:
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         await self._server.listening.wait()
+
+    def stop_accepting(self) -> None:
+        """New connections go to whoever else listens on the port; those that are open go on."""
+        for server in self._server.servers:
+            server.close()
 
     async def stop(self) -> None:
         self._server.end()
@@ -100,11 +114,13 @@ def _names(certificate: Mapping[str, Any]) -> tuple[str, ...]:
     return (*(value for _, value in certificate.get("subjectAltName", ())), *common)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int, *, is_shared: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     # Only frees a port that nobody listens on any more; two listeners still cannot share it.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if is_shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
     except OSError as error:

@@ -34,17 +34,18 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """An order and the lane for one choice of it."""
+    """An order and the lane for one choice of it. `place` None: where another choice is, unasked."""
 
     order: Order
     connection: ReplicaConnection
     lane: int
     cached_tokens: int
+    place: Place | None
 
     def beside(self, connection: ReplicaConnection, lane: int) -> Route:
         """Another choice, where the first is: all of the prompt but its last token is cached there."""
         cached_tokens = len(self.order.prompt_ids) - 1
-        return replace(self, connection=connection, lane=lane, cached_tokens=cached_tokens)
+        return replace(self, connection=connection, lane=lane, cached_tokens=cached_tokens, place=None)
 
 
 def size_order(
@@ -79,4 +80,10 @@ def size_order(
 
 
 def route_to(place: Place, order: Order) -> Route:
-    return Route(order=order, connection=place.connection, lane=place.lane, cached_tokens=place.cached_tokens)
+    return Route(
+        order=order,
+        connection=place.connection,
+        lane=place.lane,
+        cached_tokens=place.cached_tokens,
+        place=place,
+    )

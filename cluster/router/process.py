@@ -6,14 +6,11 @@ servers close, links last.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
 import secrets
-import signal
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from importlib.metadata import version
@@ -28,12 +25,10 @@ from grpc_reflection.v1alpha import reflection
 from starlette.routing import BaseRoute
 
 from cluster.addresses import RouterAddresses, join_host_port
-from cluster.command_error import CommandError
-from cluster.config import Config, ConfigError, RouterSection, default_runtime_dir, load_config
+from cluster.config import Config
 from cluster.dashboard.feed import DashboardFeed
 from cluster.dashboard.routes import dashboard_routes
 from cluster.dashboard.snapshot import take_snapshot
-from cluster.ledger.leases import StoreLeases
 from cluster.ledger.location import ledger_address
 from cluster.ledger.recorder import LedgerRecorder
 from cluster.link.replica_pool import ReplicaPool
@@ -43,12 +38,11 @@ from cluster.oip.service import OipServicer, add_oip
 from cluster.openai.exchange import ExchangeGuard
 from cluster.openai.routes import OpenAIRoutes
 from cluster.router import cluster_service, service
-from cluster.router.admission.energy_lease import LocalLeases
 from cluster.router.auth import Authenticator
 from cluster.router.bookkeeping import Books
 from cluster.router.cache_salt import CacheSalts
-from cluster.router.certificates import CertificateFiles
 from cluster.router.cluster_service import ClusterServicer
+from cluster.router.continuation import Continuations
 from cluster.router.energy_record import EnergyRecord
 from cluster.router.gate import Gate
 from cluster.router.grpc_servers import (
@@ -63,29 +57,40 @@ from cluster.router.health import HealthBoard
 from cluster.router.http_app import build_app
 from cluster.router.http_guard import HttpGuard
 from cluster.router.http_server import HttpServer
-from cluster.router.journal import Journal, Objective
 from cluster.router.ledger_entries import replica_sums
+from cluster.router.parts import (
+    client_tls,
+    link_tls,
+    new_journal,
+    new_tenants,
+    open_gates,
+    secret_of,
+    serve_models,
+)
+from cluster.router.refusal import Refusals
+from cluster.router.resume_token import ResumeSeal
 from cluster.router.resumption import Resumption
 from cluster.router.route_finder import RouteFinder
 from cluster.router.rpc import RpcGuard
-from cluster.router.secret import RouterSecret, draw_secret, read_secret
-from cluster.router.served_model import ServedModel
 from cluster.router.service import InferenceServicer
+from cluster.router.siblings import Siblings
+from cluster.router.story_record import StoryRecord
 from cluster.router.streams import Streams
-from cluster.router.tenants import Tenants
 from cluster.telemetry.gauges import read_gauges, read_recorder
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from cluster.text.detokenize_worker import DetokenizeWorker
 from cluster.text.tokenizer import Tokenizer
-from cluster.text.tokenizers import load_tokenizer
 from protos import wattline_cluster_pb2_grpc, wattline_inference_pb2_grpc, wattline_link_pb2_grpc
 from replicas.strict_messages import add_strictly
 
 logger = logging.getLogger(__name__)
 
-ADDRESSES_FILE = "router.json"
-LOCAL_SOCKET = "router-0.sock"
+LEAVE_S = 0.2
+"""From closing a shared port to refusing work: calls that came in meanwhile are served."""
+ATTACH_WAIT_S = 10.0
+"""For replicas to find a router that was started again, before clients do."""
+ATTACH_POLL_S = 0.05
 CUT_S = 1.0
 """After the streams' own time is over: what is left is cut."""
 
@@ -98,42 +103,42 @@ class Router:
         config: Config,
         *,
         tokenizers: Mapping[str, Tokenizer],
-        local_socket: Path | None = None,
+        index: int = 0,
+        folder: Path | None = None,
     ) -> None:
-        """`local_socket`: also serve operators of this machine there; its folder is private to this user."""
+        """Router `index` of `router.processes`.
+
+        `folder`: private to this user; operators of this machine and sibling routers find a socket there.
+        """
         self._config = config
-        self._local_socket = local_socket
         section = config.router
+        self._siblings = siblings = Siblings(folder=folder, index=index, count=section.processes)
         self._authenticator = Authenticator(section.auth)
         self.router_id = f"router-{secrets.token_hex(4)}"
         release = version("wattline")
-        self._models = _serve_models(config, tokenizers)
+        self._models = serve_models(config, tokenizers)
         self._metrics = RouterMetrics()
         self._telemetry = Telemetry(config.telemetry, router_id=self.router_id, version=release)
         self._worker = DetokenizeWorker(asyncio.get_running_loop())
         self._tokenizing = ThreadPoolExecutor(section.tokenizer_threads, thread_name_prefix="tokenize")
         self._pool = ReplicaPool(on_change=lambda: self._health.changed())
         finder = RouteFinder(pool=self._pool, random=Random(self.router_id))
-        gates = _open_gates(self._models, self._pool, finder)
-        self._tenants = _new_tenants(config)
+        refusals = Refusals(Random(f"{self.router_id} refusals"))
+        gates = open_gates(self._models, self._pool, finder, refusals)
+        self._tenants = new_tenants(config)
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
-        self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool))
+        self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool, gates))
         record = EnergyRecord(section.energy_record_count)
-        self._journal = journal = _new_journal(config)
+        self._journal, self._stories = new_journal(config), StoryRecord()
         self._dashboard = DashboardFeed(read=self._snapshot, router_id=self.router_id, version=release)
         self._ledger = self._new_ledger()
-        self._streams = self._new_streams(
-            Books(
-                record=record,
-                journal=journal,
-                metrics=self._metrics,
-                telemetry=self._telemetry,
-                ledger=self._ledger,
-            ),
-            gates,
-            finder,
+        self._streams = self._new_streams(record, gates, finder, refusals)
+        guard = RpcGuard(
+            telemetry=self._telemetry,
+            metrics=self._metrics,
+            authenticator=self._authenticator,
+            draw_id=siblings.draw_id,
         )
-        guard = RpcGuard(telemetry=self._telemetry, metrics=self._metrics, authenticator=self._authenticator)
         self._inference = InferenceServicer(
             guard=guard,
             models=self._models,
@@ -141,39 +146,91 @@ class Router:
             streams=self._streams,
             record=record,
             tokenizing=self._tokenizing,
+            siblings=siblings,
         )
         self._oip = OipServicer(guard=guard, models=self._models, pool=self._pool, streams=self._streams)
-        self._cluster = ClusterServicer(
-            guard=guard,
-            models=self._models,
-            pool=self._pool,
-            journal=journal,
-            router_id=self.router_id,
-            version=release,
-        )
-        self._links = self._new_links(section.failover.freeze_s)
-        self._closing = AsyncExitStack()
+        self._cluster = self._cluster_servicer(guard, release)
+        self._clients = self._client_server()
+        self._pages: list[HttpServer] = []
+        self._closing = self._to_close()
         """What has to be closed, in the reverse order of its start."""
-        self._closing.push_async_callback(self._telemetry.close)
-        if self._ledger is not None:
-            self._closing.push_async_callback(self._ledger.close)
-        self._closing.push_async_callback(self._tenants.close)
-        self._closing.callback(self._worker.close)
-        self._closing.callback(self._tokenizing.shutdown, wait=False, cancel_futures=True)
 
-    async def start(self) -> RouterAddresses:
-        """Bind every port, then serve. Raises PortInUse; `stop` is due all the same."""
+    async def start(self, *, is_again: bool = False) -> RouterAddresses:
+        """Bind every port, then serve. Raises PortInUse; `stop` is due all the same.
+
+        `is_again`: there was one before, and its siblings serve; clients come in when replicas have.
+        """
         section = self._config.router
         links = link_server()
-        add_strictly(wattline_link_pb2_grpc.add_ReplicaLinkServicer_to_server, self._links, links)
+        servicer = self._link_servicer()
+        add_strictly(wattline_link_pb2_grpc.add_ReplicaLinkServicer_to_server, servicer, links)
         link_port = Port(key="router.link_port", host=section.link_host, port=section.link_port)
-        link_address = bind(links, link_port, tls=_link_tls(section))
+        link_address = bind(links, link_port, tls=link_tls(section))
         self._closing.push_async_callback(links.stop, grace=None)
-        clients = self._client_server()
+        await links.start()
+        if is_again:
+            await self._await_replicas()
+        clients = self._clients
         grpc_port = Port(key="router.grpc_port", host=section.host, port=section.grpc_port)
-        grpc_address = bind(clients, grpc_port, tls=_client_tls(section))
-        bind_socket(clients, self._local_socket)
+        grpc_address = bind(clients, grpc_port, tls=client_tls(section))
+        bind_socket(clients, self._siblings.own_socket)
         self._closing.push_async_callback(clients.stop, grace=CUT_S)
+        self._make_pages()
+        await self._health.refresh()
+        await clients.start()
+        for pages in self._pages:
+            await pages.start()
+        self._dashboard.start()
+        if self._ledger is not None:
+            self._ledger.start()
+        watching = asyncio.create_task(self._health.watch())
+        self._closing.callback(watching.cancel)
+        return RouterAddresses(
+            router_id=self.router_id,
+            pid=os.getpid(),
+            grpc=grpc_address,
+            link=link_address,
+            http=join_host_port(section.host, self._pages[0].port),
+            metrics=join_host_port(section.host, self._pages[-1].port),
+        )
+
+    async def stop(self, *, drain_s: float, hurry: asyncio.Event | None = None) -> None:
+        """Let streams end for at most `drain_s` or until `hurry`; what is left fails with UNAVAILABLE."""
+        leaving: set[asyncio.Task[None]] = set()
+        if self._config.router.processes > 1:
+            leaving.add(asyncio.create_task(self._leave(drain_s)))
+            await asyncio.sleep(LEAVE_S)
+        self._streams.is_stopping = True
+        await self._health.stop()
+        hurry = hurry or asyncio.Event()
+        drained = asyncio.create_task(self._streams.idle.wait())
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait((drained, hurried), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()
+        hurried.cancel()
+        logger.info("router_closing id=%s streams_cut=%d", self.router_id, self._streams.in_flight)
+        await self._closing.aclose()
+        await asyncio.gather(*leaving)
+
+    async def _leave(self, drain_s: float) -> None:
+        """New connections go to the siblings, callers are told to make one; calls under way go on."""
+        for pages in self._pages:
+            pages.stop_accepting()
+        await self._clients.stop(grace=drain_s + CUT_S)
+
+    async def _await_replicas(self) -> None:
+        """Until a replica of every model that always has one came back, or it takes too long."""
+        wanted = [model.name for model in self._config.models if model.replicas.min > 0]
+        try:
+            async with asyncio.timeout(ATTACH_WAIT_S):
+                while not all(self._pool.ready(name) for name in wanted):  # noqa: ASYNC110
+                    await asyncio.sleep(ATTACH_POLL_S)
+        except TimeoutError:
+            logger.warning("router_starts_without_replicas id=%s", self.router_id)
+
+    def _make_pages(self) -> None:
+        """The HTTP servers: one; or the shared one, and one for what is this process's own."""
+        section = self._config.router
         app = build_app(
             metrics=self._metrics,
             health=self._health,
@@ -189,48 +246,27 @@ class Router:
             protect_pages=section.auth.protect_pages,
             max_body_bytes=section.max_body_bytes,
         )
-        http = HttpServer(guarded, host=section.host, port=section.http_port, tls=_client_tls(section))
-        self._closing.push_async_callback(http.stop)
+        is_shared = section.processes > 1
+        tls = client_tls(section)
+        self._pages = [
+            HttpServer(guarded, host=section.host, port=section.http_port, tls=tls, is_shared=is_shared)
+        ]
+        if is_shared:
+            self._pages.append(HttpServer(guarded, host=section.host, port=section.metrics_port, tls=tls))
+        for pages in self._pages:
+            self._closing.push_async_callback(pages.stop)
         # Pages hold their connection as long as there is news: without this, HTTP could not stop in time.
         self._closing.callback(self._dashboard.close)
-        await self._health.refresh()
-        for server in (links, clients, http):
-            await server.start()
-        self._dashboard.start()
+
+    def _to_close(self) -> AsyncExitStack:
+        stack = AsyncExitStack()
+        stack.push_async_callback(self._telemetry.close)
         if self._ledger is not None:
-            self._ledger.start()
-        watching = asyncio.create_task(self._health.watch())
-        self._closing.callback(watching.cancel)
-        return RouterAddresses(
-            router_id=self.router_id,
-            pid=os.getpid(),
-            grpc=grpc_address,
-            link=link_address,
-            http=join_host_port(section.host, http.port),
-        )
-
-    async def stop(self, *, drain_s: float, hurry: asyncio.Event | None = None) -> None:
-        """Let streams end for at most `drain_s` or until `hurry`; what is left fails with UNAVAILABLE."""
-        self._streams.is_stopping = True
-        await self._health.stop()
-        hurry = hurry or asyncio.Event()
-        drained = asyncio.create_task(self._streams.idle.wait())
-        hurried = asyncio.create_task(hurry.wait())
-        await asyncio.wait((drained, hurried), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
-        drained.cancel()
-        hurried.cancel()
-        logger.info("router_closing id=%s streams_cut=%d", self.router_id, self._streams.in_flight)
-        await self._closing.aclose()
-
-    def _new_links(self, freeze_s: float) -> LinkServicer:
-        return LinkServicer(
-            router_id=self.router_id,
-            models=self._models,
-            pool=self._pool,
-            worker=self._worker,
-            metrics=self._metrics,
-            freeze_s=freeze_s,
-        )
+            stack.push_async_callback(self._ledger.close)
+        stack.push_async_callback(self._tenants.close)
+        stack.callback(self._worker.close)
+        stack.callback(self._tokenizing.shutdown, wait=False, cancel_futures=True)
+        return stack
 
     def _snapshot(self) -> dict[str, Any]:
         return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
@@ -246,18 +282,54 @@ class Router:
         self._metrics.add_gauges(lambda: read_recorder(recorder))
         return recorder
 
-    def _new_streams(self, books: Books, gates: Mapping[str, Gate], finder: RouteFinder) -> Streams:
+    def _new_streams(
+        self, record: EnergyRecord, gates: Mapping[str, Gate], finder: RouteFinder, refusals: Refusals
+    ) -> Streams:
         section = self._config.router
+        secret = secret_of(section)
         return Streams(
             section=section,
             models=self._models,
             pool=self._pool,
             gates=gates,
+            refusals=refusals,
             tenants=self._tenants,
             tokenizing=self._tokenizing,
-            books=books,
+            books=Books(
+                record=record,
+                journal=self._journal,
+                stories=self._stories,
+                metrics=self._metrics,
+                telemetry=self._telemetry,
+                ledger=self._ledger,
+            ),
             resumption=Resumption(section=section.failover, finder=finder, metrics=self._metrics),
-            salts=CacheSalts(_secret_of(section).derive("cache salt")),
+            salts=CacheSalts(secret.derive("cache salt")),
+            continuations=Continuations(
+                seal=ResumeSeal(secret.derive("resume token")), pool=self._pool, finder=finder
+            ),
+        )
+
+    def _cluster_servicer(self, guard: RpcGuard, release: str) -> ClusterServicer:
+        return ClusterServicer(
+            guard=guard,
+            models=self._models,
+            pool=self._pool,
+            journal=self._journal,
+            stories=self._stories,
+            siblings=self._siblings,
+            router_id=self.router_id,
+            version=release,
+        )
+
+    def _link_servicer(self) -> LinkServicer:
+        return LinkServicer(
+            router_id=self.router_id,
+            models=self._models,
+            pool=self._pool,
+            worker=self._worker,
+            metrics=self._metrics,
+            freeze_s=self._config.router.failover.freeze_s,
         )
 
     def _foreign_routes(self) -> tuple[BaseRoute, ...]:
@@ -268,6 +340,7 @@ class Router:
             telemetry=self._telemetry,
             metrics=self._metrics,
             max_body_bytes=request_limit_bytes(section),
+            draw_id=self._siblings.draw_id,
         )
         return OpenAIRoutes(
             guard=guard,
@@ -288,102 +361,3 @@ class Router:
         if self._config.router.has_reflection:
             reflection.enable_server_reflection(names, server)
         return server
-
-
-def _serve_models(config: Config, tokenizers: Mapping[str, Tokenizer]) -> dict[str, ServedModel]:
-    limit_bytes = config.router.max_prompt_bytes
-    return {
-        model.name: ServedModel(model, tokenizers[model.name], max_prompt_bytes=limit_bytes)
-        for model in config.models
-    }
-
-
-def _secret_of(section: RouterSection) -> RouterSecret:
-    return read_secret(Path(section.secret_file)) if section.secret_file else draw_secret()
-
-
-def _client_tls(section: RouterSection) -> CertificateFiles | None:
-    tls = section.tls
-    if not tls.is_on:
-        return None
-    peer_ca = Path(tls.client_ca) if tls.client_ca else None
-    return CertificateFiles(owner="router.tls", cert=Path(tls.cert), key=Path(tls.key), peer_ca=peer_ca)
-
-
-def _link_tls(section: RouterSection) -> CertificateFiles | None:
-    tls = section.link_tls
-    if not tls.is_on:
-        return None
-    return CertificateFiles(
-        owner="router.link_tls", cert=Path(tls.cert), key=Path(tls.key), peer_ca=Path(tls.ca)
-    )
-
-
-def _open_gates(models: Mapping[str, ServedModel], pool: ReplicaPool, finder: RouteFinder) -> dict[str, Gate]:
-    """One per model; each looks again whenever a replica of its model tells its load."""
-    gates = {name: Gate(model, pool=pool, finder=finder) for name, model in models.items()}
-    pool.on_load = lambda model: gates[model].pump()
-    return gates
-
-
-def _new_tenants(config: Config) -> Tenants:
-    """Their joules are leased from the ledger store; without one each router has the whole budgets."""
-    tenants = [section.to_tenant() for section in config.tenants]
-    budgets_j = {one.name: one.joules_per_day for one in tenants if one.joules_per_day is not None}
-    if config.ledger.enabled:
-        return Tenants(tenants, leases=StoreLeases(ledger_address(config), budgets_j))
-    return Tenants(tenants, leases=LocalLeases(budgets_j, wall_s=time))
-
-
-def _new_journal(config: Config) -> Journal:
-    return Journal(
-        (model.name, Objective(ttft_ms=model.slo.ttft_ms, tpot_ms=model.slo.tpot_ms))
-        for model in config.models
-    )
-
-
-async def run_router(config: Config, *, addresses_path: Path | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal cuts the streams that are left.
-
-    Once every port is open, the addresses are written to `addresses_path`, default `runtime_dir`/router.json.
-    Raises ConfigError for a tokenizer that cannot be read or a port that is taken.
-    """
-    tokenizers = {section.name: await asyncio.to_thread(load_tokenizer, section) for section in config.models}
-    path = addresses_path or Path(config.runtime_dir or default_runtime_dir()) / ADDRESSES_FILE
-    stopping, hurry = asyncio.Event(), asyncio.Event()
-
-    def on_signal() -> None:
-        (hurry if stopping.is_set() else stopping).set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    router = Router(config, tokenizers=tokenizers, local_socket=path.with_name(LOCAL_SOCKET))
-    try:
-        addresses = await router.start()
-        addresses.write(path)
-        logger.info("router_ready grpc=%s link=%s http=%s", addresses.grpc, addresses.link, addresses.http)
-        await stopping.wait()
-        path.unlink(missing_ok=True)
-    finally:
-        await router.stop(drain_s=max(section.limits.drain_s for section in config.models), hurry=hurry)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m cluster.router --config FILE`: a router and nothing else."""
-    parser = argparse.ArgumentParser(prog="wattline router", description="Serve clients; replicas dial in.")
-    parser.add_argument("-f", "--config", type=Path, required=True, help="wattline.yaml")
-    parser.add_argument(
-        "--addresses", type=Path, help=f"where to write {ADDRESSES_FILE}; default: runtime_dir"
-    )
-    given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    try:
-        asyncio.run(run_router(load_config(given.config), addresses_path=given.addresses))
-    except (ConfigError, CommandError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -77,6 +77,7 @@ class Resumption:
                 lane=place.lane,
                 first_offset=offset,
                 prompt_tokens=len(job.prompt_ids),
+                decision=place.decision,
             )
         )
         reason = run.losses[-1].value

@@ -13,10 +13,12 @@ from random import Random
 from cluster.config import ModelSection
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
+from cluster.router.admission.decision import Wait
 from cluster.router.balancing.balancer import choose
-from cluster.router.balancing.decision import Candidate, Choice, Policy, Question, Target
+from cluster.router.balancing.decision import Candidate, Policy, Question, Target
 from cluster.router.balancing.lane_view import LaneView
 from cluster.router.balancing.prefix_index import LaneKey
+from cluster.router.balancing.recording import RecordedDecision
 from cluster.router.balancing.session import session_owner
 from cluster.router.failover import ReplicaIdentity
 from replicas.engine.prefix_hash import extend_hashes
@@ -43,13 +45,13 @@ class Errand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where it goes, and the decision that led there."""
+    """Where it goes, and the decisions that led there. `wait` None: it did not have to."""
 
     connection: ReplicaConnection
     lane: int
     cached_tokens: int
-    question: Question
-    choice: Choice
+    decision: RecordedDecision
+    wait: Wait | None = None
 
 
 class RouteFinder:
@@ -118,8 +120,7 @@ class RouteFinder:
             connection=connection,
             lane=chosen.lane.lane,
             cached_tokens=chosen.cached_tokens,
-            question=question,
-            choice=choice,
+            decision=RecordedDecision(question=question, choice=choice),
         )
 
     def _sample(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import NoReturn, TypeAlias, TypeVar
@@ -32,8 +31,10 @@ Trailers: TypeAlias = tuple[tuple[str, str | bytes], ...]
 class Rpc:
     """A call under way. `model` is set once it is known to be a configured one, `identity` by the guard."""
 
-    def __init__(self, *, span: RpcSpan, context: grpc.aio.ServicerContext[RequestT, ResponseT]) -> None:
-        self.request_id = secrets.token_hex(12)
+    def __init__(
+        self, *, request_id: str, span: RpcSpan, context: grpc.aio.ServicerContext[RequestT, ResponseT]
+    ) -> None:
+        self.request_id = request_id
         self.span = span
         self.model = ""
         self.identity = ANYBODY
@@ -63,8 +64,16 @@ class Rpc:
 class RpcGuard:
     """Opens an `Rpc` around each handler."""
 
-    def __init__(self, *, telemetry: Telemetry, metrics: RouterMetrics, authenticator: Authenticator) -> None:
+    def __init__(
+        self,
+        *,
+        telemetry: Telemetry,
+        metrics: RouterMetrics,
+        authenticator: Authenticator,
+        draw_id: Callable[[], str],
+    ) -> None:
         self._authenticator = authenticator
+        self._draw_id = draw_id
         self._telemetry = telemetry
         self._metrics = metrics
 
@@ -79,7 +88,9 @@ class RpcGuard:
     ) -> AsyncIterator[Rpc]:
         """The body runs inside, for callers who may; whatever it raises ends the call with its status."""
         rpc = Rpc(
-            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()), context=context
+            request_id=self._draw_id(),
+            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()),
+            context=context,
         )
         code = grpc.StatusCode.OK
         try:
@@ -121,7 +132,9 @@ class RpcGuard:
     ) -> AsyncIterator[Rpc]:
         """One of several requests in a call of `identity`: its error is told, and the call goes on."""
         rpc = Rpc(
-            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()), context=context
+            request_id=self._draw_id(),
+            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()),
+            context=context,
         )
         rpc.identity = identity
         code = grpc.StatusCode.OK

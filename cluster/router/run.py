@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from cluster.link.engine_job import EngineJob
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.token_stream import TokenStream
+from cluster.router.admission.decision import Arrival, Wait
+from cluster.router.balancing.recording import RecordedDecision
 from cluster.router.energy_account import EnergyAccount
 from cluster.router.errors import RouterError
 from cluster.router.failover import LossReason
@@ -19,7 +21,10 @@ from replicas.request import FinishReason, SequenceTiming
 
 @dataclass(slots=True, kw_only=True)
 class Attempt:
-    """What one replica does for an answer. `timing` None: the engine gave none (yet)."""
+    """What one replica does for an answer. `timing` None: the engine gave none (yet).
+
+    `decision`: the balancer's, that led there. None: it was not asked.
+    """
 
     connection: ReplicaConnection
     stream: TokenStream
@@ -27,6 +32,7 @@ class Attempt:
     lane: int
     first_offset: int
     prompt_tokens: int
+    decision: RecordedDecision | None = None
     timing: SequenceTiming | None = None
 
     @property
@@ -52,7 +58,7 @@ class Attempt:
 class Run:
     """One choice of a request, and how far it got. Mutable; owned by its stream.
 
-    `index`: of the choice. `job` is what the first attempt was asked for. `outcome` None when the books are
+    `index`: of the choice. `job` is what the caller asked for. `outcome` None when the books are
     closed: the caller went away.
     """
 
@@ -64,6 +70,10 @@ class Run:
     span: InferenceSpan
     attempts: list[Attempt]
     index: int = 0
+    arrival: Arrival | None = None
+    """What was known when it came in."""
+    wait: Wait | None = None
+    """What the queue knew when it joined. None: it did not have to."""
     queued_s: float = 0.0
     """In this router, before a replica could begin it."""
     losses: list[LossReason] = field(default_factory=list)
@@ -77,8 +87,9 @@ class Run:
 
     @property
     def resumed_at(self) -> tuple[int, ...]:
-        """Offsets of the first token of every attempt but the first."""
-        return tuple(attempt.first_offset for attempt in self.attempts[1:])
+        """Offsets of the first token of every attempt that did not begin the answer."""
+        first, *others = (attempt.first_offset for attempt in self.attempts)
+        return (first, *others) if first > 0 else tuple(others)
 
     @property
     def first_token_s(self) -> float | None:

@@ -17,9 +17,10 @@ from cluster.router.answer import TextDelta
 from cluster.router.caller import Caller
 from cluster.router.completion import Completion
 from cluster.router.energy_record import EnergyRecord
-from cluster.router.errors import InvalidRequest
+from cluster.router.errors import InvalidRequest, UnknownRequest
 from cluster.router.rpc import Rpc, RpcGuard
 from cluster.router.served_model import ServedModel, find_model
+from cluster.router.siblings import Siblings
 from cluster.router.streams import Streams
 from cluster.router.validation import parse_chat, parse_generate, parse_text, parse_token_ids, parse_turns
 from protos import wattline_inference_pb2 as pb
@@ -49,6 +50,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         streams: Streams,
         record: EnergyRecord,
         tokenizing: Executor,
+        siblings: Siblings,
     ) -> None:
         self._guard = guard
         self._models = models
@@ -56,6 +58,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self._streams = streams
         self._record = record
         self._tokenizing = tokenizing
+        self._siblings = siblings
 
     async def Generate(  # type: ignore[override]
         self, request: pb.GenerateRequest, context: GenerateContext
@@ -112,7 +115,12 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self, request: pb.GetEnergyRequest, context: GetEnergyContext
     ) -> pb.GetEnergyResponse:
         async with self._guard.call(context, f"{SERVICE}/GetEnergy"):
-            finished = self._record.find(request.request_id)
+            try:
+                finished = self._record.find(request.request_id)
+            except UnknownRequest:
+                if (answer := await self._siblings.get_energy(request)) is None:
+                    raise
+                return answer
             return pb.GetEnergyResponse(
                 energy=wire.energy_message(
                     finished.account.energy, finished.usage, is_settled=finished.account.is_settled

@@ -14,14 +14,13 @@ that iteration, at any point, frees everything: the engine is told within one me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from time import monotonic
 
 from cluster.config import RouterSection
-from cluster.link.engine_job import EngineJob
 from cluster.link.replica_connection import ReplicaState
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.token_stream import Finished
@@ -32,25 +31,26 @@ from cluster.router.answer import Completed, TextDelta
 from cluster.router.bookkeeping import Books, ClosedBooks
 from cluster.router.cache_salt import CacheSalts
 from cluster.router.caller import Caller
-from cluster.router.choices import choice_seed, deliver_choices
+from cluster.router.choices import deliver_choices
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
+from cluster.router.continuation import Continuations
 from cluster.router.errors import (
     InvalidRequest,
     LimitReached,
     NoReplica,
     Overloaded,
     RouterError,
-    SlowConsumer,
 )
 from cluster.router.gate import Gate
 from cluster.router.order import Order, Route, route_to, size_order
-from cluster.router.refusal import refusal_of
+from cluster.router.refusal import Refusals
 from cluster.router.resumption import Resumption
+from cluster.router.route_finder import Place
 from cluster.router.run import Attempt, Run
 from cluster.router.served_model import ServedModel
+from cluster.router.submission import Submission, new_text
 from cluster.router.tenants import Charge, Tenants
 from cluster.telemetry import semconv
-from cluster.text.answer_text import AnswerText
 from replicas.request import FinishReason
 
 MAX_DEFAULT_ENERGY_WAIT_S = 0.150
@@ -78,8 +78,11 @@ class Streams:
         books: Books,
         resumption: Resumption,
         salts: CacheSalts,
+        continuations: Continuations,
+        refusals: Refusals,
         clock_s: Callable[[], float] = monotonic,
     ) -> None:
+        self._refusals = refusals
         self._section = section
         self._models = models
         self._pool = pool
@@ -89,6 +92,8 @@ class Streams:
         self._books = books
         self._resumption = resumption
         self._salts = salts
+        self._continuations = continuations
+        self._submission = Submission(section=section, tokenizing=tokenizing)
         self._clock_s = clock_s
         self.is_stopping = False
         """Set once: nothing new is admitted, what is under way goes on."""
@@ -111,18 +116,23 @@ class Streams:
         account = self._tenants.account(caller.tenant)
         with caller.span.stage(semconv.ADMISSION):
             await self._tenants.lease_joules(account)
-            with self._counted(model, account):
-                self._admit(model, account)
+            with self._counted(model, account, caller):
+                arrival = self._admit(model, account)
         with self._under_way(model), self._tenants.charging(account) as charge:
             with caller.span.stage(semconv.TOKENIZE):
                 prompt_ids = await self.tokenize(model, completion.prompt)
             self._resumption.admit(model.name, prompt_ids)
+            completion = self._continuations.recall(completion, prompt_ids, tenant=caller.tenant)
             with caller.span.stage(semconv.ROUTE):
                 order = self._size(model, completion, caller, charge.tenant, prompt_ids)
                 charge.expect(tokens=order.expected_tokens, energy_mj=order.expected_mj(model))
-                with self._counted(model, account, is_last=True):
+                with self._counted(model, account, caller, is_last=True):
                     route, run = await self._begin(model, completion, caller, charge.tenant, order)
+                run.arrival = arrival
             runs = [run]
+            token = self._continuations.token(
+                completion, prompt_ids, route.connection.identity, tenant=caller.tenant
+            )
             deltas = deliver_choices(
                 runs,
                 completion.num_choices,
@@ -133,7 +143,8 @@ class Streams:
                 await caller.accept()
                 async with aclosing(deltas):
                     async for delta in deltas:
-                        yield delta
+                        yield replace(delta, resume_token=token) if token else delta
+                        token = b""
             except RouterError as error:
                 for run in runs:
                     run.outcome = run.outcome or error
@@ -181,31 +192,32 @@ class Streams:
 
     @contextmanager
     def _counted(
-        self, model: ServedModel, account: TenantAccount, *, is_last: bool = False
+        self, model: ServedModel, account: TenantAccount, caller: Caller, *, is_last: bool = False
     ) -> Iterator[None]:
         """Count the refusal that happens inside; behind the last hurdle, count an admission else."""
         tenant = self._tenants.label(account.tenant.name)
         try:
             yield
         except (Overloaded, LimitReached, NoReplica) as refusal:
-            self._books.count_admission(model, tenant=tenant, refusal=refusal)
+            self._books.count_refusal(model, refusal, tenant=tenant, arrived_s=caller.arrived_s)
+            self._books.tell_refusal(model, caller, refusal)
             raise
         if is_last:
-            self._books.count_admission(model, tenant=tenant, refusal=None)
+            self._books.count_admission(model, tenant=tenant)
 
-    def _admit(self, model: ServedModel, account: TenantAccount) -> None:
+    def _admit(self, model: ServedModel, account: TenantAccount) -> Arrival:
         """Refuse what need not be tokenised to know that it cannot be served now."""
-        decision = decide_arrival(
-            Arrival(
-                is_stopping=self.is_stopping,
-                in_flight=self.in_flight,
-                max_streams=self._section.max_streams,
-                has_replica=bool(self._pool.ready(model.name)),
-                tenant_limit=account.limit_hit(now_s=self._clock_s()),
-            )
+        arrival = Arrival(
+            is_stopping=self.is_stopping,
+            in_flight=self.in_flight,
+            max_streams=self._section.max_streams,
+            has_replica=bool(self._pool.ready(model.name)),
+            tenant_limit=account.limit_hit(now_s=self._clock_s()),
         )
+        decision = decide_arrival(arrival)
         if decision.verdict is not Verdict.ADMIT:
-            raise refusal_of(decision, tenant=account.tenant.name)
+            raise self._refusals.of(decision, tenant=account.tenant.name)
+        return arrival
 
     def _size(
         self,
@@ -244,14 +256,26 @@ class Streams:
     ) -> tuple[Route, Run]:
         """Wait for a place, and submit the first choice there."""
         since_s = self._clock_s()
+        async with self._place(model, completion, caller, tenant, order) as place:
+            route = route_to(place, order)
+            text = await self._submission.text_so_far(model, completion, route)
+            run = self._submission.submit(model, completion, caller, route, text)
+            run.queued_s = self._clock_s() - since_s
+            return route, run
+
+    @asynccontextmanager
+    async def _place(
+        self, model: ServedModel, completion: Completion, caller: Caller, tenant: Tenant, order: Order
+    ) -> AsyncIterator[Place]:
+        """In turn; an answer that goes on was in turn before, and needs the weights it began with."""
+        if completion.resume:
+            yield self._continuations.place(model, completion, order)
+            return
         gate, deadline_s = self._gates[model.name], caller.deadline_s()
         async with gate.place(
             order.errand, tenant=tenant, priority=order.priority, deadline_s=deadline_s
         ) as place:
-            route = route_to(place, order)
-            run = self._submit(model, completion, caller, route)
-            run.queued_s = self._clock_s() - since_s
-            return route, run
+            yield place
 
     def _submit_beside(
         self, first: Run, completion: Completion, caller: Caller, route: Route, index: int
@@ -261,53 +285,8 @@ class Streams:
         beside = route.beside(connection, lane)
         if connection.state is ReplicaState.STALLED:
             beside = route_to(self._gates[first.model.name].place_now(route.order.errand), route.order)
-        return self._submit(first.model, completion, caller, beside, index=index)
-
-    def _submit(
-        self, model: ServedModel, completion: Completion, caller: Caller, route: Route, *, index: int = 0
-    ) -> Run:
-        order, deadline_s = route.order, caller.deadline_s()
-        span = caller.span.start_inference(
-            completion, request_id=caller.request_id, max_tokens=order.max_tokens
-        )
-        ends = frozenset() if completion.ignore_eos else frozenset(route.connection.hello.eos_token_ids)
-        stop_token_ids = completion.stop_token_ids | ends
-        limit_bytes = self._section.stall_buffer_bytes
-        job = EngineJob(
-            prompt_ids=order.prompt_ids,
-            sampling=replace(completion.sampling, seed=choice_seed(completion.sampling.seed, index)),
-            max_tokens=order.max_tokens,
-            stop_token_ids=stop_token_ids,
-            priority=order.priority,
-            deadline_s=deadline_s,
-            lane=route.lane,
-            cache_salt=order.errand.cache_salt,
-            cached_tokens=route.cached_tokens,
-            traceparent=span.traceparent,
-            text=AnswerText(model.tokenizer, stop_texts=completion.stop_texts, stop_token_ids=stop_token_ids),
-            buffer_bytes=limit_bytes // completion.num_choices,
-            scores_prompt=completion.wants_prompt_logprobs and index == 0,
-            on_overflow=lambda: caller.interrupt(SlowConsumer(limit_bytes=limit_bytes)),
-        )
-        stream, account = route.connection.submit(job)
-        attempt = Attempt(
-            connection=route.connection,
-            stream=stream,
-            account=account,
-            lane=route.lane,
-            first_offset=0,
-            prompt_tokens=len(order.prompt_ids),
-        )
-        return Run(
-            request_id=caller.request_id,
-            tenant=caller.tenant,
-            arrived_s=caller.arrived_s,
-            model=model,
-            job=job,
-            span=span,
-            attempts=[attempt],
-            index=index,
-        )
+        text = new_text(first.model, completion, beside)
+        return self._submission.submit(first.model, completion, caller, beside, text, index=index)
 
     async def _deliver(self, run: Run, caller: Caller) -> AsyncGenerator[TextDelta, None]:
         """Deltas up to the one with the finish reason; then the engine's own end, which has the timing."""

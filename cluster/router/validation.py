@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.router.completion import ChatPrompt, Completion, Prompt, TextPrompt, TokenPrompt, Turn
+from cluster.router.completion import ChatPrompt, Completion, Prompt, Resume, TextPrompt, TokenPrompt, Turn
 from cluster.router.errors import InvalidRequest
 from protos import wattline_inference_pb2 as pb
 from replicas.engine.request_check import (
@@ -33,6 +33,7 @@ MAX_TOP_K = 2**31 - 1
 MAX_PRIORITY = 100
 MAX_ENERGY_WAIT_MS = 1000
 MAX_SESSION_ID_BYTES = 128
+MAX_RESUME_TOKEN_BYTES = 256
 MAX_CHOICES = 8
 
 
@@ -165,6 +166,7 @@ def _completion(
         priority=request.priority,
         energy_wait_ms=energy_wait_ms,
         session_id=parse_session_id(request.session_id),
+        resume=_parse_resume(request, bounds),
         num_choices=_parse_num_choices(request.sampling),
     )
 
@@ -174,6 +176,20 @@ def _parse_num_choices(sampling: pb.Sampling) -> int:
         return 1
     _check_range("sampling.n", sampling.n, low=1, high=MAX_CHOICES)
     return sampling.n
+
+
+def _parse_resume(request: pb.GenerateRequest | pb.ChatRequest, bounds: RequestBounds) -> Resume | None:
+    if not request.HasField("resume"):
+        return None
+    if request.sampling.n > 1:
+        raise InvalidRequest(
+            field="resume", got=f"{request.sampling.n} choices", limit="1 choice", fix="start over"
+        )
+    token, ids = request.resume.token, request.resume.token_ids
+    _check_range("resume.token", len(token), low=1, high=MAX_RESUME_TOKEN_BYTES)
+    _check_range("resume.token_ids", len(ids), low=0, high=bounds.max_output_tokens)
+    _check_vocabulary(ids, bounds, field="resume.token_ids")
+    return Resume(token=token, token_ids=tuple(ids))
 
 
 def _parse_sampling(

@@ -21,6 +21,7 @@ def delta_message(delta: TextDelta) -> pb.GenerateResponse:
         token_ids=delta.token_ids,
         finish_reason=FINISH_REASONS[delta.finish],
         index=delta.index,
+        resume_token=delta.resume_token,
     )
     for said in delta.logprobs:
         entry = message.logprobs.add(logprob=said.logprob)

@@ -14,7 +14,14 @@ def check_ports(router: RouterSection) -> None:
     wanted = [
         ("router.grpc_port", router.host, router.grpc_port),
         ("router.http_port", router.host, router.http_port),
-        ("router.link_port", router.link_host, router.link_port),
+        *(
+            ("router.link_port", router.link_host, router.link_port + index if router.link_port else 0)
+            for index in range(router.processes)
+        ),
+        *(
+            ("router.metrics_port", router.host, router.metrics_port + index if router.metrics_port else 0)
+            for index in range(router.processes if router.processes > 1 else 0)
+        ),
     ]
     seen: dict[int, str] = {}
     for key, host, port in wanted:

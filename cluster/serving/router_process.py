@@ -1,4 +1,4 @@
-"""The router as a child of `up`: started, watched, started again with the same ports, ended.
+"""A router as a child of `up`: started, watched, started again with the same ports, ended.
 
 Replicas dial it, so a restart costs them a re-dial and nothing else. The child dies with this process,
 whatever kills it.
@@ -20,7 +20,7 @@ import yaml
 from cluster.addresses import RouterAddresses, read_addresses
 from cluster.command_error import CommandError
 from cluster.config import Config
-from cluster.router.secret import write_secret
+from cluster.router.siblings import file_stem
 from cluster.serving.run_folder import RunFolder, last_words
 
 START_TIMEOUT_S = 120.0
@@ -42,17 +42,21 @@ class RouterProcess:
         config: Config,
         folder: RunFolder,
         *,
+        index: int = 0,
         module: str = "cluster.router",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._folder = folder
+        self._index = index
         self._module = module
         self._clock = clock
         self._child: subprocess.Popen[bytes] | None = None
         self._started_s = 0.0
         self._restart_at_s: float | None = None
         self._num_deaths = 0
+        self._leaving_pid: int | None = None
+        """The child that was told to go for another, until that one listens."""
         self.addresses: RouterAddresses | None = None
 
     @property
@@ -61,16 +65,29 @@ class RouterProcess:
 
     @property
     def _addresses_path(self) -> Path:
-        return self._folder.path / "router.json"
+        return self._folder.path / f"{file_stem(self._index)}.json"
+
+    @property
+    def pinned(self) -> Config:
+        """The configuration, with the ports it listens on."""
+        return self._config
+
+    @property
+    def is_restarting(self) -> bool:
+        """From `restart` until the new child listens."""
+        return self._leaving_pid is not None
 
     def start(self) -> None:
         """Start the child; `poll_addresses` tells when it listens."""
         self._addresses_path.unlink(missing_ok=True)
-        self._settle_secret()
-        config_path = self._folder.path / "router.yaml"
+        config_path = self._folder.path / f"{file_stem(self._index)}.yaml"
         config_path.write_text(yaml.safe_dump(self._config.model_dump(mode="json")), encoding="utf-8")
         command = [sys.executable, "-m", "replicas.rank.launch", str(os.getpid()), self._module]
         command += ["--config", str(config_path), "--addresses", str(self._addresses_path)]
+        if self._index:
+            command += ["--index", str(self._index)]
+        if self.addresses and self._config.router.processes > 1:
+            command.append("--again")
         with self._folder.router_log_path.open("ab") as log:
             self._child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -108,6 +125,11 @@ class RouterProcess:
             return
         code = self._child.poll()
         if code is None:
+            if self._child.pid != self._leaving_pid and self._addresses_path.exists():
+                self._leaving_pid = None
+            return
+        if self._child.pid == self._leaving_pid:
+            self.start()
             return
         self._num_deaths = 1 if now_s - self._started_s > STEADY_S else self._num_deaths + 1
         if self._num_deaths > MAX_DEATHS:
@@ -118,6 +140,12 @@ class RouterProcess:
         delay_s = min(FIRST_DELAY_S * 2 ** (self._num_deaths - 1), MAX_DELAY_S)
         logger.warning("router_died code=%d deaths=%d restart_in_s=%.1f", code, self._num_deaths, delay_s)
         self._restart_at_s = now_s + delay_s
+
+    def restart(self) -> None:
+        """Let the child finish its streams and end; `tend` starts the next one."""
+        if self._child is not None and self._child.poll() is None:
+            self._leaving_pid = self._child.pid
+            self._child.terminate()
 
     def stop(self) -> None:
         """End the child: politely, then less so."""
@@ -137,12 +165,6 @@ class RouterProcess:
                     "router_lingers pid=%d signal=%s after_s=%g", child.pid, number.name, STOP_TIMEOUT_S
                 )
 
-    def _settle_secret(self) -> None:
-        """A restarted router has the secret of the one before, so that its salts and seals are the same."""
-        if not self._config.router.secret_file:
-            write_secret(self._folder.secret_path)
-            self._config = self._config.with_router(secret_file=str(self._folder.secret_path))
-
     def _pin_ports(self, addresses: RouterAddresses) -> None:
         """A restart must listen where replicas and clients look for it, also where the port was 0."""
         ports = {
@@ -150,4 +172,6 @@ class RouterProcess:
             "http_port": int(addresses.http.rpartition(":")[2]),
             "link_port": int(addresses.link.rpartition(":")[2]),
         }
+        if self._config.router.processes > 1:
+            ports["metrics_port"] = int(addresses.metrics.rpartition(":")[2])
         self._config = self._config.with_router(**ports)

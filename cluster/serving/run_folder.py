@@ -17,6 +17,7 @@ from typing import IO
 import psutil
 
 from cluster.command_error import CommandError
+from cluster.router.siblings import socket_name
 
 MAX_PATH_CHARS = 38
 """Unix socket paths end at 107 characters, and Ray appends 68."""
@@ -85,7 +86,7 @@ class RunFolder:
 
     def router_socket(self, index: int) -> Path:
         """Where commands of this machine's user find router `index`, whatever its ports ask of callers."""
-        return self.path / f"router-{index}.sock"
+        return self.path / socket_name(index)
 
     @property
     def shared_dir(self) -> Path:

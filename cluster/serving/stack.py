@@ -22,7 +22,7 @@ from cluster.serving.deployments import Deployments
 from cluster.serving.ledger_process import LedgerProcess
 from cluster.serving.loading_note import Loading, read_loading
 from cluster.serving.ray_session import RaySession, node_address
-from cluster.serving.router_process import RouterProcess
+from cluster.serving.router_group import RouterGroup
 from cluster.serving.run_folder import RunFolder, UpState
 
 POLL_S = 0.1
@@ -74,7 +74,7 @@ class Stack:
         self._folder = folder
         self._config = config
         self._ray = RaySession(config, folder)
-        self._router = RouterProcess(config, folder)
+        self._routers = RouterGroup(config, folder)
         self._ledger = LedgerProcess(config, folder)
         self._deployments: Deployments | None = None
         self._client: Client | None = None
@@ -82,8 +82,9 @@ class Stack:
 
     @property
     def addresses(self) -> RouterAddresses:
-        assert self._router.addresses, "the router listens once `start` returned"
-        return self._router.addresses
+        """Of the first router; the ports for clients are those of all."""
+        assert self._routers.addresses, "the router listens once `start` returned"
+        return self._routers.addresses[0]
 
     @property
     def client(self) -> Client:
@@ -94,11 +95,13 @@ class Stack:
         """Start router and Ray, and hand the models to Serve. Raises CommandError."""
         self._folder.write_state(self._state)
         self._ledger.start()
-        self._router.start()
+        self._routers.start()
         self._ray.start()
-        while (addresses := self._router.poll_addresses()) is None:
+        while (routers := self._routers.poll_addresses()) is None:
             time.sleep(POLL_S)
-        self._client = Client(f"unix:{self._folder.router_socket(0)}")
+        sockets = (self._folder.router_socket(index) for index in range(len(routers)))
+        self._client = Client(",".join(f"unix:{path}" for path in sockets))
+        addresses = routers[0]
         self._state = replace(
             self._state,
             grpc=addresses.grpc,
@@ -107,19 +110,18 @@ class Stack:
             ray=self._ray.address,
         )
         self._folder.write_state(self._state)
-        self._deployments = Deployments(self._with_links(addresses))
+        self._deployments = Deployments(self._with_links(routers))
         self._deployments.deploy()
 
-    def _with_links(self, addresses: RouterAddresses) -> Config:
+    def _with_links(self, routers: tuple[RouterAddresses, ...]) -> Config:
         """What replicas are told: where the router really listens, unless the file says where to dial."""
         if self._config.router.link_addresses:
             return self._config
-        link = (
-            _dialable(addresses.link)
-            if self._ray.is_owner
-            else addresses.link.replace(EVERYWHERE, node_address())
+        links = tuple(
+            _dialable(router.link) if self._ray.is_owner else router.link.replace(EVERYWHERE, node_address())
+            for router in routers
         )
-        return self._config.with_router(link_addresses=(link,))
+        return self._config.with_router(link_addresses=links)
 
     def progress(self) -> tuple[ModelProgress, ...]:
         """How far every model is. Raises CommandError if one cannot be served."""
@@ -149,9 +151,13 @@ class Stack:
         self._folder.write_state(self._state)
 
     def tend(self) -> None:
-        """Call often: starts a dead router again. Raises CommandError when it cannot live."""
-        self._router.tend()
+        """Call often: starts dead routers again. Raises CommandError when one cannot live."""
+        self._routers.tend()
         self._ledger.tend()
+
+    def roll_routers(self) -> None:
+        """Replace the routers one after another; `tend` goes on with it. One alone has nobody to stand in."""
+        self._routers.roll()
 
     def status(self) -> RouterState | None:
         """What the router says; None while it does not answer."""
@@ -166,7 +172,7 @@ class Stack:
             if self._deployments and not self._deployments.delete():
                 logger.warning("drain_cut_short")
         finally:
-            self._router.stop()
+            self._routers.stop()
             self._ledger.stop()
             self._ray.stop()
             if self._client:

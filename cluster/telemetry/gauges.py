@@ -6,7 +6,7 @@ Labels are configured models, attached replicas and a fixed set of words: caller
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -23,11 +23,13 @@ ENERGY_HELP = (
 )
 
 
-def read_gauges(models: Mapping[str, ServedModel], pool: ReplicaPool) -> Iterable[Metric]:
-    """All of them, made afresh."""
-    yield from _model_gauges(models, pool)
+def read_gauges(
+    models: Mapping[str, ServedModel], pool: ReplicaPool, queues: Mapping[str, Sized]
+) -> Iterable[Metric]:
+    """All of them, made afresh. `queues` are those of the router, by model."""
+    yield from _model_gauges(models, pool, queues)
     yield from _replica_gauges(pool)
-    yield from _picker_gauges(models, pool)
+    yield from _picker_gauges(models, pool, queues)
     yield from _energy_counters(models)
 
 
@@ -45,17 +47,23 @@ def read_recorder(recorder: LedgerRecorder) -> Iterable[Metric]:
     )
 
 
-def _model_gauges(models: Mapping[str, ServedModel], pool: ReplicaPool) -> Iterable[Metric]:
+def _model_gauges(
+    models: Mapping[str, ServedModel], pool: ReplicaPool, queues: Mapping[str, Sized]
+) -> Iterable[Metric]:
     active = GaugeMetricFamily("wattline_active_streams", "Requests under way.", labels=("model",))
+    queued = GaugeMetricFamily(
+        "wattline_queued_requests", "Requests that wait in this router for a replica.", labels=("model",)
+    )
     replicas = GaugeMetricFamily(
         "wattline_replicas", "Attached replicas, by state.", labels=("model", "state")
     )
     for name, model in models.items():
         active.add_metric((name,), model.active_requests)
+        queued.add_metric((name,), len(queues[name]))
         states = [connection.state for connection in pool.of_model(name)]
         for state in ReplicaState:
             replicas.add_metric((name, state.name.lower()), states.count(state))
-    return active, replicas
+    return active, queued, replicas
 
 
 def _replica_gauges(pool: ReplicaPool) -> Iterable[Metric]:
@@ -80,17 +88,20 @@ def _replica_gauges(pool: ReplicaPool) -> Iterable[Metric]:
     return free, capacity, usage, batch, waiting, power
 
 
-def _picker_gauges(models: Mapping[str, ServedModel], pool: ReplicaPool) -> Iterable[Metric]:
+def _picker_gauges(
+    models: Mapping[str, ServedModel], pool: ReplicaPool, queues: Mapping[str, Sized]
+) -> Iterable[Metric]:
     def gauge(name: str, text: str) -> GaugeMetricFamily:
         return GaugeMetricFamily(f"vllm:{name}", text, labels=("model_name",))
 
     running = gauge("num_requests_running", "Requests in the engines' batches.")
-    waiting = gauge("num_requests_waiting", "Requests that wait for a place in a batch.")
+    waiting = gauge("num_requests_waiting", "Requests that wait for a place in a batch, here or there.")
     usage = gauge("kv_cache_usage_perc", "Part of the KV blocks in use; 1 is all.")
     for name in models:
         attached = pool.of_model(name)
         running.add_metric((name,), sum(sum(connection.load.running) for connection in attached))
-        waiting.add_metric((name,), sum(sum(connection.load.waiting) for connection in attached))
+        in_engines = sum(sum(connection.load.waiting) for connection in attached)
+        waiting.add_metric((name,), in_engines + len(queues[name]))
         usage.add_metric((name,), kv_usage(attached))
     return running, waiting, usage
 

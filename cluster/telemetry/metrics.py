@@ -61,6 +61,7 @@ class RouterMetrics:
         self._duration = histogram(
             "wattline_request_duration_seconds", "Arrival to last token.", DURATION_BUCKETS
         )
+        self._refusal = histogram("wattline_refusal_seconds", "Arrival to refusal.", TTFT_BUCKETS)
         self._queue = histogram("wattline_queue_seconds", "Waiting in the engine's queue.", TTFT_BUCKETS)
 
     def add_gauges(self, read: Callable[[], Iterable[Metric]]) -> None:
@@ -72,6 +73,9 @@ class RouterMetrics:
 
     def count_admission(self, model: str, tenant: str, outcome: str) -> None:
         self._admissions.labels(model, tenant, outcome).inc()
+
+    def observe_refusal(self, model: str, seconds: float) -> None:
+        self._refusal.labels(model).observe(seconds)
 
     def count_failover(self, model: str, reason: str) -> None:
         self._failovers.labels(model, reason).inc()

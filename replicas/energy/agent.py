@@ -25,10 +25,12 @@ from protos.wattline_energy_pb2_grpc import EnergyAgentServicer, add_EnergyAgent
 from replicas.config import METERS
 from replicas.energy.agent_metrics import MeterSeries
 from replicas.energy.cpu_model import CpuModelMeter
-from replicas.energy.meter import CONFIDENCE_FACTORS, Meter, Reading, Source
-from replicas.energy.nvml import NvmlMeter, discover_gpus
+from replicas.energy.meter import Meter, Reading
+from replicas.energy.nvml import NvmlMeter
 from replicas.energy.polling import MeterPoller
+from replicas.energy.rapl import RaplMeter
 from replicas.energy.replay import FakeMeter
+from replicas.energy.survey import survey_meters
 from replicas.errors import MeterUnavailable
 from replicas.strict_messages import add_strictly
 
@@ -166,6 +168,8 @@ class EnergyAgent:
             return FakeMeter(((0, _FAKE_POWER_W),), clock=self._clock)
         if key.meter == "nvml" or (key.meter == "auto" and key.gpu_uuids):
             return NvmlMeter(key.gpu_uuids, clock=self._clock)
+        if key.meter == "rapl":
+            return RaplMeter(clock=self._clock)
         if key.pids:
             return CpuModelMeter(
                 key.pids, static_w=self._cpu_static_w, core_w=self._cpu_core_w, clock=self._clock
@@ -205,7 +209,7 @@ class _Servicer(EnergyAgentServicer):
             self._agent.check_room()
         except MeterUnavailable as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        key = WatchKey(request.meter or "auto", tuple(sorted(request.gpu_uuids)), tuple(sorted(request.pids)))
+        key = _key(request)
         edges = self._agent.watch(key, request.group)
         try:
             async for batch in edges:
@@ -221,6 +225,13 @@ class _Servicer(EnergyAgentServicer):
         context: aio.ServicerContext[wire.DescribeMetersRequest, wire.DescribeMetersResponse],
     ) -> wire.DescribeMetersResponse:
         return wire.DescribeMetersResponse(meters=await asyncio.to_thread(_describe_meters))
+
+
+def _key(request: wire.WatchEnergyRequest) -> WatchKey:
+    """RAPL is one meter whoever asks: two pollers of it would export its joules twice."""
+    if request.meter == "rapl":
+        return WatchKey("rapl", (), ())
+    return WatchKey(request.meter or "auto", tuple(sorted(request.gpu_uuids)), tuple(sorted(request.pids)))
 
 
 def _problem(request: wire.WatchEnergyRequest) -> str:
@@ -248,34 +259,17 @@ def _message(reading: Reading) -> wire.EnergyReading:
 
 
 def _describe_meters() -> list[wire.MeterDescription]:
-    """What this host can measure, the unusable ones with their reason."""
-    counter, estimate = Source.COUNTER, Source.TDP
-    meters = [
+    return [
         wire.MeterDescription(
-            name="cpu-model",
-            source=estimate.value,
-            device="processes",
-            available=True,
-            detail="estimate: watts while warm plus watts per busy core",
-            confidence_factor=CONFIDENCE_FACTORS[estimate],
+            name=one.name,
+            source=one.source.value,
+            device=one.device,
+            available=one.is_available,
+            detail=one.detail,
+            confidence_factor=one.confidence_factor,
         )
+        for one in survey_meters()
     ]
-    try:
-        gpus = discover_gpus()
-    except MeterUnavailable as error:
-        return [wire.MeterDescription(name="nvml", source=counter.value, detail=str(error)), *meters]
-    found = [
-        wire.MeterDescription(
-            name="nvml",
-            source=counter.value,
-            device=gpu.uuid,
-            available=not gpu.unreadable,
-            detail=gpu.unreadable or gpu.name,
-            confidence_factor=CONFIDENCE_FACTORS[counter],
-        )
-        for gpu in gpus
-    ]
-    return found + meters
 
 
 def _check_socket_path(path: Path) -> None:

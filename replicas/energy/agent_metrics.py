@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from replicas.energy.meter import Source
+from replicas.energy.meter import MeterHealth, MeterState, Source
 from replicas.energy.polling import MeterPoller
 
 _LABELS = ["hw_id", "hw_type", "source"]
@@ -19,6 +19,7 @@ class MeterSeries(Collector):
     """`hw_energy_joules_total`, `hw_power_watts` and the agent's own cost, from the live pollers.
 
     `hw_id` is the group of the watch. A measured and an estimated joule never share a series, by `source`.
+    `wattline_meter_state` and `wattline_meter_check_ratio` tell how each meter is.
     The count of a group whose watch ended goes on where it was if it is watched again.
     """
 
@@ -59,6 +60,7 @@ class MeterSeries(Collector):
             energy.add_metric(_labels(*key), energy_mj / 1e3)
         yield energy
         yield power
+        yield from _health_families({poller.group: poller.health for poller in _worst_last(self._pollers())})
         yield CounterMetricFamily("wattline_energy_agent_reads", "Meter reads.", value=self._num_reads)
         yield CounterMetricFamily(
             "wattline_energy_agent_reading_seconds", "Time spent in meter reads.", value=self._reading_s
@@ -68,6 +70,27 @@ class MeterSeries(Collector):
         )
 
 
+def _worst_last(pollers: Iterable[MeterPoller]) -> list[MeterPoller]:
+    order = tuple(MeterState)
+    return sorted(pollers, key=lambda poller: order.index(poller.health.state))
+
+
+def _health_families(groups: Mapping[str, MeterHealth]) -> Iterable[Metric]:
+    state = GaugeMetricFamily(
+        "wattline_meter_state", "1 for the state the meter is in, else 0.", labels=["hw_id", "state"]
+    )
+    check = GaugeMetricFamily(
+        "wattline_meter_check_ratio", "The meter's counter by its own integrated power.", labels=["hw_id"]
+    )
+    for group, health in groups.items():
+        for one in MeterState:
+            state.add_metric([group, one.value], float(health.state is one))
+        if health.check_ratio is not None:
+            check.add_metric([group], health.check_ratio)
+    yield state
+    yield check
+
+
 def _labels(group: str, source: Source) -> list[str]:
-    hw_type = {Source.COUNTER: "gpu", Source.TDP: "cpu"}.get(source, "other")
+    hw_type = {Source.COUNTER: "gpu", Source.POWER_INTEGRATED: "gpu", Source.TDP: "cpu"}.get(source, "other")
     return [group, hw_type, source.value]

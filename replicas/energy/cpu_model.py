@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import psutil
 
-from replicas.energy.meter import Reading, Source
+from replicas.energy.meter import HEALTHY, MeterHealth, Reading, Source
 
 _PJ_PER_MJ = 1_000_000_000
 
@@ -72,6 +72,9 @@ class CpuModelMeter:
             source=Source.TDP,
             static_mj=static_pj // _PJ_PER_MJ,
         )
+
+    def health(self) -> MeterHealth:
+        return HEALTHY
 
     def close(self) -> None:
         """Nothing to release."""

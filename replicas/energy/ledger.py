@@ -20,16 +20,17 @@ from collections import deque
 from dataclasses import dataclass
 from operator import attrgetter
 
+from replicas.energy.account_book import AccountBook
 from replicas.energy.bill import METHOD, NJ_PER_MJ, Account, Cashier, RequestJoules, claims_of
+from replicas.energy.learning import CoefficientLearner
 from replicas.energy.meter import Reading
 from replicas.energy.warm_power import PJ_PER_MJ, WarmPower
-from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients, step_weights
-from replicas.energy.window import LastStep, Partition, Step, Window, partition, window_between
+from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients, weigh_step
+from replicas.energy.window import LastStep, Partition, Step, Window, partition, window_between, work_of
 from replicas.request import EngineCosts, StepRecord
 
 __all__ = ["METHOD", "Ledger", "LedgerLimits", "LedgerTotals", "RequestJoules"]
 
-_GOOD_COVERAGE = 0.98
 _STEPS_ESTIMATED = 1024
 
 
@@ -85,28 +86,29 @@ class Ledger:
         costs: EngineCosts,
         idle_power_w: float | None = None,
         coefficients: DeviceCoefficients = GPU_COEFFICIENTS,
+        learner: CoefficientLearner | None = None,
         lookahead: int = 0,
         limits: LedgerLimits | None = None,
     ) -> None:
         """`idle_power_w`: what the devices draw while no step runs, if known; else it is measured.
 
-        `lookahead`: steps the engine launches ahead; as many may land after a request has ended.
+        `learner`: corrects `coefficients` by the meter; None: they stay as they are. `lookahead`: steps the
+        engine launches ahead; as many may land after a request has ended.
         """
         self._costs = costs
         self._coefficients = coefficients
+        self._learner = learner
         self._lookahead = lookahead
         self._limits = limits or LedgerLimits()
         self._patience_ns = round(self._limits.patience_ms * 1e6)
         self._warm = WarmPower(told_w=idle_power_w)
         self._cashier = Cashier()
-        self._accounts: dict[int, Account] = {}
-        self._ended: dict[int, Account] = {}
-        self._final: dict[int, None] = {}
+        self._book = AccountBook(
+            self._cashier, max_requests=self._limits.requests, max_results=self._limits.results
+        )
         self._steps: list[Step] = []
         self._lost: list[tuple[int, int]] = []
         self._windows: deque[Window] = deque()
-        self._closed: deque[RequestJoules] = deque(maxlen=self._limits.results)
-        self._unmeasured: deque[int] = deque(maxlen=self._limits.results)
         self._last_reading: Reading | None = None
         self._last_step: LastStep | None = None
         self._newest_step_end_ns = 0
@@ -115,13 +117,12 @@ class Ledger:
         self._closed_until_ns = 0
         self._idle_carry_pj = 0
         self._seen_mj = self._meter_mj = self._idle_mj = self._unattributed_mj = self._pending_mj = 0
-        self._num_windows = self._num_low_confidence = self._num_unmeasured = 0
+        self._num_windows = 0
         self._num_late_steps = self._num_dropped_steps = self._num_dropped_readings = 0
 
     def begin_request(self, request_id: int) -> None:
         """The engine may run steps for this request from now on. Optional: its first step says the same."""
-        self._final.pop(request_id, None)
-        self._account(request_id)
+        self._book.begin(request_id)
 
     def add_step(self, record: StepRecord) -> None:
         """One forward pass. They may come late and out of order, but before `advance` passes them.
@@ -130,13 +131,14 @@ class Ledger:
         """
         start_ns, end_ns = record.start_ns, record.end_ns
         assert end_ns >= start_ns, f"step {record.step} ends before it starts"
-        weights = step_weights(record, self._costs, self._coefficients)
+        coefficients = self._learner.coefficients if self._learner else self._coefficients
+        weights, work = weigh_step(record, self._costs, coefficients)
         if not weights:
             return
-        step = Step(start_ns, end_ns, record.step, weights)
+        step = Step(start_ns, end_ns, record.step, weights, work)
         duration_ns = step.duration_ns
         for member in weights:
-            account = self._accounts.get(member.request_id) or self._account(member.request_id)
+            account = self._book.accounts.get(member.request_id) or self._book.account(member.request_id)
             account.note_step(start_ns, end_ns, duration_ns)
         if end_ns > self._newest_step_end_ns:
             self._newest_step_end_ns = end_ns
@@ -168,6 +170,7 @@ class Ledger:
             self._num_dropped_readings += 1
             return
         self._last_reading = reading
+        self._book.source = reading.source
         if last is None:
             self._closed_until_ns = reading.t_ns
             return
@@ -196,17 +199,17 @@ class Ledger:
         One that never ran is billed a measured 0. A step launched ahead may land later: its energy is on the
         same bill, or on a second one of the same id if the first is final, which then adds to it.
         """
-        account = self._account(request_id)
+        account = self._book.account(request_id)
         account.last_ns = max(account.last_ns, end_ns)
         if self._lookahead and self._steps:
             step_ns = self._steps[-1].duration_ns
             self._overrun_ns = max(self._overrun_ns, account.last_ns + 2 * self._lookahead * step_ns)
-        self._ended[request_id] = account
-        self._settle_bills()
+        self._book.end(account)
+        self._book.settle(self._closed_until_ns)
 
     def provisional(self, request_id: int) -> RequestJoules | None:
         """What is known now, with an estimate for windows still open. None: unknown, or already final."""
-        account = self._accounts.get(request_id)
+        account = self._book.accounts.get(request_id)
         if account is None or self._last_reading is None:
             return None
         price = self._cashier.nj_per_weight
@@ -226,15 +229,15 @@ class Ledger:
 
     def take_closed(self) -> list[RequestJoules]:
         """Final bills since the last call, oldest first."""
-        closed = list(self._closed)
-        self._closed.clear()
-        return closed
+        return self._book.take_closed()
 
     def take_unmeasured(self) -> list[int]:
         """Ended requests whose energy stays unknown: the meter was not counting while their steps ran."""
-        unmeasured = list(self._unmeasured)
-        self._unmeasured.clear()
-        return unmeasured
+        return self._book.take_unmeasured()
+
+    @property
+    def learner(self) -> CoefficientLearner | None:
+        return self._learner
 
     def totals(self) -> LedgerTotals:
         return LedgerTotals(
@@ -249,8 +252,8 @@ class Ledger:
             wasted_mj=self._cashier.wasted_nj // NJ_PER_MJ,
             closed_until_ns=self._closed_until_ns,
             closed_windows=self._num_windows,
-            low_confidence=self._num_low_confidence,
-            unmeasured=self._num_unmeasured,
+            low_confidence=self._book.num_low_confidence,
+            unmeasured=self._book.num_unmeasured,
             late_steps=self._num_late_steps,
             dropped_steps=self._num_dropped_steps,
             dropped_readings=self._num_dropped_readings,
@@ -261,17 +264,17 @@ class Ledger:
 
     def _close_settled(self) -> None:
         settled_ns = self._watermark_ns
-        if len(self._accounts) > len(self._ended) or settled_ns < self._overrun_ns:
+        if self._book.has_live or settled_ns < self._overrun_ns:
             settled_ns = min(settled_ns, max(self._newest_step_end_ns, settled_ns - self._patience_ns))
         if not self._windows or self._windows[0].end_ns > settled_ns:
             return
         while self._windows and self._windows[0].end_ns <= settled_ns:
             self._close(self._windows.popleft(), is_known=True)
-        self._settle_bills()
+        self._book.settle(self._closed_until_ns)
 
     def _close(self, window: Window, *, is_known: bool) -> None:
         """Divide one window. Not `is_known`: it was closed for want of room, before its steps were in."""
-        part = partition(window, self._steps, before=self._last_step, is_continued=self._is_continued)
+        part = partition(window, self._steps, before=self._last_step, is_continued=self._book.is_continued)
         lost_ns = sum(window.overlap_ns(start_ns, end_ns) for start_ns, end_ns in self._lost)
         idle_mj = unattributed_mj = 0
         if window.gap or not is_known:
@@ -318,61 +321,17 @@ class Ledger:
 
     def _bill(self, window: Window, part: Partition, busy_mj: int) -> None:
         claims = claims_of(part.shares)
-        for request_id in claims:
-            if request_id not in self._accounts:
-                self._accounts[request_id] = Account(request_id)
+        accounts = {request_id: self._book.claim(request_id) for request_id in claims}
         static_nj = self._warm.drawn_pj(window, part.busy_ns) // 1000
-        self._cashier.take(busy_mj, static_nj, claims, self._accounts)
+        self._cashier.take(busy_mj, static_nj, claims, accounts)
         for request_id, claim in claims.items():
-            self._accounts[request_id].note_window(
+            accounts[request_id].note_window(
                 width_ns=window.width_ns, ran_ns=claim.ran_ns, source=window.source
             )
+        if self._learner is not None:
+            self._learner.observe(work_of(part.shares), busy_mj)
 
     # Requests.
-
-    def _account(self, request_id: int) -> Account:
-        account = self._accounts.get(request_id)
-        if account is None:
-            account = self._accounts[request_id] = Account(request_id)
-            if request_id in self._final:
-                self._ended[request_id] = account
-            if len(self._accounts) > self._limits.requests:
-                oldest_id = next(iter(self._ended or self._accounts))
-                self._finish(self._accounts[oldest_id])
-        return account
-
-    def _settle_bills(self) -> None:
-        if self._last_reading is None:
-            return
-        settled = [account for account in self._ended.values() if account.last_ns <= self._closed_until_ns]
-        for account in settled:
-            self._finish(account)
-
-    def _finish(self, account: Account) -> None:
-        """Turn an account into its final bill, or admit that its energy is unknown."""
-        del self._accounts[account.request_id]
-        self._ended.pop(account.request_id, None)
-        self._final[account.request_id] = None
-        if len(self._final) > self._limits.requests:
-            del self._final[next(iter(self._final))]
-        if account.coverage < _GOOD_COVERAGE:
-            self._num_low_confidence += 1
-        if not account.is_measured or self._last_reading is None:
-            self._num_unmeasured += 1
-            self._unmeasured.append(account.request_id)
-            return
-        total_mj = self._cashier.bill_mj(account)
-        source = self._last_reading.source
-        self._closed.append(
-            account.joules(total_mj=total_mj, source=source, final=True, coverage=account.coverage)
-        )
-
-    def _is_continued(self, step: Step) -> bool:
-        for member in step.weights:
-            account = self._accounts.get(member.request_id)
-            if account is not None and account.first_ns is not None and account.first_ns < step.start_ns:
-                return True
-        return False
 
     def _open_weights(self, account: Account) -> tuple[float, float]:
         """Prefill and decode weight of `account` in steps that are not fully billed, newest first."""

@@ -55,11 +55,34 @@ class Reading:
         return CONFIDENCE_FACTORS[self.source]
 
 
+class MeterState(StrEnum):
+    """`stale`: its counter stands still. `reset`: it began anew in the last minute. `lost`: unreadable."""
+
+    OK = "ok"
+    STALE = "stale"
+    RESET = "reset"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeterHealth:
+    """`check_ratio`: its counter by its own integrated power; 1 is right, None where there is no power."""
+
+    state: MeterState = MeterState.OK
+    check_ratio: float | None = None
+
+
+HEALTHY = MeterHealth()
+
+
 class Meter(Protocol):
     """Something that counts the energy of a fixed set of devices or processes."""
 
     def read(self) -> Reading | None:
         """The counter now; None while it is not known. Never blocks for more than milliseconds."""
+
+    def health(self) -> MeterHealth:
+        """As of the last read."""
 
     def close(self) -> None:
         """Release the meter's library handles."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from replicas.energy.meter import Meter, Reading
+from replicas.energy.meter import Meter, MeterHealth, Reading
 
 _EDGES_KEPT = 256
 _POWER_PACE = 0.2
@@ -74,6 +74,10 @@ class MeterPoller:
         self._on_read_s = on_read_s
         self._subscribers: set[Subscriber] = set()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def health(self) -> MeterHealth:
+        return self._meter.health()
 
     @property
     def is_watched(self) -> bool:

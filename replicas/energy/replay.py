@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TextIO
 
-from replicas.energy.meter import Reading, Source
+from replicas.energy.meter import HEALTHY, MeterHealth, Reading, Source
 
 _PJ_PER_MJ = 1_000_000_000
 _STEPS_AHEAD = 4096
@@ -77,6 +77,9 @@ class StepPowerMeter:
             source=Source.FAKE,
         )
         return self._last
+
+    def health(self) -> MeterHealth:
+        return HEALTHY
 
     def close(self) -> None:
         """Nothing to release."""
@@ -149,6 +152,9 @@ class FakeMeter:
         self._last = self._reading(gap=gap)
         return self._last
 
+    def health(self) -> MeterHealth:
+        return HEALTHY
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -199,6 +205,9 @@ class ReplayMeter:
         reading = self._readings[self._next - 1]
         gap = any(skipped.gap for skipped in passed)
         return replace(reading, t_ns=reading.t_ns + self._shift_ns, gap=gap)
+
+    def health(self) -> MeterHealth:
+        return HEALTHY
 
     def close(self) -> None:
         """Nothing to release."""

@@ -53,6 +53,14 @@ CPU_COEFFICIENTS = DeviceCoefficients(
 """The estimate for CPUs knows nothing but busy time, so time alone weighs."""
 
 
+class StepWork(NamedTuple):
+    """What a step did as a whole: seconds it took, FLOP, and bytes of weights and KV it read."""
+
+    seconds: float
+    flops: float
+    traffic_bytes: float
+
+
 class MemberWeight(NamedTuple):
     """Modelled joules of one member in one step; `static` and `wasted` are parts of `weight`."""
 
@@ -63,22 +71,30 @@ class MemberWeight(NamedTuple):
     is_prefill: bool
 
 
+class WeighedStep(NamedTuple):
+    """A step's members in the order of its record, and its work as a whole."""
+
+    members: tuple[MemberWeight, ...]
+    work: StepWork
+
+
+NO_WORK = StepWork(0.0, 0.0, 0.0)
+
+
 def coefficients_for(device: str) -> DeviceCoefficients:
     """Coefficients of a torch device name: `cpu`, or `cuda` and `cuda:1` for the GPU class."""
     return CPU_COEFFICIENTS if device.partition(":")[0] == "cpu" else GPU_COEFFICIENTS
 
 
-def step_weights(
-    record: StepRecord, costs: EngineCosts, device: DeviceCoefficients
-) -> tuple[MemberWeight, ...]:
-    """Weights of the members of `record`, in its order; all above zero, so a step is never unowned.
+def weigh_step(record: StepRecord, costs: EngineCosts, device: DeviceCoefficients) -> WeighedStep:
+    """Weights of the members of `record`; all above zero, so a step is never unowned.
 
     The time of the step is the measured one. Inside it, arithmetic and memory traffic share by the square of
     the time each alone would take: the larger one rules, and nothing jumps where they change places.
     """
     members = record.members
     if not members:
-        return ()
+        return WeighedStep((), NO_WORK)
     member_count = len(members)
     weight_bytes = costs.shared_weight_bytes + costs.expert_bytes * record.experts_hit
     bytes_each = weight_bytes / member_count
@@ -90,11 +106,13 @@ def step_weights(
     ]
     traffic = [kv_bytes * (m.context_tokens + m.new_tokens) + bytes_each for m in members]
 
-    flop_s = sum(flops) / device.flops_per_s
-    byte_s = sum(traffic) / device.bytes_per_s
+    seconds = max(record.end_ns - record.start_ns, 1) * 1e-9
+    work = StepWork(seconds, sum(flops), sum(traffic))
+    flop_s = work.flops / device.flops_per_s
+    byte_s = work.traffic_bytes / device.bytes_per_s
     bound_s = math.hypot(flop_s, byte_s)
     model_s = bound_s + device.step_s + member_count * device.sequence_s
-    watts = device.static_w * max(record.end_ns - record.start_ns, 1) * 1e-9 / model_s
+    watts = device.static_w * seconds / model_s
     static_flop = watts * flop_s / (bound_s * device.flops_per_s) if bound_s else 0.0
     static_byte = watts * byte_s / (bound_s * device.bytes_per_s) if bound_s else 0.0
     static_each = watts * (device.step_s / member_count + device.sequence_s)
@@ -105,4 +123,4 @@ def step_weights(
         weight = static + device.joules_per_flop * flop + device.joules_per_byte * octets
         wasted = weight * member.wasted_tokens / member.new_tokens if member.wasted_tokens else 0.0
         weights.append(MemberWeight(member.request_id, weight, static, wasted, member.is_prefill))
-    return tuple(weights)
+    return WeighedStep(tuple(weights), work)

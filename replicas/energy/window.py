@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from replicas.energy.meter import Reading, Source
-from replicas.energy.weights import MemberWeight
+from replicas.energy.weights import NO_WORK, MemberWeight, StepWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,7 @@ class Step:
     end_ns: int
     number: int
     weights: tuple[MemberWeight, ...]
+    work: StepWork = NO_WORK
 
     @property
     def duration_ns(self) -> int:
@@ -68,6 +69,18 @@ class Share:
     step: Step
     ran_ns: int
     waited_ns: int
+
+
+def work_of(shares: Iterable[Share]) -> StepWork:
+    """The work done in one window: of each step, the part of its time that is there."""
+    seconds = flops = traffic_bytes = 0.0
+    for share in shares:
+        fraction = (share.ran_ns + share.waited_ns) / share.step.duration_ns
+        work = share.step.work
+        seconds += fraction * work.seconds
+        flops += fraction * work.flops
+        traffic_bytes += fraction * work.traffic_bytes
+    return StepWork(seconds, flops, traffic_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from replicas.energy.bill import RequestJoules
+from replicas.energy.learning import LearnedFactors
 from replicas.energy.ledger import Ledger
 from replicas.energy.meter import Reading, Source
 from replicas.request import StepResult
@@ -62,6 +63,20 @@ class EnergySums:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnergyQuality:
+    """How far the division of the meter is to be believed; the meter's total does not depend on it.
+
+    `calibration_ratio` is modelled by metered energy over the last windows; None while nothing was learned.
+    `num_low_confidence` counts bills of requests whose steps the meter did not see all of.
+    """
+
+    calibration_ratio: float | None
+    is_learned: bool
+    num_low_confidence: int
+    unattributed_share: float
+
+
 class EnergyAccount:
     """Steps and meter readings in, bills and rates out.
 
@@ -95,6 +110,24 @@ class EnergyAccount:
     def sums(self) -> dict[Source, EnergySums]:
         """A copy, by source; over all sources it equals the ledger's totals."""
         return dict(self._sums)
+
+    @property
+    def quality(self) -> EnergyQuality | None:
+        """None until the meter counted anything."""
+        totals, learner = self._ledger.totals(), self._ledger.learner
+        if not totals.meter_mj:
+            return None
+        return EnergyQuality(
+            calibration_ratio=learner.ratio if learner else None,
+            is_learned=learner is not None and learner.is_trusted,
+            num_low_confidence=totals.low_confidence,
+            unattributed_share=totals.unattributed_mj / totals.meter_mj,
+        )
+
+    @property
+    def learned(self) -> LearnedFactors | None:
+        """What the next life of this group can go on from; None if nothing is learned here."""
+        return self._ledger.learner.known if self._ledger.learner else None
 
     def begin(self, engine_id: int) -> None:
         """A request went down to the engine."""

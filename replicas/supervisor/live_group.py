@@ -11,6 +11,7 @@ import logging
 import time
 from contextlib import aclosing, suppress
 
+from replicas.energy.learning import CoefficientLearner
 from replicas.energy.ledger import Ledger
 from replicas.energy.weights import coefficients_for
 from replicas.errors import MeterUnavailable, RankLost
@@ -23,6 +24,7 @@ from replicas.supervisor.dispatcher import Dispatcher
 from replicas.supervisor.energy_account import EnergyAccount
 from replicas.supervisor.engine_socket import EngineSocket
 from replicas.supervisor.expert_metrics import ExpertSnapshot, next_snapshot
+from replicas.supervisor.learned_energy import LearnedFile
 from replicas.supervisor.meter_feed import MeterFeed
 from replicas.supervisor.metrics import MetricsSnapshot, ReplicaMetrics
 from replicas.supervisor.rank_group import RankGroup
@@ -65,10 +67,14 @@ class LiveGroup:
         self._metrics = metrics
         self._watch = StepWatch(floor_s=card.config.stall_floor_s)
         self._energy = None
+        self._learned_file = None if card.config.source == "null" else LearnedFile(card.config, card.engine)
         if feed is not None:
+            shipped = coefficients_for(card.engine.device)
+            known = self._learned_file.read() if self._learned_file else None
             ledger = Ledger(
                 costs=card.engine.costs,
-                coefficients=coefficients_for(card.engine.device),
+                coefficients=shipped,
+                learner=CoefficientLearner(shipped, known=known),
                 lookahead=card.config.limits.lookahead,
             )
             self._energy = EnergyAccount(ledger, clock=time.monotonic_ns)
@@ -110,6 +116,8 @@ class LiveGroup:
         """Send what is due and Goodbye on every link. Works after `run` ended too."""
         self.dispatcher.bill_unfinished()
         await self._links.close(goodbye)
+        if self._learned_file and self._energy and self._energy.learned:
+            self._learned_file.write(self._energy.learned)
         if self._links_task is not None:
             self._links_task.cancel()
 
@@ -187,6 +195,7 @@ class LiveGroup:
                 num_links=dispatcher.num_links,
                 experts=self._experts,
                 energy={} if self._energy is None else self._energy.sums,
+                quality=None if self._energy is None else self._energy.quality,
             )
         )
 

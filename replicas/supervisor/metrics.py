@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from replicas.energy.meter import Source
 from replicas.request import LoadSnapshot, StepRecord
-from replicas.supervisor.energy_account import EnergySums
+from replicas.supervisor.energy_account import EnergyQuality, EnergySums
 from replicas.supervisor.expert_metrics import ExpertSnapshot
 
 STEP_SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -35,6 +35,7 @@ class MetricsSnapshot:
     num_links: int = 0
     experts: ExpertSnapshot | None = None
     energy: Mapping[Source, EnergySums] = field(default_factory=lambda: MappingProxyType({}))
+    quality: EnergyQuality | None = None
 
 
 class ReplicaMetrics(Collector):
@@ -88,6 +89,7 @@ class ReplicaMetrics(Collector):
         if snapshot.experts is not None:
             yield from snapshot.experts.families()
         yield from _energy_families(snapshot.energy)
+        yield from _quality_families(snapshot.quality)
 
 
 def _engine_families(snapshot: MetricsSnapshot) -> Iterator[Metric]:
@@ -136,6 +138,33 @@ def _energy_families(energy: Mapping[Source, EnergySums]) -> Iterator[Metric]:
     yield joules
     yield meter
     yield exact
+
+
+def _quality_families(quality: EnergyQuality | None) -> Iterator[Metric]:
+    """The labels of the target say which model this is; nothing while no meter counted."""
+    if quality is None:
+        return
+    if quality.calibration_ratio is not None:
+        yield _gauge(
+            "wattline_energy_calibration_ratio",
+            "Modelled by metered energy of the last windows; 1 is right.",
+            quality.calibration_ratio,
+        )
+    yield _gauge(
+        "wattline_energy_coefficients_learned",
+        "1: energy is divided by what was learned from the meter; 0: by what was shipped.",
+        float(quality.is_learned),
+    )
+    yield CounterMetricFamily(
+        "wattline_energy_low_confidence_bills",
+        "Requests whose steps the meter did not see all of.",
+        value=quality.num_low_confidence,
+    )
+    yield _gauge(
+        "wattline_energy_unattributed_ratio",
+        "Part of all metered energy that belongs to nobody known.",
+        quality.unattributed_share,
+    )
 
 
 def _divided(sums: EnergySums) -> tuple[tuple[str, int], ...]:

@@ -130,7 +130,7 @@ def test_a_killed_router_comes_back_and_no_replica_is_restarted(running: Running
 
 def test_a_killed_rank_ends_its_streams_and_serve_replaces_the_replica(running: Running) -> None:
     lost = running.replica("solo")
-    stream = running.client.generate("solo", "hello", Ask(max_tokens=4000))
+    stream = running.client.generate("solo", "hello", Ask(max_tokens=4000, resume=False))
     next(stream)
     os.kill(lost.ranks[1].pid, signal.SIGKILL)
     with pytest.raises(CallError) as caught:

@@ -168,6 +168,7 @@ async def test_metrics_count_requests_tokens_and_joules(router: TestRouter) -> N
         'wattline_request_duration_seconds_count{model="tiny"} 1.0',
         'wattline_queue_seconds_count{model="tiny"} 1.0',
         'wattline_active_streams{model="tiny"} 0.0',
+        'wattline_queued_requests{model="tiny"} 0.0',
         'wattline_replicas{model="tiny",state="ready"} 1.0',
         'wattline_kv_blocks_capacity{model="tiny",replica="replica-0"} 1000.0',
         'wattline_link_messages_total{direction="down",event="submit"} 1.0',

@@ -130,6 +130,7 @@ async def test_only_operators_see_and_steer_the_whole(keys: Keys) -> None:
     async with asking_router(keys, operators=["ops"]) as router:
         for refused in (
             await fail(router.cluster.Status(cluster_pb.StatusRequest(), metadata=acme)),
+            await fail(router.cluster.Explain(cluster_pb.ExplainRequest(id="0"), metadata=acme)),
             await fail(router.cluster.WatchSignals(cluster_pb.WatchSignalsRequest(), metadata=acme)),
             await fail(
                 router.cluster.DrainReplica(
@@ -193,9 +194,9 @@ async def test_a_private_socket_asks_nobody(keys: Keys, tmp_path: Path) -> None:
     from cluster.text.null_tokenizer import NullTokenizer
 
     config = make_config(router={"auth": {"keys_file": str(keys.path)}})
-    path = tmp_path / "own.sock"
+    path = tmp_path / "router.sock"
     tokenizers = {model.name: NullTokenizer(1000) for model in config.models}
-    router = Router(config, tokenizers=tokenizers, local_socket=path)
+    router = Router(config, tokenizers=tokenizers, folder=tmp_path)
     try:
         addresses = await router.start()
         assert path.stat().st_mode & 0o777 == 0o600

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from replicas.energy.meter import Reading
 from replicas.energy.nvml import NvmlMeter
+from replicas.energy.nvml_gpu import FieldValue
 
 LIMIT_W = 700
 PERIOD_NS = 100_000_000
@@ -56,6 +57,14 @@ class ScriptedNvml:
 
     def nvmlDeviceGetPowerManagementLimit(self, handle: object, /) -> int:  # noqa: N802
         return LIMIT_W * 1000
+
+    def nvmlDeviceGetFieldValues(  # noqa: N802
+        self, handle: object, fields: list[int], /
+    ) -> Sequence[FieldValue]:
+        raise DriverError("Not Supported")
+
+    def nvmlDeviceGetPowerUsage(self, handle: object, /) -> int:  # noqa: N802
+        raise DriverError("Not Supported")
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: object, /) -> int:  # noqa: N802
         if self.counter_mj is None:

@@ -68,7 +68,7 @@ def test_nothing_is_lost_and_priority_goes_first(events: list[tuple[str, int, in
             queue.remove(waiting.pop(list(waiting)[index % len(waiting)]))
         assert len(queue) == len(waiting)
         assert {one.item for one in queue} == set(waiting)
-    last = queue.last_of_lowest()
+    last = queue.last()
     assert (last is None) is (not waiting)
     if last is not None:
         assert last.priority == min(one.priority for one in waiting.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -14,87 +14,10 @@ from replicas.energy.ledger import Ledger, RequestJoules
 from replicas.energy.meter import Reading, Source
 from replicas.energy.weights import CPU_COEFFICIENTS, GPU_COEFFICIENTS, DeviceCoefficients
 from replicas.energy.window import LastStep, Step, Window, partition
-from replicas.request import EngineCosts, StepMember, StepRecord
+from replicas.request import StepRecord
+from tests.random_ledgers import IDLE_W, MS, World, make_edges, make_ledger, make_readings, make_world
 
-MS = 1_000_000
-IDLE_W = 80
-COSTS = EngineCosts(
-    active_params=8_000_000_000,
-    shared_weight_bytes=16_000_000_000,
-    expert_bytes=0,
-    num_layers=32,
-    attention_dim=4096,
-    kv_bytes_per_token=131_072,
-)
 SEEDS = st.integers(0, 2**48)
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """A run of an engine: its steps in order, with the power drawn in each; all in whole milliseconds."""
-
-    steps: tuple[StepRecord, ...]
-    powers_w: tuple[int, ...]
-    end_ms: int
-
-    @property
-    def ids(self) -> set[int]:
-        return {member.request_id for step in self.steps for member in step.members}
-
-    def energy_mj(self, t_ms: int) -> int:
-        """Watts times milliseconds are millijoules: exact."""
-        total = IDLE_W * t_ms
-        for step, power_w in zip(self.steps, self.powers_w, strict=True):
-            start_ms, end_ms = step.start_ns // MS, step.end_ns // MS
-            total += (power_w - IDLE_W) * max(0, min(end_ms, t_ms) - start_ms)
-        return total
-
-
-def make_world(random: Random, *, num_requests: int = 4, num_steps: int = 24, has_idle: bool = True) -> World:
-    steps: list[StepRecord] = []
-    powers_w = []
-    t_ms = random.randint(0, 50) if has_idle else 0
-    for number in range(1, num_steps + 1):
-        duration_ms = random.randint(1, 60)
-        ids = random.sample(range(num_requests), random.randint(1, num_requests))
-        members = tuple(make_member(random, request_id) for request_id in ids)
-        end_ms = t_ms + duration_ms
-        steps.append(StepRecord(step=number, start_ns=t_ms * MS, end_ns=end_ms * MS, members=members))
-        powers_w.append(random.randint(IDLE_W, 700))
-        t_ms = end_ms + (random.choice((0, 0, 1, 5, 40, 150)) if has_idle else 0)
-    return World(tuple(steps), tuple(powers_w), t_ms + (100 if has_idle else 0))
-
-
-def make_member(random: Random, request_id: int) -> StepMember:
-    is_prefill = random.random() < 0.3
-    new_tokens = random.randint(1, 512) if is_prefill else 1
-    return StepMember(
-        request_id=request_id,
-        new_tokens=new_tokens,
-        context_tokens=random.randint(0, 4000),
-        is_prefill=is_prefill,
-        wasted_tokens=random.choice((0, 0, new_tokens // 2)),
-    )
-
-
-def make_edges(random: Random, end_ms: int, *, least_ms: int = 1) -> list[int]:
-    edges = [0]
-    while edges[-1] < end_ms:
-        edges.append(min(end_ms, edges[-1] + random.randint(least_ms, 120)))
-    return edges
-
-
-def make_readings(world: World, edges_ms: Sequence[int], *, scale: int = 1) -> list[Reading]:
-    return [
-        Reading(t_ns=t_ms * MS, energy_mj=scale * world.energy_mj(t_ms), source=Source.COUNTER)
-        for t_ms in edges_ms
-    ]
-
-
-def make_ledger(
-    coefficients: DeviceCoefficients = GPU_COEFFICIENTS, idle_power_w: float | None = IDLE_W
-) -> Ledger:
-    return Ledger(costs=COSTS, idle_power_w=idle_power_w, coefficients=coefficients)
 
 
 def settle(
@@ -116,85 +39,6 @@ def settle(
         ledger.add_reading(reading)
     ledger.advance(readings[-1].t_ns)
     return ledger, {bill.request_id: bill for bill in ledger.take_closed()}
-
-
-def assert_conserved(ledger: Ledger, bills: Sequence[RequestJoules], *, seen_mj: int) -> None:
-    totals = ledger.totals()
-    assert totals.requests_mj + totals.idle_mj + totals.unattributed_mj == totals.meter_mj
-    assert totals.meter_mj + totals.pending_mj == seen_mj
-    assert sum(bill.total_mj for bill in bills) == totals.billed_mj
-    assert min(totals.requests_mj, totals.idle_mj, totals.unattributed_mj, totals.pending_mj) >= 0
-
-
-def assert_sane(bill: RequestJoules) -> None:
-    assert bill.prefill_mj >= 0
-    assert bill.decode_mj >= 0
-    assert 0 <= bill.static_mj <= bill.total_mj
-    assert 0 <= bill.wasted_mj <= bill.total_mj
-    assert bill.confidence_factor >= 1.0
-
-
-@settings(max_examples=200, deadline=None)
-@given(SEEDS)
-def test_p1_p2_every_millijoule_is_somewhere_once_whatever_happens(seed: int) -> None:
-    """Random order, late and lost steps, gaps, resets, dropped readings, requests cut off at any time."""
-    random = Random(seed)
-    world = make_world(random)
-    ledger = make_ledger(idle_power_w=random.choice((None, IDLE_W)))
-    bills: list[RequestJoules] = []
-    events = chaotic_events(random, world)
-    last: Reading | None = None
-    seen_mj = 0
-    live = set(world.ids)
-    for arrival_ns, event in events:
-        if isinstance(event, StepRecord):
-            ledger.add_step(event)
-        else:
-            if last is None or event.t_ns > last.t_ns:
-                seen_mj += max(0, event.energy_mj - last.energy_mj) if last else 0
-                last = event
-            ledger.add_reading(event)
-        if random.random() < 0.8:
-            ledger.advance(arrival_ns)
-        if live and random.random() < 0.03:
-            ledger.end_request(live.pop(), arrival_ns)
-        if random.random() < 0.05:
-            ledger.lose_steps(start_ns=arrival_ns - 30 * MS, end_ns=arrival_ns)
-        bills += ledger.take_closed()
-        assert_conserved(ledger, bills, seen_mj=seen_mj)
-    assert last is not None
-    end_ns = events[-1][0]
-    for request_id in sorted(live):
-        ledger.end_request(request_id, end_ns)
-    ledger.add_reading(replace(last, t_ns=end_ns + MS, gap=False))
-    ledger.advance(end_ns + MS)
-    bills += ledger.take_closed()
-    assert_conserved(ledger, bills, seen_mj=seen_mj)
-    assert ledger.totals().pending_mj == 0
-    for bill in bills:
-        assert_sane(bill)
-    assert {bill.request_id for bill in bills} | set(ledger.take_unmeasured()) == world.ids
-    assert ledger.totals().billed_mj == ledger.totals().requests_mj
-
-
-def chaotic_events(random: Random, world: World) -> list[tuple[int, StepRecord | Reading]]:
-    events: list[tuple[int, StepRecord | Reading]] = []
-    for step in world.steps:
-        if random.random() > 0.1:
-            late_ms = random.choice((0, 1, 10, 200))
-            events.append((step.end_ns + late_ms * MS, step))
-    shift_mj = 0
-    for t_ms in make_edges(random, world.end_ms + 400):
-        is_reset = random.random() < 0.05
-        shift_mj -= random.randint(0, 20_000) if is_reset else 0
-        reading = Reading(
-            t_ns=(t_ms - random.choice((0, 0, 0, 90))) * MS,
-            energy_mj=100_000_000 + world.energy_mj(t_ms) + shift_mj,
-            source=random.choice((Source.COUNTER, Source.COUNTER, Source.POWER_INTEGRATED)),
-            gap=random.random() < 0.1,
-        )
-        events.append((t_ms * MS, reading))
-    return sorted(events, key=lambda event: event[0])
 
 
 @settings(max_examples=100, deadline=None)

@@ -13,8 +13,8 @@ from cluster.router.admission.tenant import LimitHit
 
 MIN_RETRY_MS = 50
 MAX_RETRY_MS = 5000
-HEADROOM = 0.7
-"""Of the objective for the first token: predictions err, and one answer in a hundred may be late."""
+HEADROOM = 0.6
+"""Of the objective for the first token: what the engine takes to begin varies, too."""
 MIN_WAIT_SHARE = 0.25
 """Of the objective: this much waiting is never refused."""
 
@@ -49,14 +49,18 @@ class Arrival:
 class Wait:
     """What is known once the prompt is tokens and no lane can take it at once.
 
-    `wait_s` is predicted for this router's queue, `start_s` from there to the first token. `deadline_s` None:
-    the caller has all the time. `target_ttft_s` None: no objective is kept by refusing.
+    `wait_s` is predicted for this router's queue, and two waits in a hundred are longer than `late_s`;
+    `start_s` is from there to the first token. `can_displace`: one that waits would make room in
+    a full queue. `is_below_share`: its tenant gets less than its share while another gets more.
+    `deadline_s` None: the caller has all the time. `target_ttft_s` None: no objective is kept by refusing.
     """
 
     num_queued: int
     max_queued: int
-    is_lowest: bool
+    can_displace: bool
+    is_below_share: bool
     wait_s: float
+    late_s: float
     start_s: float
     deadline_s: float | None
     target_ttft_s: float | None
@@ -96,8 +100,13 @@ def decide_arrival(arrival: Arrival) -> Decision:
 
 
 def decide_wait(wait: Wait) -> Decision:
-    """Whether it may join the queue. One that matters more than the last in a full queue takes its place."""
-    if wait.num_queued >= wait.max_queued and wait.is_lowest:
+    """Whether it may join the queue. In a full one it takes the place of one that matters less, or of one of
+    a tenant above its share.
+
+    A tenant below its share is not who makes the queue long: it is refused only where the likely wait misses
+    the objective, not where it may.
+    """
+    if wait.num_queued >= wait.max_queued and not wait.can_displace:
         return Decision(
             verdict=Verdict.QUEUE_FULL,
             reason=f"{wait.num_queued} requests wait for this model, its limit max_queued",
@@ -114,15 +123,16 @@ def decide_wait(wait: Wait) -> Decision:
         )
     if wait.target_ttft_s is None:
         return ADMITTED
-    allowed_s = max(MIN_WAIT_SHARE * wait.target_ttft_s, HEADROOM * wait.target_ttft_s - wait.start_s)
-    if wait.wait_s > allowed_s:
+    headroom, expected_s = (1.0, wait.wait_s) if wait.is_below_share else (HEADROOM, wait.late_s)
+    allowed_s = max(MIN_WAIT_SHARE, headroom - wait.start_s / wait.target_ttft_s) * wait.target_ttft_s
+    if expected_s > allowed_s:
         return Decision(
             verdict=Verdict.OBJECTIVE,
             reason=(
-                f"the queue is expected to take {wait.wait_s:.2f} s, "
+                f"the queue is expected to take {expected_s:.2f} s, "
                 f"too long for this model's slo.ttft_ms={wait.target_ttft_s * 1e3:g}"
             ),
-            retry_after_ms=retry_after_ms(wait.wait_s - allowed_s),
+            retry_after_ms=retry_after_ms(expected_s - allowed_s),
         )
     return ADMITTED
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from cluster.router.admission.share import Shares
 from cluster.router.admission.tenant import Tenant
 
 OUTPUT_WEIGHT = 2.0
@@ -67,6 +68,7 @@ class FairQueue(Generic[ItemT]):
     def __init__(self) -> None:
         self._classes: dict[int, dict[str, _Line[ItemT]]] = {}
         self._counters: dict[str, float] = {}
+        self._shares = Shares()
         self._served_at = 0.0
         """The counter of the tenant served last: where one starts when nobody waits."""
         self._length = 0
@@ -111,6 +113,7 @@ class FairQueue(Generic[ItemT]):
 
     def count(self, tenant: Tenant, cost: float) -> None:
         """A request is served, from the queue or past an empty one."""
+        self._shares.give(tenant, cost)
         self._counters[tenant.name] = self._served_at = self._start(tenant) + cost / tenant.weight
 
     def correct(self, tenant: Tenant, cost: float) -> None:
@@ -135,12 +138,28 @@ class FairQueue(Generic[ItemT]):
                 tokens += line.tokens_within((until - self._counters[name]) * line.tenant.weight)
         return tokens
 
-    def last_of_lowest(self) -> Waiting[ItemT] | None:
-        """Who is missed least: the newest of the longest line of the lowest priority. None: nobody waits."""
+    def last(self) -> Waiting[ItemT] | None:
+        """Whose turn comes last, of the lowest priority. None: nobody waits."""
         if not self._classes:
             return None
         lines = self._classes[min(self._classes)]
-        return max(lines.values(), key=lambda line: len(line.requests)).requests[-1]
+
+        def end(line: _Line[ItemT]) -> float:
+            return self._counters[line.tenant.name] + line.cost / line.tenant.weight
+
+        return max(lines.values(), key=end).requests[-1]
+
+    def is_below_share(self, tenant: Tenant, cost: float) -> bool:
+        """Whether a newcomer of this cost leaves its tenant within its share of what was given and waits."""
+        return self._shares.is_below(tenant, cost, waiting=self._waiting_costs())
+
+    def _waiting_costs(self) -> dict[str, tuple[Tenant, float]]:
+        """By tenant, of all priorities."""
+        costs: dict[str, tuple[Tenant, float]] = {}
+        for lines in self._classes.values():
+            for name, line in lines.items():
+                costs[name] = (line.tenant, line.cost + (costs[name][1] if name in costs else 0.0))
+        return costs
 
     def _start(self, tenant: Tenant) -> float:
         """Where its counter stands, or would if it came now."""

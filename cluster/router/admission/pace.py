@@ -6,8 +6,10 @@ waits here can still be put in a fairer order, or refused.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from cluster.router.balancing.lane_view import LaneView
 from cluster.router.balancing.prediction import has_kv_for, prefill_rate
@@ -19,6 +21,19 @@ SPARE_ROWS_SHARE = 16
 WINDOW = 32
 """Departures that the pace is measured over."""
 MIN_DEPARTURES = 8
+SPREAD, MIN_SPREAD, MAX_SPREAD = 3.0, 1.0, 12.0
+"""Of waits, in standard deviations of rows that get free at random: where it begins, and its bounds."""
+RISE, FALL = 0.3, 0.006
+"""What the spread learns from a wait that was longer, or shorter: it comes to lie above 98 in 100."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Of a wait. Two in a hundred take longer than `late_s`, which is counted in `deviation_s`."""
+
+    mean_s: float = 0.0
+    late_s: float = 0.0
+    deviation_s: float = 0.0
 
 
 def takes_more(lane: LaneView, *, uncached_tokens: int, output_tokens: int) -> bool:
@@ -33,20 +48,32 @@ def takes_more(lane: LaneView, *, uncached_tokens: int, output_tokens: int) -> b
 
 
 class Pace:
-    """Tokens a second that leave a queue which never runs empty. Mutable; time comes in."""
+    """Tokens a second that leave a queue which never runs empty. Mutable; time comes in.
+
+    Were rows to get free at random, n departures would take n gaps on average, and the square root of n gaps
+    would be their deviation: a short queue is the least certain one, in proportion. Rows may also get free in
+    waves, as of answers of one length; `spread` learns what waits exceed the mean by, in such deviations.
+    """
 
     def __init__(self) -> None:
         self._departures: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+        self.spread = SPREAD
 
     def left(self, tokens: int, *, now_s: float) -> None:
         """A request of so many tokens was given to an engine, and others wait."""
         self._departures.append((now_s, tokens))
 
+    def waited(self, forecast: Forecast, *, actual_s: float) -> None:
+        """A request that was let into the queue with this forecast has left it."""
+        if forecast.deviation_s > 0.0:
+            step = RISE if actual_s - forecast.mean_s > self.spread * forecast.deviation_s else -FALL
+            self.spread = max(MIN_SPREAD, min(MAX_SPREAD, self.spread + step))
+
     def ran_empty(self) -> None:
         """From now on the pace is that of the arrivals, which says nothing."""
         self._departures.clear()
 
-    def wait_s(
+    def forecast(
         self,
         tokens_ahead: float,
         lanes: Iterable[LaneView],
@@ -54,24 +81,31 @@ class Pace:
         prompt_tokens: int,
         output_tokens: int,
         now_s: float,
-    ) -> float:
-        """Until so many tokens have left: by what was measured, else by what the lanes should manage.
+    ) -> Forecast:
+        """Until so many tokens have left and one request more: by what was measured, else by what the lanes
+        should manage.
 
-        The lengths are those of a typical request: that of the newcomer.
+        Whose turn it is needs one row, however long its answer: it counts as a typical request. Before there
+        were any, that is the newcomer.
         """
-        if tokens_ahead <= 0.0:
-            return 0.0
         first_s = self._departures[0][0] if len(self._departures) >= MIN_DEPARTURES else now_s
         if now_s > first_s:
+            num_left = len(self._departures) - 1
             tokens = sum(tokens for _, tokens in self._departures) - self._departures[0][1]
-            return tokens_ahead * (now_s - first_s) / max(1, tokens)
-        requests_per_s = sum(
-            [
-                _requests_per_s(lane, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
-                for lane in lanes
-            ]
-        )
-        return tokens_ahead / ((prompt_tokens + output_tokens) * requests_per_s) if requests_per_s else 0.0
+            gap_s, typical_tokens = (now_s - first_s) / num_left, tokens / num_left
+        else:
+            requests_per_s = sum(
+                [
+                    _requests_per_s(lane, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+                    for lane in lanes
+                ]
+            )
+            if requests_per_s == 0.0:
+                return Forecast()
+            gap_s, typical_tokens = 1.0 / requests_per_s, float(prompt_tokens + output_tokens)
+        num_gaps = 1.0 + tokens_ahead / max(1.0, typical_tokens)
+        mean_s, deviation_s = num_gaps * gap_s, math.sqrt(num_gaps) * gap_s
+        return Forecast(mean_s=mean_s, late_s=mean_s + self.spread * deviation_s, deviation_s=deviation_s)
 
 
 def _requests_per_s(lane: LaneView, *, prompt_tokens: int, output_tokens: int) -> float:

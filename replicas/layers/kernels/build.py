@@ -1,4 +1,4 @@
-"""Compiles the kernel file for this machine, once: a shared library named by what it was made from.
+"""Compiles the kernels for this machine, once: a shared library named by what it was made from.
 
 The name is a hash of source, flags, compiler and processor, so an update, another compiler or a home folder
 shared by unlike machines never loads a stale library. No compiler: `KernelsUnavailable`, and torch does the
@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
+SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 FLAGS = (
     "-std=gnu11",
     "-O3",
@@ -44,7 +45,8 @@ def build_library(cache_dir: Path | None = None, *, more_flags: tuple[str, ...] 
         raise KernelsUnavailable(f"no C compiler ({' or '.join(_COMPILERS)}) on the PATH")
     wide_flags = (_WIDE_FLAG,) if platform.machine() == "x86_64" else ()
     flags = (*FLAGS, *wide_flags, *more_flags)
-    key = "\0".join((SOURCE.read_text(encoding="utf-8"), *flags, _version_of(compiler), _processor()))
+    texts = (source.read_text(encoding="utf-8") for source in SOURCES)
+    key = "\0".join((*texts, *flags, _version_of(compiler), _processor()))
     name = f"cpu_kernels-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.so"
     target = (cache_dir or _default_cache_dir()) / name
     if not target.exists():

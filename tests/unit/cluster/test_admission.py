@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -11,24 +12,29 @@ from cluster.router.admission.decision import (
     MAX_RETRY_MS,
     MIN_RETRY_MS,
     Arrival,
+    Decision,
     Verdict,
     Wait,
     decide_arrival,
     decide_wait,
 )
 from cluster.router.admission.energy_lease import DAY_S, Grant, LocalLeases, Wallet
-from cluster.router.admission.pace import Pace, takes_more
+from cluster.router.admission.pace import MAX_SPREAD, MIN_SPREAD, Forecast, Pace, takes_more
+from cluster.router.admission.share import Shares
 from cluster.router.admission.tenant import LimitHit, Tenant
 from cluster.router.admission.tenant_account import TenantAccount
 from cluster.router.admission.token_bucket import TokenBucket
+from cluster.router.refusal import Refusals
 from tests.lanes import make_lane
 
 ARRIVAL = Arrival(is_stopping=False, in_flight=0, max_streams=2, has_replica=True, tenant_limit=None)
 WAIT = Wait(
     num_queued=1,
     max_queued=4,
-    is_lowest=True,
+    can_displace=False,
+    is_below_share=False,
     wait_s=0.1,
+    late_s=0.1,
     start_s=0.1,
     deadline_s=None,
     target_ttft_s=None,
@@ -54,14 +60,17 @@ def test_arrivals_are_refused_in_order_of_what_cannot_be_helped() -> None:
     [
         ({}, Verdict.ADMIT),
         ({"num_queued": 4}, Verdict.QUEUE_FULL),
-        ({"num_queued": 4, "is_lowest": False}, Verdict.ADMIT),
+        ({"num_queued": 4, "can_displace": True}, Verdict.ADMIT),
         ({"deadline_s": 0.25}, Verdict.ADMIT),
         ({"deadline_s": 0.15}, Verdict.DEADLINE),
-        ({"target_ttft_s": 1.0, "wait_s": 0.55}, Verdict.ADMIT),
-        ({"target_ttft_s": 1.0, "wait_s": 0.65}, Verdict.OBJECTIVE),
+        ({"target_ttft_s": 1.0, "late_s": 0.45}, Verdict.ADMIT),
+        ({"target_ttft_s": 1.0, "late_s": 0.55}, Verdict.OBJECTIVE),
+        # Below its share, what is likely counts, and not what is possible.
+        ({"target_ttft_s": 1.0, "late_s": 0.55, "is_below_share": True}, Verdict.ADMIT),
+        ({"target_ttft_s": 1.0, "wait_s": 0.95, "is_below_share": True}, Verdict.OBJECTIVE),
         # A long prompt is late by itself: some waiting is allowed all the same.
-        ({"target_ttft_s": 1.0, "wait_s": 0.2, "start_s": 5.0}, Verdict.ADMIT),
-        ({"target_ttft_s": 1.0, "wait_s": 0.3, "start_s": 5.0}, Verdict.OBJECTIVE),
+        ({"target_ttft_s": 1.0, "late_s": 0.2, "start_s": 5.0}, Verdict.ADMIT),
+        ({"target_ttft_s": 1.0, "late_s": 0.3, "start_s": 5.0}, Verdict.OBJECTIVE),
         ({"wait_s": 100.0}, Verdict.ADMIT),
     ],
     ids=str,
@@ -95,17 +104,53 @@ def test_the_pace_is_measured_while_others_wait_and_computed_before() -> None:
     pace, lanes = Pace(), [make_lane(running=8), make_lane("b", running=8)]
 
     def wait_s(now_s: float) -> float:
-        return pace.wait_s(1500.0, lanes, prompt_tokens=100, output_tokens=50, now_s=now_s)
+        return pace.forecast(1350.0, lanes, prompt_tokens=100, output_tokens=50, now_s=now_s).mean_s
 
-    # Ten requests at twenty a second: each prompt takes a tenth of a second at either lane.
+    # Nine requests and this one at twenty a second: each prompt takes a tenth of a second at either lane.
     assert wait_s(0.0) == pytest.approx(0.5)
     for number in range(11):
         pace.left(150, now_s=number * 0.2)
     assert wait_s(2.0) == pytest.approx(2.0)
     pace.ran_empty()
     assert wait_s(2.0) == pytest.approx(0.5)
-    assert pace.wait_s(0.0, lanes, prompt_tokens=1, output_tokens=1, now_s=0.0) == 0.0
-    assert pace.wait_s(9.0, [], prompt_tokens=1, output_tokens=1, now_s=0.0) == 0.0
+    assert pace.forecast(9.0, [], prompt_tokens=1, output_tokens=1, now_s=0.0) == Forecast()
+
+
+def test_a_short_queue_is_the_least_certain_and_long_waits_teach() -> None:
+    pace = Pace()
+    for number in range(11):
+        pace.left(150, now_s=number * 0.125)
+    pace.spread = 3.0
+
+    def forecast(num_ahead: int) -> Forecast:
+        return pace.forecast(150.0 * num_ahead, [], prompt_tokens=900, output_tokens=900, now_s=1.25)
+
+    # Its own length is no matter: it waits for one row. A gap is 0.125 s.
+    assert forecast(0) == Forecast(mean_s=0.125, late_s=0.5, deviation_s=0.125)
+    assert forecast(3) == Forecast(mean_s=0.5, late_s=1.25, deviation_s=0.25)
+    for _ in range(100):
+        pace.waited(forecast(0), actual_s=60.0)
+    assert pace.spread == MAX_SPREAD
+    for _ in range(10_000):
+        pace.waited(forecast(0), actual_s=0.01)
+    assert pace.spread == MIN_SPREAD
+
+
+def test_who_had_less_than_its_weight_is_below_its_share_until_it_floods() -> None:
+    flood, small, double = Tenant(name="flood"), Tenant(name="small"), Tenant(name="double", weight=2.0)
+    shares = Shares()
+    assert not shares.is_below(flood, 1.0, waiting={}), "alone, there is nobody above"
+    for _ in range(300):
+        shares.give(flood, 10.0)
+    assert not shares.is_below(flood, 10.0, waiting={})
+    assert shares.is_below(small, 640.0, waiting={}), "half of the 128 requests that are remembered"
+    assert not shares.is_below(small, 641.0, waiting={})
+    assert not shares.is_below(small, 10.0, waiting={"small": (small, 1400.0)}), "what waits counts"
+    shares.give(double, 10.0)
+    assert shares.is_below(double, 800.0, waiting={})
+    for _ in range(128):
+        shares.give(small, 0.5)
+    assert shares.is_below(flood, 10.0, waiting={}), "what was long ago is forgotten"
 
 
 def test_a_bucket_lets_a_burst_through_and_then_the_rate() -> None:
@@ -166,3 +211,12 @@ def test_a_wallet_carries_debts_but_no_savings_into_the_next_day() -> None:
     assert wallet.balance_mj == 10_000
     wallet.add(Grant(granted_mj=1_000, retry_after_s=0.0, day=3))
     assert wallet.balance_mj == 1_000
+
+
+def test_advice_to_come_back_is_spread_and_never_sooner() -> None:
+    refusals = Refusals(Random(0))
+    decision = Decision(verdict=Verdict.OBJECTIVE, reason="late", retry_after_ms=1000)
+    advised = [refusals.of(decision).retry_after_ms or 0 for _ in range(100)]
+    assert min(advised) >= 1000 and max(advised) <= 1500 and len(set(advised)) > 50
+    limit = Decision(verdict=Verdict.TENANT_LIMIT, reason="limit", retry_after_ms=1000)
+    assert 1000 <= (refusals.of(limit, tenant="t").retry_after_ms or 0) <= 1500

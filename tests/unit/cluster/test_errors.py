@@ -16,6 +16,7 @@ def make_errors() -> list[RouterError]:
         errors.Unauthenticated("no key"),
         errors.NotAllowed("not yours"),
         errors.UnknownModel(served=("x", "y")),
+        errors.ResumeRefused("of another request"),
         errors.UnknownRequest("gone"),
         errors.UnknownReplica("gone"),
         errors.Overloaded("full", retry_after_ms=70),

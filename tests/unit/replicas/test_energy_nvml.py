@@ -8,8 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from replicas.energy.meter import Reading, Source
+from replicas.energy.meter import MeterState, Reading, Source
 from replicas.energy.nvml import GpuDescription, NvmlMeter, discover_gpus
+from replicas.energy.nvml_gpu import FieldValue
 from replicas.errors import MeterUnavailable
 
 MS = 1_000_000
@@ -19,6 +20,17 @@ OTHER = "GPU-9d0f17b2"
 
 class DriverError(Exception):
     """Stands for pynvml.NVMLError."""
+
+
+@dataclass
+class FakeNumber:
+    uiVal: int
+
+
+@dataclass
+class FakeField:
+    nvmlReturn: int
+    value: FakeNumber
 
 
 @dataclass
@@ -32,6 +44,7 @@ class FakeGpu:
     is_mig: bool = False
     is_lost: bool = False
     has_counter: bool = True
+    sensor_w: int | None = None
     stalled_at_ms: int | None = None
     offset_mj: int = 1_000_000
 
@@ -91,6 +104,22 @@ class FakeNvml:
         if gpu.is_lost or not gpu.has_counter:
             raise DriverError("GPU is lost" if gpu.is_lost else "Not Supported")
         return gpu.counter_mj(self.now_ms)
+
+    def nvmlDeviceGetFieldValues(  # noqa: N802
+        self, handle: object, fields: list[int], /
+    ) -> Sequence[FieldValue]:
+        sensor_w = self._gpu(handle).sensor_w
+        return (
+            [FakeField(nvmlReturn=3, value=FakeNumber(0))]
+            if sensor_w is None
+            else [FakeField(nvmlReturn=0, value=FakeNumber(1000 * sensor_w))]
+        )
+
+    def nvmlDeviceGetPowerUsage(self, handle: object, /) -> int:  # noqa: N802
+        sensor_w = self._gpu(handle).sensor_w
+        if sensor_w is None:
+            raise DriverError("Not Supported")
+        return 1000 * sensor_w
 
     def _gpu(self, handle: object) -> FakeGpu:
         assert isinstance(handle, FakeGpu)
@@ -219,3 +248,63 @@ def test_gpus_of_the_host_are_found_with_what_is_wrong_with_them() -> None:
     assert first == GpuDescription(uuid=UUID, name="NVIDIA H100 80GB HBM3")
     assert second.unreadable.startswith("MIG is on")
     assert nvml.users == 0
+
+
+def test_a_counter_that_stands_still_is_replaced_by_power_and_right_again_afterwards() -> None:
+    """The sensor says 250 W of a true 200 W; what it counted too much is taken off afterwards."""
+    nvml = FakeNvml(gpus=[FakeGpu(sensor_w=250)])
+    meter = make_meter(nvml)
+    before = poll_until(nvml, meter, 320)[-1]
+    nvml.gpus[0].stalled_at_ms = 320
+    edges = poll_until(nvml, meter, 6_300)
+    assert meter.health().state is MeterState.STALE
+    assert edges[-1].source is Source.POWER_INTEGRATED
+    assert edges[-1].energy_mj - before.energy_mj == pytest.approx(250 * 6_000, rel=0.02)
+    nvml.gpus[0].stalled_at_ms = None
+    after = poll_until(nvml, meter, 12_000)
+    energies = [reading.energy_mj for reading in after]
+    assert energies == sorted(energies)
+    assert after[-1].energy_mj - before.energy_mj == 200 * (after[-1].t_ns - before.t_ns) // MS
+    assert (after[-1].source, meter.health().state) == (Source.COUNTER, MeterState.OK)
+    assert not any(reading.gap for reading in after)
+
+
+def test_a_gpu_without_counter_is_metered_by_its_power() -> None:
+    nvml = FakeNvml(gpus=[FakeGpu(has_counter=False, sensor_w=250)])
+    meter = make_meter(nvml)
+    edges = poll_until(nvml, meter, 3_000)
+    assert {reading.source for reading in edges} == {Source.POWER_INTEGRATED}
+    joules = (edges[-1].energy_mj - edges[0].energy_mj) / 1e3
+    assert joules == pytest.approx(250 * (edges[-1].t_ns - edges[0].t_ns) / 1e9, rel=0.01)
+    assert meter.health().state is MeterState.OK
+    (described,) = discover_gpus(nvml)
+    assert (described.unreadable, described.has_counter) == ("", False)
+
+
+def test_the_counter_is_checked_against_integrated_power() -> None:
+    nvml = FakeNvml(gpus=[FakeGpu(sensor_w=160)])
+    meter = make_meter(nvml)
+    assert meter.health().check_ratio is None
+    poll_until(nvml, meter, 5_000)
+    assert meter.health().check_ratio == pytest.approx(200 / 160, rel=0.02)
+
+
+def test_power_that_cannot_be_is_not_believed() -> None:
+    nvml = FakeNvml(gpus=[FakeGpu(has_counter=False, sensor_w=5_000)])
+    with pytest.raises(MeterUnavailable, match="no energy counter"):
+        make_meter(nvml)
+
+
+def test_the_state_tells_of_a_reset_for_a_minute_and_of_a_loss_while_it_lasts() -> None:
+    nvml = FakeNvml()
+    meter = make_meter(nvml)
+    poll_until(nvml, meter, 320)
+    assert meter.health().state is MeterState.OK
+    nvml.gpus[0].offset_mj = -50_000
+    poll_until(nvml, meter, 620)
+    assert meter.health().state is MeterState.RESET
+    poll_until(nvml, meter, 61_000)
+    assert meter.health().state is MeterState.OK
+    nvml.gpus[0].is_lost = True
+    poll_until(nvml, meter, 61_100)
+    assert meter.health().state is MeterState.LOST

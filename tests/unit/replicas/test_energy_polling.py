@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from replicas.energy.agent_metrics import MeterSeries
-from replicas.energy.meter import Reading, Source
+from replicas.energy.meter import HEALTHY, MeterHealth, MeterState, Reading, Source
 from replicas.energy.polling import MeterPoller, Subscriber
 
 MS = 1_000_000
@@ -20,9 +20,13 @@ class ScriptedMeter:
     def __init__(self, *readings: Reading | None) -> None:
         self._readings = list(readings)
         self.is_closed = False
+        self.state = HEALTHY
 
     def read(self) -> Reading | None:
         return self._readings.pop(0) if len(self._readings) > 1 else self._readings[0]
+
+    def health(self) -> MeterHealth:
+        return self.state
 
     def close(self) -> None:
         self.is_closed = True
@@ -108,3 +112,26 @@ def test_series_carry_their_source_and_go_on_when_a_watch_is_opened_again() -> N
         series.retire(poller)
     assert 'hw_energy_joules_total{hw_id="llama-0",hw_type="gpu",source="counter"} 4.0' in text
     assert 'hw_power_watts{hw_id="llama-0",hw_type="gpu",source="counter"} 20.0' in text
+
+
+def test_the_state_of_a_meter_is_one_of_four_series() -> None:
+    meter = ScriptedMeter(make_reading(0, 0))
+    meter.state = MeterHealth(state=MeterState.STALE, check_ratio=0.875)
+    registry = CollectorRegistry()
+    poller = make_poller(meter)
+    registry.register(MeterSeries(lambda: [poller]))
+    poller.poll()
+    text = generate_latest(registry).decode()
+    assert 'wattline_meter_state{hw_id="llama-0",state="stale"} 1.0' in text
+    for state in ("ok", "reset", "lost"):
+        assert f'wattline_meter_state{{hw_id="llama-0",state="{state}"}} 0.0' in text
+    assert 'wattline_meter_check_ratio{hw_id="llama-0"} 0.875' in text
+
+
+def test_watches_of_one_group_show_its_worst_state() -> None:
+    meters = [ScriptedMeter(make_reading(0, 0)) for _ in range(2)]
+    meters[0].state = MeterHealth(state=MeterState.LOST)
+    pollers = [make_poller(meter) for meter in meters]
+    registry = CollectorRegistry()
+    registry.register(MeterSeries(lambda: pollers))
+    assert 'state="lost"} 1.0' in generate_latest(registry).decode()

@@ -10,8 +10,10 @@ import pytest
 from replicas.energy.weights import (
     CPU_COEFFICIENTS,
     GPU_COEFFICIENTS,
+    DeviceCoefficients,
+    MemberWeight,
     coefficients_for,
-    step_weights,
+    weigh_step,
 )
 from replicas.request import EngineCosts, StepMember, StepRecord
 
@@ -48,6 +50,12 @@ def make_step(*members: StepMember, duration_ms: float = 8.0, experts_hit: int =
     return StepRecord(
         step=1, start_ns=0, end_ns=round(duration_ms * MS), members=members, experts_hit=experts_hit
     )
+
+
+def step_weights(
+    record: StepRecord, costs: EngineCosts, device: DeviceCoefficients
+) -> tuple[MemberWeight, ...]:
+    return weigh_step(record, costs, device).members
 
 
 def joules(record: StepRecord, costs: EngineCosts = LLAMA_8B) -> float:

@@ -6,7 +6,7 @@ import urllib.request
 
 from replicas.energy.meter import Source
 from replicas.request import LoadSnapshot, StepMember, StepRecord
-from replicas.supervisor.energy_account import EnergySums
+from replicas.supervisor.energy_account import EnergyQuality, EnergySums
 from replicas.supervisor.metrics import MetricsSnapshot, ReplicaMetrics
 
 LOAD = LoadSnapshot(
@@ -69,3 +69,16 @@ def test_joules_by_source_and_exact_integers_over_all() -> None:
     assert values['wattline_replica_meter_joules_total{source="tdp"}'] == 0.003
     assert values['wattline_ledger_millijoules{ledger="request"}'] == 9_007_199_254_741
     assert values['wattline_ledger_millijoules{ledger="meter"}'] == 9_007_199_254_744
+
+
+def test_what_the_division_is_worth_is_shown_once_a_meter_counted() -> None:
+    metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD), engine=ENGINE)
+    quality = EnergyQuality(
+        calibration_ratio=0.98, is_learned=True, num_low_confidence=2, unattributed_share=0.25
+    )
+    metrics.publish(MetricsSnapshot(load=LOAD, quality=quality))
+    values = scrape(metrics)
+    assert values["wattline_energy_calibration_ratio"] == 0.98
+    assert values["wattline_energy_coefficients_learned"] == 1
+    assert values["wattline_energy_low_confidence_bills_total"] == 2
+    assert values["wattline_energy_unattributed_ratio"] == 0.25

@@ -1,0 +1,109 @@
+"""The accounts of a ledger's requests: opened by their first step, closed into final bills. Pure.
+
+Owned by `ledger.py`. Bounded: what falls out of it is billed at once with what is known.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from replicas.energy.bill import Account, Cashier, RequestJoules
+from replicas.energy.meter import Source
+from replicas.energy.window import Step
+
+_GOOD_COVERAGE = 0.98
+
+
+class AccountBook:
+    """Open accounts, ended ones that wait for their windows, and bills nobody took yet.
+
+    `source` is that of the newest reading; None while the meter never spoke, and no bill is final then.
+    `num_low_confidence` counts bills of requests whose steps were not all inside billed windows.
+    """
+
+    def __init__(self, cashier: Cashier, *, max_requests: int, max_results: int) -> None:
+        self.source: Source | None = None
+        self.num_low_confidence = 0
+        self.num_unmeasured = 0
+        self._cashier = cashier
+        self._max_requests = max_requests
+        self.accounts: dict[int, Account] = {}
+        self._ended: dict[int, Account] = {}
+        self._final: dict[int, None] = {}
+        self._closed: deque[RequestJoules] = deque(maxlen=max_results)
+        self._unmeasured: deque[int] = deque(maxlen=max_results)
+
+    @property
+    def has_live(self) -> bool:
+        """Whether a request may still run steps."""
+        return len(self.accounts) > len(self._ended)
+
+    def begin(self, request_id: int) -> None:
+        """Steps of this request may come from now on, also if one of its id was billed before."""
+        self._final.pop(request_id, None)
+        self.account(request_id)
+
+    def account(self, request_id: int) -> Account:
+        """The account of a request; opened if there is none, ended already if its bill is final."""
+        account = self.accounts.get(request_id)
+        if account is None:
+            account = self.accounts[request_id] = Account(request_id)
+            if request_id in self._final:
+                self._ended[request_id] = account
+            if len(self.accounts) > self._max_requests:
+                oldest_id = next(iter(self._ended or self.accounts))
+                self._finish(self.accounts[oldest_id])
+        return account
+
+    def claim(self, request_id: int) -> Account:
+        """The account that a window bills; one that fell out of the bounds comes back for it."""
+        return self.accounts.get(request_id) or self.accounts.setdefault(request_id, Account(request_id))
+
+    def end(self, account: Account) -> None:
+        self._ended[account.request_id] = account
+
+    def settle(self, closed_until_ns: int) -> None:
+        """Bill the ended requests whose windows are all divided."""
+        if self.source is None:
+            return
+        settled = [account for account in self._ended.values() if account.last_ns <= closed_until_ns]
+        for account in settled:
+            self._finish(account)
+
+    def is_continued(self, step: Step) -> bool:
+        """Whether a member of `step` ran in an earlier one."""
+        for member in step.weights:
+            account = self.accounts.get(member.request_id)
+            if account is not None and account.first_ns is not None and account.first_ns < step.start_ns:
+                return True
+        return False
+
+    def take_closed(self) -> list[RequestJoules]:
+        """Final bills since the last call, oldest first."""
+        closed = list(self._closed)
+        self._closed.clear()
+        return closed
+
+    def take_unmeasured(self) -> list[int]:
+        """Ended requests, since the last call, whose energy stays unknown."""
+        unmeasured = list(self._unmeasured)
+        self._unmeasured.clear()
+        return unmeasured
+
+    def _finish(self, account: Account) -> None:
+        """Turn an account into its final bill, or admit that its energy is unknown."""
+        del self.accounts[account.request_id]
+        self._ended.pop(account.request_id, None)
+        self._final[account.request_id] = None
+        if len(self._final) > self._max_requests:
+            del self._final[next(iter(self._final))]
+        if account.coverage < _GOOD_COVERAGE:
+            self.num_low_confidence += 1
+        if not account.is_measured or self.source is None:
+            self.num_unmeasured += 1
+            self._unmeasured.append(account.request_id)
+            return
+        total_mj = self._cashier.bill_mj(account)
+        self._closed.append(
+            account.joules(total_mj=total_mj, source=self.source, final=True, coverage=account.coverage)
+        )

@@ -1,0 +1,162 @@
+"""What work costs this device, learned from its meter while it serves. Pure.
+
+Each billed window says: so many joules for so many seconds of steps, FLOP and bytes. Recursive least squares
+with forgetting fits three factors, none below zero, that correct what the coefficients shipped for the class
+of device say. Time and bytes mostly grow together, so single factors are not to be believed; predictions and
+shares are. What a window does not tell stays in the shipped proportions. Owned by the ledger of one group,
+which is one model, device, precision and layout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from replicas.energy.weights import DeviceCoefficients, StepWork
+
+WINDOWS_TO_TRUST = 50
+TRUSTED_ERROR = 0.25
+_KEEP = 0.995
+"""Of what was known, per window: 200 windows, 20 s of a GPU's counter."""
+_KEEP_RATIO = 0.95
+_PRIOR_WINDOWS = 0.5
+_SWEEPS = 12
+_REFRESH_WINDOWS = 10
+_LEAST_MJ = 20
+_LEAST_FACTOR = 0.01
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedFactors:
+    """Factors on the shipped joules per second, FLOP and byte, from `num_windows` of the meter."""
+
+    factors: Triple
+    num_windows: int
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(one) and one >= 0.0 for one in self.factors) or not sum(self.factors):
+            raise ValueError(f"factors={self.factors}: three numbers from 0 up, not all 0")
+        if self.num_windows < 0:
+            raise ValueError(f"num_windows={self.num_windows}: 0 or more")
+
+
+class CoefficientLearner:
+    """Begins with `shipped` coefficients, or goes on from `known` factors of an earlier life.
+
+    `ratio` is predicted by metered energy over the last windows, each predicted before it was learned from;
+    None until a window was seen. `coefficients` are for sharing: the learned proportions once they can be
+    trusted, on the shipped scale, so that the weight of a step never jumps.
+    """
+
+    def __init__(
+        self,
+        shipped: DeviceCoefficients,
+        *,
+        known: LearnedFactors | None = None,
+        windows_to_trust: int = WINDOWS_TO_TRUST,
+    ) -> None:
+        self._shipped = shipped
+        self._windows_to_trust = windows_to_trust
+        self._units = _units(shipped)
+        self._prior: Triple = (1.0, float(shipped.joules_per_flop > 0), float(shipped.joules_per_byte > 0))
+        self._factors = known.factors if known else self._prior
+        self._num_windows = known.num_windows if known else 0
+        self._normal = [[0.0] * 3 for _ in range(3)]
+        self._moments = [0.0] * 3
+        self._scale_sums = [0.0, 0.0]
+        self._ratio_sums = [0.0, 0.0]
+        self._error_sums = [0.0, 0.0]
+        self._mean_row = [0.0] * 3
+        if known is not None:
+            self._anchor(known)
+        self.coefficients = shipped
+
+    @property
+    def ratio(self) -> float | None:
+        predicted, metered = self._ratio_sums
+        return predicted / metered if metered else None
+
+    @property
+    def is_trusted(self) -> bool:
+        """Enough windows, and a mean error of the latest predictions that shares can live with."""
+        error, count = self._error_sums
+        return self._num_windows >= self._windows_to_trust and count > 0 and error / count <= TRUSTED_ERROR
+
+    @property
+    def known(self) -> LearnedFactors:
+        """What a later life can go on from."""
+        return LearnedFactors(factors=self._factors, num_windows=self._num_windows)
+
+    def observe(self, work: StepWork, energy_mj: int) -> None:
+        """A window billed `energy_mj` for `work`. Windows of a few millijoules are all rounding: skipped."""
+        joules = tuple(unit * amount for unit, amount in zip(self._units, work, strict=True))
+        expected_j = math.fsum(one * prior for one, prior in zip(joules, self._prior, strict=True))
+        if energy_mj < _LEAST_MJ or expected_j <= 0.0:
+            return
+        row = [one / expected_j for one in joules]
+        self._note_prediction(row, energy_mj / 1e3 / expected_j, energy_mj / 1e3)
+        self._learn(row, energy_mj / 1e3 / expected_j)
+        self._num_windows += 1
+        if self._num_windows % _REFRESH_WINDOWS == 0:
+            self._refresh()
+
+    def _note_prediction(self, row: list[float], value: float, energy_j: float) -> None:
+        predicted = math.fsum(one * factor for one, factor in zip(row, self._factors, strict=True))
+        _fade(self._ratio_sums, _KEEP_RATIO, energy_j * predicted / value, energy_j)
+        _fade(self._error_sums, _KEEP_RATIO, abs(predicted - value) / value, 1.0)
+
+    def _learn(self, row: list[float], value: float) -> None:
+        """Add a window to the normal equations; solve them without negative factors, from the last answer."""
+        for i, one in enumerate(row):
+            _fade(self._normal[i], _KEEP, *(one * other for other in row))
+        _fade(self._moments, _KEEP, *(one * value for one in row))
+        _fade(self._scale_sums, _KEEP, value, 1.0)
+        _fade(self._mean_row, _KEEP, *row)
+        scale = self._scale_sums[0] / self._scale_sums[1]
+        factors = list(self._factors)
+        for _ in range(_SWEEPS):
+            for i in range(3):
+                others = math.fsum(self._normal[i][j] * factors[j] for j in range(3) if j != i)
+                pull = self._moments[i] - others + _PRIOR_WINDOWS * scale * self._prior[i]
+                factors[i] = max(0.0, pull / (self._normal[i][i] + _PRIOR_WINDOWS))
+        self._factors = (factors[0], factors[1], factors[2])
+
+    def _refresh(self) -> None:
+        """Weigh the next steps with what was learned, as much in all as the shipped coefficients would."""
+        if not self.is_trusted:
+            self.coefficients = self._shipped
+            return
+        mean = math.fsum(one * factor for one, factor in zip(self._mean_row, self._factors, strict=True))
+        whole = math.fsum(one * prior for one, prior in zip(self._mean_row, self._prior, strict=True))
+        scale = whole / mean if mean > 0.0 else 1.0
+        time, flop, octet = (scale * one for one in self._factors)
+        self.coefficients = replace(
+            self._shipped,
+            static_w=self._units[0] * max(time, _LEAST_FACTOR),
+            joules_per_flop=self._units[1] * flop,
+            joules_per_byte=self._units[2] * octet,
+        )
+
+    def _anchor(self, known: LearnedFactors) -> None:
+        """Let what was known weigh as much as some windows that say exactly that."""
+        weight = min(known.num_windows, self._windows_to_trust) / 3.0
+        for i, factor in enumerate(known.factors):
+            self._normal[i][i] = weight
+            self._moments[i] = weight * factor
+        self._scale_sums = [weight * sum(known.factors), weight * (sum(self._prior) or 1.0)]
+
+
+def _units(shipped: DeviceCoefficients) -> Triple:
+    """Joules per second, FLOP and byte where a factor is 1. Unknown ones: what time alone would make them."""
+    return (
+        shipped.static_w,
+        shipped.joules_per_flop or shipped.static_w / shipped.flops_per_s,
+        shipped.joules_per_byte or shipped.static_w / shipped.bytes_per_s,
+    )
+
+
+def _fade(sums: list[float], keep: float, *news: float) -> None:
+    for i, new in enumerate(news):
+        sums[i] = keep * sums[i] + new

@@ -1,0 +1,42 @@
+"""The servers of the edge bench: each comes up, streams, is watched, and leaves."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+
+from bench.edge.child import Child, ServerFailed
+from bench.edge.flood import Flood, watch_flood
+from bench.edge.line import NullModel, running_line
+
+pytestmark = pytest.mark.processes
+
+
+def make_flood(*addresses: str) -> Flood:
+    return Flood(addresses=addresses, model="null", streams=3, output_tokens=100, window_s=0.2)
+
+
+async def test_the_echo_streams_and_ends_with_the_bench() -> None:
+    async with Child("bench.edge.echo_server") as echo:
+        watched = await watch_flood(make_flood(echo.address), echo.pids)
+    assert len(watched.tokens) == 3
+    assert sum(watched.tokens) == watched.num_messages
+    assert not psutil.pid_exists(echo.pids["server"])
+
+
+async def test_two_routers_share_one_replica_and_all_end_with_the_bench() -> None:
+    model = NullModel(name="null", step_ms=1.0, streams=3, vocab_size=1000, context_tokens=256)
+    async with running_line((model,), routers=2) as line:
+        pids = {**line.router_pids, **line.replica_pids["null"]}
+        watched = await watch_flood(make_flood(*line.addresses), pids)
+    assert len(watched.tokens) == 3
+    assert set(watched.cpu_s) == {"router-0", "router-1", "supervisor", "rank"}
+    assert not any(map(psutil.pid_exists, pids.values()))
+
+
+async def test_a_server_that_does_not_come_up_says_why() -> None:
+    with pytest.raises(
+        ServerFailed, match=r"bench\.edge\.null_replica did not come up[\s\S]*JSONDecodeError"
+    ):
+        async with Child("bench.edge.null_replica", ("no plan",)):
+            pass

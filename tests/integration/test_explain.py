@@ -1,0 +1,173 @@
+"""What a router tells of a request that ended: every decision, every replica, and no text."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.router.balancing.recording import read_decisions, replay
+from protos import wattline_cluster_pb2 as cluster_pb
+from tests.fake_replica import Fate
+from tests.router_fixture import (
+    TestRouter,
+    collect,
+    collect_choices,
+    fail,
+    make_config,
+    make_request,
+    run_test_router,
+)
+
+WAIT_S = 60.0
+SECRET = "nobody may read this"
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[TestRouter]:
+    async with asyncio.timeout(WAIT_S), run_test_router() as running:
+        yield running
+
+
+async def explain(router: TestRouter, request_or_trace_id: str) -> list[cluster_pb.RequestStory]:
+    answer = await router.cluster.Explain(cluster_pb.ExplainRequest(id=request_or_trace_id))
+    return list(answer.stories)
+
+
+async def test_an_answer_has_its_story_by_request_and_by_trace(router: TestRouter) -> None:
+    async with router.replica(replica_id="a"), router.replica(replica_id="b"):
+        answer = await collect(router.inference.Generate(make_request(SECRET), timeout=3600.0))
+        (story,) = await explain(router, answer.final.request_id)
+        (same,) = await explain(router, answer.final.trace_id)
+    assert same.request_id == story.request_id == answer.final.request_id
+    assert (story.model, story.tenant, story.outcome, story.refusal) == ("tiny", "default", "length", "")
+    assert (story.prompt_tokens, story.output_tokens) == (len(SECRET), 8)
+    assert story.arrival.max_streams > story.arrival.in_flight
+    assert not story.HasField("queue")
+    assert 0.0 < story.slack_ms < story.deadline_ms <= 3_600_000.0
+    assert story.energy.prefill_j + story.energy.decode_j == answer.final.energy.total_j
+    (leg,) = story.legs
+    assert (leg.output_tokens, leg.first_offset, leg.loss) == (8, 0, "")
+    assert leg.submitted_ms <= leg.first_token_ms <= leg.last_token_ms <= story.total_ms
+    assert (leg.batches.steps, leg.batches.min, leg.batches.max) == (8, 1, 1)
+    (chosen,) = (one for one in leg.choice.candidates if one.is_chosen)
+    assert chosen.replica_id == leg.replica_id
+    assert sorted(one.replica_id for one in leg.choice.candidates) == ["a", "b"]
+    assert SECRET.encode() not in story.SerializeToString()
+
+
+async def test_what_is_recorded_is_chosen_again(router: TestRouter) -> None:
+    async with router.replica(replica_id="a"), router.replica(replica_id="b"):
+        answers = [await collect(router.inference.Generate(make_request())) for _ in range(6)]
+        stories = [(await explain(router, answer.final.request_id))[0] for answer in answers]
+    for story in stories:
+        (decision,) = read_decisions(story.recording)
+        assert replay(decision) == decision.choice
+        chosen = decision.question.candidates[decision.choice.index].lane
+        assert chosen.replica_id == story.legs[0].replica_id
+
+
+async def test_a_failover_is_two_legs_and_its_reason(router: TestRouter) -> None:
+    async with router.replica(replica_id="old", step_s=0.01) as old:
+        old.running.clear()
+        old.fate, old.fate_after = Fate.FAILED, 7
+        call = router.inference.Generate(make_request(max_tokens=40))
+        await old.wait_command("submit")
+        async with router.replica(replica_id="new"):
+            old.running.set()
+            answer = await collect(call)
+            (story,) = await explain(router, answer.final.request_id)
+    first, second = story.legs
+    assert (first.replica_id, first.loss, first.output_tokens) == ("old", "failed", 7)
+    assert (second.replica_id, second.loss, second.first_offset) == ("new", "", 7)
+    assert first.output_tokens + second.output_tokens == story.output_tokens == 40
+    assert [one.replica_id for one in second.choice.candidates] == ["new"]
+    assert len(read_decisions(story.recording)) == 2
+
+
+async def test_batch_mates_are_counted(router: TestRouter) -> None:
+    async with router.replica() as replica:
+        replica.running.clear()
+        calls = [router.inference.Generate(make_request(ignore_eos=True)) for _ in range(3)]
+        await replica.wait_command("submit", count=3)
+        replica.running.set()
+        answers = await asyncio.gather(*(collect(call) for call in calls))
+        (story,) = await explain(router, answers[0].final.request_id)
+    mates = story.legs[0].batches
+    assert (mates.steps, mates.min, mates.median, mates.max) == (8, 3, 3, 3)
+
+
+async def test_choices_beside_each_other_have_a_leg_each(router: TestRouter) -> None:
+    async with router.replica():
+        request = make_request()
+        request.sampling.n = 2
+        _, final = await collect_choices(router.inference.Generate(request))
+        (story,) = await explain(router, final.request_id)
+    assert [(leg.choice_index, leg.HasField("choice")) for leg in story.legs] == [(0, True), (1, False)]
+
+
+async def test_who_waited_is_told_what_the_queue_knew() -> None:
+    async with (
+        asyncio.timeout(WAIT_S),
+        run_test_router() as router,
+        router.replica(max_sequences=1) as replica,
+    ):
+        replica.running.clear()
+        calls = [router.inference.Generate(make_request()) for _ in range(6)]
+        model = cluster_pb.StatusRequest()
+        while (await router.cluster.Status(model)).models[0].active_requests != 6:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        replica.running.set()
+        answers = await asyncio.gather(*(collect(call) for call in calls))
+        stories = [(await explain(router, answer.final.request_id))[0] for answer in answers]
+    waited = [story for story in stories if story.HasField("queue")]
+    assert waited and all(story.queue.queued < story.queue.max_queued for story in waited)
+
+
+async def test_a_refusal_names_its_limit() -> None:
+    async with (
+        asyncio.timeout(WAIT_S),
+        run_test_router(make_config(router={"max_streams": 1})) as router,
+        router.replica() as replica,
+    ):
+        replica.running.clear()
+        call = router.inference.Generate(make_request())
+        await replica.wait_command("submit")
+        refused = await fail(router.inference.Generate(make_request(SECRET)))
+        metadata = dict(refused.trailing_metadata() or ())
+        (story,) = await explain(router, str(metadata["wattline-request-id"]))
+        call.cancel()
+    assert story.outcome == "RESOURCE_EXHAUSTED"
+    assert "1 streams are in flight, the router's limit" in story.refusal
+    assert not story.legs and not story.recording
+
+
+async def test_a_request_that_nobody_remembers_is_not_found(router: TestRouter) -> None:
+    error = await fail(router.cluster.Explain(cluster_pb.ExplainRequest(id="nope")))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert "remembered" in (error.details() or "")
+
+
+async def test_the_command_tells_the_story_and_records_the_decision(
+    router: TestRouter, tmp_path: Path
+) -> None:
+    path = tmp_path / "decision.json"
+    async with router.replica(replica_id="the-one"):
+        answer = await collect(router.inference.Generate(make_request(SECRET)))
+        ask = ["why", answer.final.request_id, "--address", router.addresses.grpc]
+        told = await asyncio.to_thread(CliRunner().invoke, app, ask)
+        again = await asyncio.to_thread(CliRunner().invoke, app, [*ask, "--json", "--record", str(path)])
+    assert told.exit_code == again.exit_code == 0, told.output + again.output
+    for word in ("the-one", "limits:", "queue: none", "joules:", "policy least_loaded", "TTFT ms"):
+        assert word in told.output
+    (story,) = json.loads(again.output)
+    assert story["request_id"] == answer.final.request_id
+    (decision,) = read_decisions(path.read_text())
+    assert replay(decision) == decision.choice
+    assert SECRET not in told.output + again.output + path.read_text()

@@ -1,0 +1,83 @@
+"""What waits for a reader: joined without loss, and within its bytes, which are counted as they are."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import pytest
+
+from cluster.link.token_stream import Finished, TokenStream
+from cluster.text.answer_text import AnswerText, Piece
+from cluster.text.null_tokenizer import NullTokenizer
+from replicas.request import FinishReason, TokenLogprobs
+
+MIB = 2**20
+
+
+class Overflow:
+    """Counts how often the stream says that it holds too much."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+
+
+def make_stream(*, buffer_bytes: int, overflow: Overflow) -> TokenStream:
+    text = AnswerText(NullTokenizer(32_000), stop_texts=(), stop_token_ids=frozenset())
+    return TokenStream(
+        link_id=1,
+        attempt=0,
+        first_offset=0,
+        text=text,
+        buffer_bytes=buffer_bytes,
+        on_overflow=overflow,
+        clock_s=lambda: 1.0,
+    )
+
+
+def fill(stream: TokenStream, overflow: Overflow, *, num_alternatives: int | None = None) -> int:
+    """Tokens until it overflows; their numbers and words are objects of their own, as the link's are."""
+    count = 0
+    while not overflow.count:
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if num_alternatives is not None:
+            top = tuple((40_000 + count + index, -0.5 * count) for index in range(num_alternatives))
+            logprobs = (TokenLogprobs(logprob=-0.25 * count, top=top),)
+        stream.deliver(Piece(f" {count:04x}", (10_000 + count,), False, 0), None, logprobs)
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("num_alternatives", [None, 0, 5])
+def test_what_waits_takes_no_more_memory_than_it_may(num_alternatives: int | None) -> None:
+    overflow = Overflow()
+    stream = make_stream(buffer_bytes=MIB, overflow=overflow)
+    tracemalloc.start()
+    fill(stream, overflow, num_alternatives=num_alternatives)
+    held_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Growing arrays keep an eighth of room.
+    assert held_bytes < MIB * 9 / 8 + 4096
+
+
+async def test_what_waited_comes_as_one_batch() -> None:
+    overflow = Overflow()
+    stream = make_stream(buffer_bytes=MIB, overflow=overflow)
+    stream.deliver(Piece("né", (70_000,), False, 0), None)
+    stream.deliver(Piece("", (7,), False, 0), None)
+    stream.deliver(Piece("e 🙂", (), False, 0), Finished(reason=FinishReason.LENGTH, timing=None))
+    batch = await stream.next()
+    assert (batch.text, batch.token_ids) == ("née 🙂", (70_000, 7))
+    assert batch.end is not None
+    assert overflow.count == 0
+
+
+async def test_text_counts_as_well_as_tokens() -> None:
+    overflow = Overflow()
+    stream = make_stream(buffer_bytes=100, overflow=overflow)
+    stream.deliver(Piece("x" * 92, (1, 2), False, 0), None)
+    assert overflow.count == 0
+    stream.deliver(Piece("y", (), False, 0), None)
+    assert overflow.count == 1
