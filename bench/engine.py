@@ -15,6 +15,7 @@ from bench.streams import Streams, Submission
 from bench.workload import Workload
 from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, RankConfig
 from replicas.errors import RankLost
+from replicas.expert_loads import ExpertLoads
 from replicas.frames import Submit, read_event, write_command
 from replicas.request import EngineReady, GenerationRequest, StepResult
 from replicas.supervisor.rank_group import RankProcess, SubprocessRankGroup
@@ -29,6 +30,7 @@ class EngineSetup:
     source: str
     tensor: int = 1
     expert: int = 1
+    layout: str = "shared"
     threads: int = 1
     dtype: str = "auto"
     kernels: str = "auto"
@@ -102,11 +104,14 @@ class EngineUnderTest:
 
     async def _drive(self, workload: Workload) -> Run:
         assert self._writer is not None
+        assert self.ready is not None, "a workload runs on an engine that is ready"
         streams = Streams(workload)
         while not streams.is_done:
             for one in streams.due():
-                await write_command(self._writer, Submit(request=_request(one)))
+                await write_command(self._writer, Submit(request=_request(one, num_lanes=self.ready.lanes)))
             event = await read_event(self._reader)
+            if isinstance(event, ExpertLoads):
+                continue
             assert isinstance(event, StepResult), event
             for delta in event.deltas:
                 if delta.error is not None:
@@ -116,7 +121,7 @@ class EngineUnderTest:
 
     def _configs(self, socket_path: str) -> list[RankConfig]:
         setup = self.setup
-        parallel = ParallelConfig(tensor=setup.tensor, expert=setup.expert)
+        parallel = ParallelConfig(tensor=setup.tensor, expert=setup.expert, layout=setup.layout)
         return [
             RankConfig(
                 group=Path(self._folder.name).name,
@@ -136,5 +141,11 @@ class EngineUnderTest:
         ]
 
 
-def _request(one: Submission) -> GenerationRequest:
-    return GenerationRequest(request_id=one.request_id, prompt_ids=one.prompt, max_tokens=one.output_tokens)
+def _request(one: Submission, *, num_lanes: int) -> GenerationRequest:
+    """Lanes in turn."""
+    return GenerationRequest(
+        request_id=one.request_id,
+        prompt_ids=one.prompt,
+        max_tokens=one.output_tokens,
+        lane=one.request_id % num_lanes,
+    )

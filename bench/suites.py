@@ -80,6 +80,7 @@ def setup_of(section: ModelSection) -> EngineSetup:
         source=section.source,
         tensor=section.parallel.tensor,
         expert=section.parallel.expert,
+        layout=section.parallel.layout,
         threads=section.threads_per_rank,
         dtype=section.dtype,
         kernels=section.kernels,

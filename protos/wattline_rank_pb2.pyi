@@ -80,6 +80,7 @@ class FromRank(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def loading(self) -> Global___LoadingProgress: ...
     @_builtins.property
@@ -88,6 +89,8 @@ class FromRank(_message.Message):
     def step(self) -> Global___StepFrame: ...
     @_builtins.property
     def failure(self) -> Global___EngineFailure: ...
+    @_builtins.property
+    def experts(self) -> Global___ExpertLoads: ...
     def __init__(
         self,
         *,
@@ -95,12 +98,13 @@ class FromRank(_message.Message):
         ready: Global___EngineReady | None = ...,
         step: Global___StepFrame | None = ...,
         failure: Global___EngineFailure | None = ...,
+        experts: Global___ExpertLoads | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failure", b"failure", "loading", b"loading", "ready", b"ready", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "experts", b"experts", "failure", b"failure", "loading", b"loading", "ready", b"ready", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failure", b"failure", "loading", b"loading", "ready", b"ready", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "experts", b"experts", "failure", b"failure", "loading", b"loading", "ready", b"ready", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["loading", "ready", "step", "failure"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["loading", "ready", "step", "failure", "experts"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -317,6 +321,42 @@ class StepRecord(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepRecord: _TypeAlias = StepRecord  # noqa: Y015
+
+@_typing.final
+class ExpertLoads(_message.Message):
+    """Of a model with experts, about once a second: sums since the engine was ready, layer by layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_EXPERTS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_RANKS_FIELD_NUMBER: _builtins.int
+    SPARES_FIELD_NUMBER: _builtins.int
+    num_experts: _builtins.int
+    num_ranks: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Per layer and expert; a token counts once for each of its choices."""
+
+    @_builtins.property
+    def spares(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Per layer, rank and spare slot: the expert copied there; -1 is an empty slot."""
+
+    def __init__(
+        self,
+        *,
+        num_experts: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        num_ranks: _builtins.int = ...,
+        spares: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_experts", b"num_experts", "num_ranks", b"num_ranks", "spares", b"spares", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertLoads: _TypeAlias = ExpertLoads  # noqa: Y015
 
 @_typing.final
 class EngineFailure(_message.Message):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from replicas.errors import BadParallelism
 
-LAYOUTS = ("shared",)
+LAYOUTS = ("shared", "dispatch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "float32", "off")
 """The compiled CPU kernels of float32 models. `auto`: matrices whose values are all bfloat16 are kept in half
@@ -20,16 +20,22 @@ METERS = ("auto", "nvml", "rapl", "cpu-model", "fake")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of a group. In the `shared` layout every rank holds a tensor shard and an expert shard.
+    """Degrees of a group, and how its ranks share the work of a step.
 
     Ranks = max(tensor, expert): attention is split over `tensor` ranks and experts over `expert` ranks, so
-    each must be 1 or the number of ranks. Example: `tensor=2, expert=2` is two ranks, each with half of
-    every attention layer and half of the experts; `tensor=1, expert=2` replicates attention.
+    each must be 1 or the number of ranks. In the `shared` layout all ranks run every sequence. Example:
+    `tensor=2, expert=2` is two ranks, each with half of every attention layer and half of the experts;
+    `tensor=1, expert=2` replicates attention. In the `dispatch` layout every rank has sequences and a KV
+    cache of its own, its lane; only what the experts see goes to all ranks and back. It needs `tensor=1`.
     """
 
     tensor: int = 1
     expert: int = 1
     layout: str = "shared"
+    spare_experts: int = 0
+    """Slots per rank and layer for copies of hot experts that live on other ranks."""
+    rebalance_steps: int = 1000
+    """Steps after which the copies of a layer are looked at again."""
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -41,18 +47,33 @@ class ParallelConfig:
                 f"parallel.tensor={self.tensor} and parallel.expert={self.expert} make no group: "
                 "with both above 1 they must be equal"
             )
+        if self.layout == "dispatch" and (self.tensor > 1 or self.expert == 1):
+            raise BadParallelism(
+                f"parallel.layout is 'dispatch' with tensor={self.tensor} and expert={self.expert}; "
+                "it splits experts alone: set tensor to 1 and expert to the number of ranks, 2 or more"
+            )
+        if self.spare_experts < 0 or (self.spare_experts and self.expert == 1) or self.rebalance_steps < 1:
+            raise BadParallelism(
+                f"parallel.spare_experts={self.spare_experts}, rebalance_steps={self.rebalance_steps}, "
+                f"expert={self.expert}: spare slots are 0 or more, 0 where expert is 1; steps are at least 1"
+            )
 
     @property
     def num_ranks(self) -> int:
         return max(self.tensor, self.expert)
 
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of the scheduler: sets of sequences that have a KV cache of their own."""
+        return self.num_ranks if self.layout == "dispatch" else 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """Bounds of one engine. `num_blocks` 0: from `kv_cache_bytes` per rank.
+    """Bounds of one lane of an engine; the `shared` layout has one lane, `dispatch` one per rank.
 
-    `kv_cache_bytes` 0: on a CUDA device what `gpu_memory_ratio` of its memory leaves beside weights and
-    steps, elsewhere 256 MiB.
+    `num_blocks` 0: from `kv_cache_bytes` per rank. `kv_cache_bytes` 0: on a CUDA device what
+    `gpu_memory_ratio` of its memory leaves beside weights and steps, elsewhere 256 MiB.
     """
 
     max_sequences: int = 64
@@ -156,6 +177,13 @@ class RankConfig:
         if self.quantization != "none" and not self.device.startswith("cpu"):
             raise ValueError(
                 f"quantization {self.quantization} is served on CPUs alone; device is {self.device!r}"
+            )
+        parallel = self.parallel
+        if (parallel.layout == "dispatch" or parallel.spare_experts) and not self.device.startswith("cpu"):
+            raise BadParallelism(
+                f"parallel.layout={parallel.layout!r}, spare_experts={parallel.spare_experts} on device "
+                f"{self.device!r}: dispatch and spare experts run on CPU ranks only; "
+                "set layout to shared and spare_experts to 0, or device to cpu"
             )
 
     @property

@@ -20,8 +20,11 @@ from types import TracebackType
 from protos import wattline_link_pb2 as link_pb2
 from protos import wattline_rank_pb2 as rank_pb2
 from replicas.errors import RankLost
+from replicas.expert_loads import ExpertLoads
 from replicas.request import EngineReady, GenerationRequest, StepResult
 from replicas.wire import (
+    loads_from_wire,
+    loads_to_wire,
     ready_from_wire,
     ready_to_wire,
     request_from_wire,
@@ -84,7 +87,7 @@ class EngineFailure:
 
 
 Command = Submit | Cancel | Stop | Shutdown
-Event = LoadingProgress | EngineReady | StepResult | EngineFailure
+Event = LoadingProgress | EngineReady | StepResult | ExpertLoads | EngineFailure
 
 
 async def read_event(reader: asyncio.StreamReader) -> Event:
@@ -140,15 +143,16 @@ class RankSocket:
         except OSError as error:
             raise RankLost(f"the supervisor does not read: {error}") from error
 
-    def receive(self, *, wait: bool) -> list[Command]:
-        """The commands that have arrived; with `wait`, sleeps in the kernel until there is at least one.
+    def receive(self, *, wait: bool, timeout_s: float | None = None) -> list[Command]:
+        """The commands that have arrived; with `wait`, sleeps in the kernel until there is at least one, or
+        `timeout_s` have passed.
 
         A flood is left in the socket after `MAX_COMMANDS_PER_RECEIVE`, so that it cannot starve the steps.
         """
         commands: list[Command] = []
         while len(commands) < MAX_COMMANDS_PER_RECEIVE:
             blocks = wait and not commands
-            if not select.select([self._connection], [], [], None if blocks else 0)[0]:
+            if not select.select([self._connection], [], [], timeout_s if blocks else 0)[0]:
                 break
             try:
                 chunk = self._connection.recv(RECEIVE_BYTES)
@@ -227,6 +231,8 @@ def encode_event(event: Event) -> bytes:
                     rank=event.rank, stage=event.stage, done=event.done, total=event.total
                 )
             )
+        case ExpertLoads():
+            message = rank_pb2.FromRank(experts=loads_to_wire(event))
         case EngineReady():
             message = rank_pb2.FromRank(ready=ready_to_wire(event))
         case EngineFailure():
@@ -240,6 +246,8 @@ def decode_event(payload: bytes) -> Event:
     match kind:
         case "step":
             return result_from_wire(message.step)
+        case "experts":
+            return loads_from_wire(message.experts)
         case "loading":
             loading = message.loading
             return LoadingProgress(

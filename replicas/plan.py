@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from replicas.expert_loads import ExpertLoads
 from replicas.record import record
 from replicas.request import TORCH_KERNELS, EngineCosts, SamplingParams, TokenLogprobs
 from replicas.sampling_words import sampling_from_words, sampling_to_words
@@ -29,7 +30,7 @@ NO_NEXT = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRow:
-    """A sequence takes a row of the batch: `row` in [0, max_sequences).
+    """A sequence takes a row of the batch. Row r belongs to lane r // max_sequences.
 
     For a row with penalties alone: `history` is all its tokens, cached ones too, of which the first
     `num_prompt` are the client's prompt.
@@ -78,7 +79,8 @@ class ScoredRow:
 class StepPlan:
     """One step. `freed_rows` are cleared before `new_rows` are set, and both before `rows` run.
 
-    A row preempted and resumed appears in `freed_rows` and later again in `new_rows`.
+    `rows` come lane by lane, within a lane decodes first; blocks are numbered within their lane. A row
+    preempted and resumed appears in `freed_rows` and later again in `new_rows`.
     """
 
     step: int
@@ -144,10 +146,11 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltRunner:
-    """A runner that is loaded and ready to launch, and what it is."""
+    """A runner that is loaded and ready to launch, and what it is. `expert_loads` None: it has no experts."""
 
     runner: Runner
     shape: EngineShape
+    expert_loads: Callable[[], ExpertLoads] | None = None
 
 
 Progress = Callable[[str, int, int], None]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from protos import wattline_link_pb2 as link_pb2
 from protos import wattline_rank_pb2 as rank_pb2
 from replicas.engine.prefix_hash import HASH_BYTES
+from replicas.expert_loads import ExpertLoads
 from replicas.request import (
     CacheChange,
     EngineCosts,
@@ -312,6 +313,24 @@ def cache_from_wire(messages: Iterable[link_pb2.CacheChange]) -> tuple[CacheChan
 def _split_hashes(joined: bytes) -> tuple[bytes, ...]:
     ends = range(HASH_BYTES, len(joined) + 1, HASH_BYTES)
     return tuple([joined[end - HASH_BYTES : end] for end in ends])
+
+
+def loads_to_wire(loads: ExpertLoads) -> rank_pb2.ExpertLoads:
+    return rank_pb2.ExpertLoads(
+        num_experts=loads.num_experts,
+        tokens=loads.tokens,
+        num_ranks=loads.num_ranks,
+        spares=loads.spares,
+    )
+
+
+def loads_from_wire(message: rank_pb2.ExpertLoads) -> ExpertLoads:
+    return ExpertLoads(
+        num_experts=message.num_experts,
+        tokens=tuple(message.tokens),
+        num_ranks=message.num_ranks,
+        spares=tuple(message.spares),
+    )
 
 
 def ready_to_wire(ready: EngineReady) -> rank_pb2.EngineReady:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from replicas.config import RankConfig, rank_config_to_json
+from replicas.expert_loads import ExpertLoads
 from replicas.frames import Command, EngineFailure, Event, LoadingProgress, read_event, write_command
 from replicas.request import EngineReady, FinishReason, SequenceDelta, StepResult
 
@@ -25,6 +26,8 @@ class LiveGroup:
     writer: asyncio.StreamWriter
     tokens: dict[int, list[int]] = field(default_factory=dict)
     last: dict[int, SequenceDelta] = field(default_factory=dict)
+    num_computed: int = 0
+    """Tokens that steps have computed, repeated ones too."""
 
     @property
     def finishes(self) -> dict[int, FinishReason | None]:
@@ -46,7 +49,11 @@ class LiveGroup:
 
     async def read_step(self) -> StepResult:
         event = await self.read()
+        while isinstance(event, ExpertLoads):
+            event = await self.read()
         assert isinstance(event, StepResult), event
+        if event.record is not None:
+            self.num_computed += sum(member.new_tokens for member in event.record.members)
         for delta in event.deltas:
             self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
             if delta.finish is not None:
@@ -56,6 +63,14 @@ class LiveGroup:
     async def read_until(self, is_done: Callable[[LiveGroup], bool]) -> None:
         while not is_done(self):
             await self.read_step()
+
+    async def read_experts(self, num_tokens: int) -> ExpertLoads:
+        """The loads when they add up to `num_tokens`; steps must not follow."""
+        while True:
+            event = await self.read()
+            assert isinstance(event, ExpertLoads), event
+            if sum(event.tokens) == num_tokens:
+                return event
 
     async def read_failure(self) -> EngineFailure:
         while True:

@@ -64,6 +64,9 @@ def lose_a_peer(queue: Queue[Report], config: RankConfig, folder: Path) -> None:
     gloo.barrier()
     queue.put((config.rank, "gathered", gloo.all_gather(mine).tolist()))
     queue.put((config.rank, "summed", gloo.all_reduce(mine).tolist()))
+    uneven = mine[: config.rank + 1]
+    queue.put((config.rank, "rows", gloo.all_gather_rows(uneven, (1, 2)).tolist()))
+    queue.put((config.rank, "row sums", gloo.reduce_scatter_rows(torch.ones(3, 2), (1, 2)).tolist()))
     shared = make_collectives(config)
     queue.put((config.rank, "shared", shared.all_reduce(torch.ones(3) * config.rank).tolist()))
     if config.rank == 1:

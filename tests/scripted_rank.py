@@ -13,7 +13,7 @@ import torch
 
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.models.decoder import Decoder
-from replicas.parallel.collectives import Collectives
+from replicas.parallel.collectives import Collectives, SoloCollectives
 from replicas.plan import LAST_SAMPLED, NewRow, PlannedRow, StepPlan
 from replicas.rank.batch import Batch
 from replicas.rank.runner import ModelRunner
@@ -25,18 +25,25 @@ LIMITS = EngineLimits(max_sequences=6, step_tokens=64, block_tokens=8, num_block
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptedSequence:
-    """Joins at `join_step`, prefills in pieces of `chunk_tokens`, leaves after `num_tokens` new tokens."""
+    """Joins at `join_step`, prefills in pieces of `chunk_tokens`, leaves after `num_tokens` new tokens.
+
+    `lane` counts in the `dispatch` layout alone.
+    """
 
     prompt_ids: tuple[int, ...]
     num_tokens: int
     join_step: int = 0
     chunk_tokens: int = 1000
+    lane: int = 0
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 @dataclass(slots=True, kw_only=True)
 class ScriptedResult:
-    """What a script gave: token ids and whole-vocabulary logits rows of every sequence; experts per step."""
+    """What a script gave: token ids and whole-vocabulary logits rows of every sequence; experts per step.
+
+    In the `dispatch` layout a rank has the logits of its own lane alone.
+    """
 
     token_ids: list[list[int]]
     logits: list[list[torch.Tensor]]
@@ -46,16 +53,21 @@ class ScriptedResult:
 class RecordingDecoder(Decoder):
     """Passes steps on to a decoder, and keeps the logits of all ranks."""
 
-    def __init__(self, inner: Decoder, collectives: Collectives, vocab_size: int) -> None:
+    def __init__(
+        self, inner: Decoder, collectives: Collectives, vocab_size: int, first_row: int | None
+    ) -> None:
         self._inner = inner
-        self._ranks = collectives
+        self._ranks = collectives if first_row is None else SoloCollectives()
+        self._first_row = first_row or 0
         self._vocab_size = vocab_size
         self.last: dict[int, torch.Tensor] = {}
 
     def logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
         logits_SV, experts_hit = self._inner.logits(batch)
         whole = self._ranks.all_gather(logits_SV).transpose(0, 1).flatten(1)[:, : self._vocab_size]
-        self.last = {draw.row: row.clone() for draw, row in zip(batch.draws, whole, strict=True)}
+        self.last = {
+            self._first_row + draw.row: row.clone() for draw, row in zip(batch.draws, whole, strict=True)
+        }
         return logits_SV, experts_hit
 
 
@@ -99,26 +111,35 @@ def run_script(
     """Build the runner of `config` and run all sequences to their end."""
     runner = ModelRunner.build(config, collectives, lambda stage, done, total: None)
     runner.warmup()
-    recorder = RecordingDecoder(runner.decoder, collectives, runner.spec.vocab_size)
+    num_lanes = config.parallel.num_lanes
+    first_row = None if num_lanes == 1 else config.rank * LIMITS.max_sequences
+    recorder = RecordingDecoder(runner.decoder, collectives, runner.spec.vocab_size, first_row)
     runner.decoder = recorder
     result = ScriptedResult(token_ids=[[] for _ in scripts], logits=[[] for _ in scripts], experts_hit=[])
     waiting = dict(enumerate(scripts))
     live: dict[int, _Live] = {}
-    free_blocks = list(range(1, LIMITS.num_blocks))
+    free_blocks = [list(range(1, LIMITS.num_blocks)) for _ in range(num_lanes)]
     freed_rows: list[int] = []
     step = 0
     while waiting or live:
         joining = [index for index, script in waiting.items() if script.join_step <= step]
         taken = {sequence.row for sequence in live.values()}
-        free_rows = [row for row in range(LIMITS.max_sequences) if row not in taken]
-        for index, row in zip(joining, free_rows, strict=False):
-            live[index] = _Live(row, waiting.pop(index))
+        for index in joining:
+            first = scripts[index].lane % num_lanes * LIMITS.max_sequences
+            free = set(range(first, first + LIMITS.max_sequences)) - taken
+            if free:
+                taken.add(min(free))
+                live[index] = _Live(min(free), waiting.pop(index))
+        live = dict(sorted(live.items(), key=lambda item: item[1].row // LIMITS.max_sequences))
         new_rows = [
             NewRow(row=sequence.row, sampling=sequence.script.sampling)
             for sequence in live.values()
             if sequence.computed == 0
         ]
-        rows = [sequence.plan(free_blocks, is_placeholder=step % 2 == 0) for sequence in live.values()]
+        rows = [
+            sequence.plan(free_blocks[sequence.row // LIMITS.max_sequences], is_placeholder=step % 2 == 0)
+            for sequence in live.values()
+        ]
         step += 1
         plan = StepPlan(step=step, freed_rows=tuple(freed_rows), new_rows=tuple(new_rows), rows=tuple(rows))
         outcome = runner.launch(plan).result()
@@ -129,18 +150,22 @@ def run_script(
             if not planned.samples:
                 continue
             sequence.token_ids.append(next(sampled))
-            result.logits[index].append(recorder.last[sequence.row])
+            if sequence.row in recorder.last:
+                result.logits[index].append(recorder.last[sequence.row])
             if sequence.is_done:
                 result.token_ids[index] = sequence.token_ids
-                free_blocks.extend(sequence.blocks)
+                free_blocks[sequence.row // LIMITS.max_sequences].extend(sequence.blocks)
                 freed_rows.append(sequence.row)
                 del live[index]
-    assert sorted(free_blocks) == list(range(1, LIMITS.num_blocks))
+    assert all(sorted(blocks) == list(range(1, LIMITS.num_blocks)) for blocks in free_blocks)
     return result
 
 
 def make_scripts(seed: int, vocab_size: int) -> list[ScriptedSequence]:
-    """Five sequences of unequal lengths: two are chunked, two join late, into rows and blocks others left."""
+    """Five sequences of unequal lengths: two are chunked, two join late, into rows and blocks others left.
+
+    Of four lanes the first has two sequences, the second is empty from the middle on, and the third at first.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def prompt(length: int) -> tuple[int, ...]:
@@ -148,17 +173,24 @@ def make_scripts(seed: int, vocab_size: int) -> list[ScriptedSequence]:
 
     return [
         ScriptedSequence(prompt_ids=prompt(5), num_tokens=64),
-        ScriptedSequence(prompt_ids=prompt(37), num_tokens=9, chunk_tokens=16),
-        ScriptedSequence(prompt_ids=prompt(1), num_tokens=20, join_step=2),
-        ScriptedSequence(prompt_ids=prompt(50), num_tokens=16, chunk_tokens=7, join_step=12),
+        ScriptedSequence(prompt_ids=prompt(37), num_tokens=9, chunk_tokens=16, lane=1),
+        ScriptedSequence(prompt_ids=prompt(1), num_tokens=20, join_step=2, lane=3),
+        ScriptedSequence(prompt_ids=prompt(50), num_tokens=16, chunk_tokens=7, join_step=12, lane=2),
         ScriptedSequence(prompt_ids=prompt(24), num_tokens=12, join_step=30),
     ]
 
 
 def make_script_configs(
-    folder: Path, source: Path, *, tensor: int, expert: int, kernels: str = "auto", threads: int = 1
+    folder: Path,
+    source: Path,
+    *,
+    tensor: int,
+    expert: int,
+    layout: str = "shared",
+    kernels: str = "auto",
+    threads: int = 1,
 ) -> list[RankConfig]:
-    parallel = ParallelConfig(tensor=tensor, expert=expert)
+    parallel = ParallelConfig(tensor=tensor, expert=expert, layout=layout)
     return [
         replace(
             make_rank_config(folder, rank=rank, parallel=parallel, source=str(source), limits=LIMITS),

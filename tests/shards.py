@@ -11,7 +11,7 @@ def make_shard(vocab_size: int, *, rank: int = 0, num_ranks: int = 1) -> Shard:
     rows = -(-vocab_size // (num_ranks * VOCAB_GRANULE)) * VOCAB_GRANULE
     return Shard(
         rank=rank,
-        num_ranks=num_ranks,
+        vocab_ranks=num_ranks,
         head_start=0,
         num_heads=1,
         kv_head_start=0,
@@ -29,6 +29,6 @@ def make_shard(vocab_size: int, *, rank: int = 0, num_ranks: int = 1) -> Shard:
 
 
 def shard_of_logits(logits: torch.Tensor, shard: Shard) -> torch.Tensor:
-    whole = torch.full((len(logits), shard.num_ranks * shard.vocab_rows), -torch.inf)
+    whole = torch.full((len(logits), shard.vocab_ranks * shard.vocab_rows), -torch.inf)
     whole[:, : logits.shape[1]] = logits
     return whole[:, shard.vocab_start : shard.vocab_start + shard.vocab_rows].clone()

@@ -53,6 +53,7 @@ class AttachedReplica:
         max_tokens: int = 8,
         attempt: int = 1,
         deadline_ms: int = 0,
+        lane: int = 0,
     ) -> None:
         submit = link_pb2.Submit(
             request_id=request_id,
@@ -61,6 +62,7 @@ class AttachedReplica:
             max_tokens=max_tokens,
             sampling=link_pb2.EngineSampling(top_p=1.0),
             deadline_ms=deadline_ms,
+            lane=lane,
         )
         self.send(link_pb2.ToReplica(submit=submit))
 

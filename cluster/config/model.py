@@ -15,7 +15,16 @@ class ParallelSection(Section):
 
     tensor: int = Field(1, ge=1, le=64, description="ranks that split every attention and dense layer")
     expert: int = Field(1, ge=1, le=64, description="ranks that split the experts of a MoE model")
-    layout: Literal["shared"] = Field("shared", description="every rank runs the whole step")
+    layout: Literal["shared", "dispatch"] = Field(
+        "shared",
+        description="shared: every rank runs every sequence; dispatch: each rank has sequences and a KV "
+        "cache of its own and shares the experts alone (a MoE model, tensor 1, expert = ranks)",
+    )
+
+    spare_experts: int = Field(
+        0, ge=0, le=256, description="slots per rank and layer for copies of hot experts of other ranks"
+    )
+    rebalance_steps: int = Field(1000, ge=1, description="steps after which copies are looked at again")
 
     @model_validator(mode="after")
     def _degrees_make_a_group(self) -> ParallelSection:
@@ -23,7 +32,7 @@ class ParallelSection(Section):
         return self
 
     def to_parallel(self) -> ParallelConfig:
-        return ParallelConfig(tensor=self.tensor, expert=self.expert, layout=self.layout)
+        return ParallelConfig(**self.model_dump())
 
 
 class ReplicasSection(Section):
@@ -42,7 +51,7 @@ LEAST_OF_LIMIT = {"num_blocks": 2, "context_tokens": 16}
 
 
 class LimitsSection(Section):
-    """Bounds of one replica of a model. `EngineLimits` says what each means."""
+    """Bounds of one lane of a replica (`dispatch` has one per rank). `EngineLimits` says what each means."""
 
     max_sequences: int = Field(64, ge=1, le=4096)
     max_waiting: int = Field(1024, ge=1, le=65536)
@@ -159,6 +168,16 @@ class ModelSection(Section):
     def _bytes_are_for_cpus(self) -> ModelSection:
         if self.quantization != "none" and self.device == "cuda":
             raise ValueError("quantization int8 is served on CPUs alone; set device to cpu, or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _lanes_are_for_cpus(self) -> ModelSection:
+        parallel = self.parallel
+        if (parallel.layout == "dispatch" or parallel.spare_experts) and self.device == "cuda":
+            raise ValueError(
+                "parallel.layout dispatch and parallel.spare_experts run on CPU ranks only; set layout to "
+                "shared and spare_experts to 0, or device to cpu"
+            )
         return self
 
     @property

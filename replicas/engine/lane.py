@@ -1,8 +1,8 @@
-"""One lane: a block pool and the sequences that live in it, waiting and running.
+"""One lane: a block pool, rows of the batch, and the sequences that live in it, waiting and running.
 
-A lane owns where its sequences' blocks come from and in which order they get them. Both queues are kept
-sorted by `Sequence.order`, so the first is served first and the last is preempted first. Pure; called by
-the scheduler alone.
+A lane owns where its sequences' blocks and rows come from and in which order they get them. Both queues are
+kept sorted by `Sequence.order`, so the first is served first and the last is preempted first. Pure; called
+by the scheduler alone.
 
 Admission takes the blocks of all known tokens at once: a prefill never stops half-way for want of blocks,
 only decoding asks for more. It leaves one free block per running sequence, or decoding would soon preempt
@@ -16,6 +16,7 @@ sampled behind it, the block is forgotten, and who shared a broken one meanwhile
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from operator import attrgetter
@@ -30,10 +31,14 @@ _by_order = attrgetter("order")
 
 
 class Lane:
-    """Owns the pool and both queues; the scheduler owns rows, steps and outcomes."""
+    """Owns the pool, the rows and both queues; the scheduler owns steps and outcomes."""
 
-    def __init__(self, *, num_blocks: int, block_tokens: int, caches_prefixes: bool = True) -> None:
+    def __init__(
+        self, *, rows: range, num_blocks: int, block_tokens: int, caches_prefixes: bool = True
+    ) -> None:
         self.pool = BlockPool(num_blocks=num_blocks)
+        self._rows = rows
+        self._free_rows = list(rows)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.prefilling: list[Sequence] = []
@@ -49,6 +54,19 @@ class Lane:
         return self.pool.num_total * self._block_tokens
 
     @property
+    def num_sequences(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    @property
+    def num_rows(self) -> int:
+        """The most sequences that run at once."""
+        return len(self._rows)
+
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    @property
     def num_prefill_tokens(self) -> int:
         """Tokens to compute before every sequence of this lane decodes."""
         return self._num_waiting_tokens + sum(sequence.num_uncomputed for sequence in self.prefilling)
@@ -59,8 +77,9 @@ class Lane:
         self._num_waiting_tokens += sequence.length
 
     def admit(self, sequence: Sequence) -> None:
-        """From waiting to running, with blocks. The caller has asked `has_blocks_for`."""
+        """From waiting to running, with a row and blocks. The caller has looked at both."""
         self._remove_waiting(sequence)
+        sequence.row = heapq.heappop(self._free_rows)
         sequence.state = SequenceState.RUNNING
         cached = self._cached_blocks(sequence)
         self.pool.share(cached)
@@ -77,7 +96,7 @@ class Lane:
             _remove(self.prefilling, sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Out of its queue, and its blocks back into the pool."""
+        """Out of its queue; its row is free again and its blocks are back in the pool."""
         if sequence.state is SequenceState.WAITING:
             self._remove_waiting(sequence)
             return
@@ -88,6 +107,9 @@ class Lane:
             self.pool.forget(sequence.blocks[sequence.num_reused_blocks :])
         self.pool.release(sequence.blocks)
         sequence.blocks = []
+        assert sequence.row is not None, "a running sequence has a row"
+        heapq.heappush(self._free_rows, sequence.row)
+        sequence.row = None
 
     def needs_block(self, sequence: Sequence) -> bool:
         """Whether the next position lies past the last block."""
@@ -148,7 +170,7 @@ class Lane:
         reserved = sum([self._blocks_of(other) + 1 for other in besides])
         return self._num_needed(sequence, self._cached_blocks(sequence)) + reserved <= self.pool.num_free
 
-    def victims_for(self, sequence: Sequence, *, has_row: bool) -> list[Sequence]:
+    def victims_for(self, sequence: Sequence) -> list[Sequence]:
         """The fewest running sequences of lower priority whose blocks and row would admit `sequence`.
 
         Newest of the lowest priority first; empty if it fits as it is, and if all of them were not enough.
@@ -158,7 +180,7 @@ class Lane:
         num_free = self.pool.num_free
         victims: list[Sequence] = []
         for victim in reversed(self.running):
-            if (has_row or victims) and needed - len(victims) <= num_free:
+            if (self._free_rows or victims) and needed - len(victims) <= num_free:
                 return victims
             if victim.request.priority >= sequence.request.priority:
                 return []
@@ -172,12 +194,20 @@ class Lane:
         added, removed = self.pool.take_changes()
         return CacheChange(lane=index, added=added, removed=removed) if added or removed else None
 
+    def check_idle(self) -> None:
+        """Assert that nothing is held when nothing lives."""
+        assert len(self._free_rows) == len(self._rows), "an idle lane holds rows"
+        assert self.pool.num_free == self.pool.num_total, "an idle lane holds blocks"
+
     def check(self) -> None:
-        """Assert that queues and blocks agree, by a pass over all of them; for tests."""
+        """Assert that queues, rows and blocks agree, by a pass over all of them; for tests."""
         self.pool.check(block for sequence in self.running for block in sequence.blocks)
         prefilling = [sequence for sequence in self.running if not sequence.is_decoding]
         assert self.prefilling == prefilling, "who prefills is not who says so"
         assert all(not sequence.blocks for sequence in self.waiting), "waiting sequences hold no blocks"
+        assert all(sequence.row is None for sequence in self.waiting), "waiting sequences hold no row"
+        held = [sequence.row for sequence in self.running if sequence.row is not None]
+        assert sorted([*self._free_rows, *held]) == list(self._rows), "a row is lost or shared"
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """The blocks a waiting sequence need not compute; at least its last token is left."""

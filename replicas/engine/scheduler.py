@@ -4,6 +4,7 @@ Continuous batching: each step takes one token of every decoding sequence first,
 of each lane with prefill chunks, oldest of the highest priority first. When a decoding sequence finds no free
 block, the newest sequence of the lowest priority in its lane gives up its blocks and is computed again
 later; the oldest therefore always advances, and since a request alone in its lane fits, all of them end.
+Lanes share steps and nothing else: each has its own blocks, queue, token budget and `max_sequences` rows.
 
 A step may be planned while the one before is under way (`EngineLimits.lookahead`): tokens not known yet are
 placeholders, and a row that turns out to have ended discards its overrun token as wasted.
@@ -12,7 +13,6 @@ Pure: no clock, no torch, no protobuf. Called by the engine alone, from one thre
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator
 from itertools import chain, repeat
@@ -52,11 +52,12 @@ class Scheduler:
         self._shape = shape
         self._lanes = tuple(
             Lane(
+                rows=range(lane * limits.max_sequences, (lane + 1) * limits.max_sequences),
                 num_blocks=shape.num_blocks,
                 block_tokens=limits.block_tokens,
                 caches_prefixes=limits.prefix_caching,
             )
-            for _ in range(num_lanes)
+            for lane in range(num_lanes)
         )
         self.context_tokens = min(
             shape.context_tokens,
@@ -67,7 +68,6 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         is_cpu = shape.device == "cpu"
         self._packed_tokens = PACKED_TOKENS_CPU if is_cpu else limits.step_tokens
-        self._free_rows = list(range(limits.max_sequences))
         self._freed_rows: list[int] = []
         self._deltas: list[SequenceDelta] = []
         self._num_arrived = 0
@@ -119,7 +119,8 @@ class Scheduler:
             self._refuse(request, ("INVALID_ARGUMENT", str(error)))
             return
         # Waiting ones for whom a row is free do not count: a burst between two steps fills the rows too.
-        num_queued = len(self._sequences) - self._limits.max_sequences
+        lane = self._lanes[request.lane]
+        num_queued = lane.num_sequences - lane.num_rows
         if num_queued >= self._limits.max_waiting:
             self._refuse(request, ("RESOURCE_EXHAUSTED", f"{num_queued} requests wait already; retry later"))
             return
@@ -131,7 +132,7 @@ class Scheduler:
         )
         self._num_arrived += 1
         self._sequences[request.request_id] = sequence
-        self._lanes[request.lane].enqueue(sequence)
+        lane.enqueue(sequence)
         if request.deadline_ns is not None:
             self._next_deadline_ns = min(self._next_deadline_ns, request.deadline_ns)
 
@@ -147,22 +148,19 @@ class Scheduler:
         """Plan the next step; None when no sequence can compute anything now. `pace` bounds prompt tokens."""
         if now_ns >= self._next_deadline_ns:
             self._expire(now_ns)
-        decodes: list[ScheduledRow] = []
-        prefills: list[ScheduledRow] = []
+        rows: list[ScheduledRow] = []
         new_rows: list[NewRow] = []
+        num_filling = sum([bool(lane.prefilling or lane.waiting) for lane in self._lanes]) or 1
         for lane in self._lanes:
             self._preempt_for_priority(lane)
-            budget = self._schedule_decodes(lane, decodes)
+            budget = self._schedule_decodes(lane, rows)
             if pace is not None:
-                budget = pace.tokens(
-                    num_decoding=self.num_decoding, num_prefilling=self.num_prefilling, limit=budget
-                )
-            self._schedule_prefills(lane, prefills, new_rows, budget, now_ns)
-        rows = (*decodes, *prefills)
+                budget = self._paced(budget, pace, num_filling)
+            self._schedule_prefills(lane, rows, new_rows, budget, now_ns)
         if not rows:
             return None
         self._step += 1
-        scored = tuple([row for row in prefills if row.sequence.is_scoring])
+        scored = tuple([row for row in rows if row.is_prefill and row.sequence.is_scoring])
         plan = StepPlan(
             step=self._step,
             freed_rows=tuple(self._freed_rows),
@@ -171,7 +169,7 @@ class Scheduler:
             scored=tuple([row.sequence.scored_row(row.planned) for row in scored]),
         )
         self._freed_rows.clear()
-        return ScheduledStep(plan=plan, rows=rows, scored=scored)
+        return ScheduledStep(plan=plan, rows=tuple(rows), scored=scored)
 
     def commit(self, step: ScheduledStep, outcome: StepOutcome, *, now_ns: int) -> tuple[StepMember, ...]:
         """Take in what the oldest step under way sampled; says who was in it, for the energy ledger."""
@@ -227,21 +225,24 @@ class Scheduler:
 
     def check_idle(self) -> None:
         """Assert that nothing is held when nothing lives."""
-        assert len(self._free_rows) == self._limits.max_sequences, "an idle engine holds rows"
         for lane in self._lanes:
-            assert lane.pool.num_free == lane.pool.num_total, "an idle engine holds blocks"
+            lane.check_idle()
 
     def check(self) -> None:
         """Assert that queues, rows and blocks agree, by a pass over all of them; for tests."""
         for lane in self._lanes:
             lane.check()
-        running = [sequence for lane in self._lanes for sequence in lane.running]
-        rows = sorted([*self._free_rows, *(sequence.row for sequence in running if sequence.row is not None)])
-        assert rows == list(range(self._limits.max_sequences)), "a row is lost or shared"
-        num_queued = sum(len(lane.waiting) + len(lane.running) for lane in self._lanes)
+        num_queued = sum(lane.num_sequences for lane in self._lanes)
         assert num_queued == len(self._sequences), "a live sequence is in exactly one queue"
 
-    def _schedule_decodes(self, lane: Lane, decodes: list[ScheduledRow]) -> int:
+    def _paced(self, budget: int, pace: PrefillPace, num_lanes: int) -> int:
+        """Prompt tokens of one lane: an even share of the step's, since lanes run side by side."""
+        tokens = pace.tokens(
+            num_decoding=self.num_decoding, num_prefilling=self.num_prefilling, limit=budget * num_lanes
+        )
+        return -(-tokens // num_lanes)
+
+    def _schedule_decodes(self, lane: Lane, rows: list[ScheduledRow]) -> int:
         """One token of each decoding sequence; the budget that is left."""
         budget = self._limits.step_tokens
         for sequence in tuple(lane.running):
@@ -256,12 +257,12 @@ class Scheduler:
                 continue
             if lane.needs_block(sequence) and not self._grow(lane, sequence):
                 continue
-            decodes.append(plan_row(sequence, 1, is_prefill=False))
+            rows.append(plan_row(sequence, 1, is_prefill=False))
             budget -= 1
         return budget
 
     def _schedule_prefills(
-        self, lane: Lane, prefills: list[ScheduledRow], new_rows: list[NewRow], budget: int, now_ns: int
+        self, lane: Lane, rows: list[ScheduledRow], new_rows: list[NewRow], budget: int, now_ns: int
     ) -> None:
         """Prompt chunks: of what runs already, then of what can be admitted."""
         candidates = chain(tuple(lane.prefilling), self._admit(lane, new_rows, now_ns))
@@ -273,7 +274,7 @@ class Scheduler:
                 to_score -= count
                 if count == 0:
                     continue
-            prefills.append(plan_row(sequence, count, is_prefill=True))
+            rows.append(plan_row(sequence, count, is_prefill=True))
             lane.chunk_planned(sequence)
             budget -= count
 
@@ -281,7 +282,7 @@ class Scheduler:
         """In order: a long request at the head is not overtaken, so it cannot starve. Only who waits for a
         leader's blocks is passed by; a row and its own blocks are kept for it."""
         held: list[Sequence] = []
-        while len(held) < min(len(lane.waiting), len(self._free_rows)):
+        while len(held) < min(len(lane.waiting), lane.num_free_rows):
             sequence = lane.waiting[len(held)]
             if lane.is_held(sequence):
                 held.append(sequence)
@@ -290,8 +291,7 @@ class Scheduler:
             if sequence.num_pending or not lane.has_blocks_for(sequence, besides=held):
                 return
             lane.admit(sequence)
-            sequence.row = heapq.heappop(self._free_rows)
-            new_rows.append(sequence.new_row(sequence.row))
+            new_rows.append(sequence.new_row())
             if sequence.scheduled_ns is None:
                 sequence.scheduled_ns = now_ns
                 self._num_prompt_tokens += len(sequence.request.prompt_ids)
@@ -315,20 +315,18 @@ class Scheduler:
         head = lane.waiting[0]
         is_stuck = head.num_pending or lane.is_held(head)
         if not is_stuck and head.request.priority > lane.running[-1].request.priority:
-            for victim in lane.victims_for(head, has_row=bool(self._free_rows)):
+            for victim in lane.victims_for(head):
                 self._preempt(lane, victim)
 
     def _preempt(self, lane: Lane, sequence: Sequence) -> None:
-        lane.remove(sequence)
-        self._free_row(sequence)
+        self._remove(lane, sequence)
         sequence.preempt()
         lane.enqueue(sequence)
 
-    def _free_row(self, sequence: Sequence) -> None:
+    def _remove(self, lane: Lane, sequence: Sequence) -> None:
         if sequence.row is not None:
             self._freed_rows.append(sequence.row)
-            heapq.heappush(self._free_rows, sequence.row)
-            sequence.row = None
+        lane.remove(sequence)
 
     def _prove_computed(self, row: ScheduledRow, *, is_finite: bool) -> None:
         """A sampled row has read the KV of its whole sequence: good for others, or for nobody.
@@ -375,8 +373,7 @@ class Scheduler:
         logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         """Blocks go back now; a step under way that still writes to them runs before whatever reuses them."""
-        self._lanes[sequence.request.lane].remove(sequence)
-        self._free_row(sequence)
+        self._remove(self._lanes[sequence.request.lane], sequence)
         sequence.finish()
         del self._sequences[sequence.request.request_id]
         self._deltas.append(

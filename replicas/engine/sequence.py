@@ -135,9 +135,10 @@ class Sequence:
             self.num_pending += 1
         return tuple(known), repeated
 
-    def new_row(self, row: int) -> NewRow:
+    def new_row(self) -> NewRow:
         """What ranks are told once. They count tokens for penalties alone, the answer so far included."""
-        request = self.request
+        request, row = self.request, self.row
+        assert row is not None, "a running sequence has a row"
         sampling = as_float32(request.sampling)
         if not sampling.has_penalties:
             return NewRow(row=row, sampling=sampling)

@@ -9,22 +9,56 @@ M = T*C token-expert pairs, S the pairs of local experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch.nn import functional
 
+from replicas.layers.expert_routes import ExpertRoutes
 from replicas.layers.linear import gate, linear, linear_into
-from replicas.models.weights import ExpertWeights
+from replicas.models.weights import ExpertWeights, LayerWeights
 
 
 def mix_experts(
-    x_TH: torch.Tensor, weights: ExpertWeights, *, num_choices: int, first_expert: int
+    x_TH: torch.Tensor,
+    weights: ExpertWeights,
+    tally_X: torch.Tensor,
+    *,
+    num_choices: int,
+    first_expert: int,
+    routes: ExpertRoutes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | int]:
-    """The local experts' part of the output [T, H], and how many distinct experts were hit on all ranks."""
+    """The local experts' part of the output [T, H], and how many distinct experts were hit on all ranks.
+
+    `tally_X`, int64, counts the tokens that each expert gets. With `routes`, some experts have copies.
+    """
     choices_TC, shares_TC = route(x_TH, weights.router_XH, num_choices)
-    if x_TH.device.type == "cpu":
-        return run_loop(x_TH, weights, choices_TC, shares_TC, first_expert)
-    run = run_grouped if x_TH.dtype == torch.bfloat16 else run_all
+    tally_X.index_add_(0, choices_TC.reshape(-1), torch.ones_like(choices_TC).reshape(-1))
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor | int]] = run_loop
+    if x_TH.device.type != "cpu":
+        run = run_grouped if x_TH.dtype == torch.bfloat16 else run_all
+    if routes is not None:
+        # Local slots take the numbers of the first experts, and whatever runs elsewhere that of the next.
+        out_TH, _ = run(x_TH, weights, routes.slots_of(choices_TC), shares_TC, 0)
+        return out_TH, torch.zeros_like(tally_X).index_fill_(0, choices_TC.reshape(-1), 1).sum()
     return run(x_TH, weights, choices_TC, shares_TC, first_expert)
+
+
+class StackedExperts:
+    """The experts of all layers as torch has them, one stack per layer; spare slots come last."""
+
+    def __init__(self, layers: Sequence[LayerWeights]) -> None:
+        self._layers = layers
+
+    def expert_tensors(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
+        """Gate and up in one, and down."""
+        experts = self._layers[layer].ffn
+        assert isinstance(experts, ExpertWeights)
+        return experts.gate_up_E2FH[slot], experts.down_EHF[slot]
+
+    def put_expert(self, layer: int, slot: int, tensors: Sequence[torch.Tensor]) -> None:
+        for own, tensor in zip(self.expert_tensors(layer, slot), tensors, strict=True):
+            own.copy_(tensor.view(own.shape))
 
 
 def route(x_TH: torch.Tensor, router_XH: torch.Tensor, num_choices: int) -> tuple[torch.Tensor, torch.Tensor]:

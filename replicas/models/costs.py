@@ -10,9 +10,11 @@ from replicas.request import EngineCosts
 def costs_of(spec: ModelSpec, parallel: ParallelConfig, *, weight_bytes: float, kv_bytes: int) -> EngineCosts:
     """Costs over the whole group; what every rank repeats (replicated attention, router) counts per rank.
 
-    `weight_bytes` and `kv_bytes` are those of one weight and of one cached value.
+    In the `dispatch` layout a token is computed by one rank but for the router, while the weights outside the
+    experts are read by every rank: all have tokens in a step that matters. `weight_bytes` and `kv_bytes` are
+    those of one weight and of one cached value.
     """
-    ranks = parallel.num_ranks
+    ranks, is_dispatched = parallel.num_ranks, parallel.layout == "dispatch"
     attention_copies = ranks if parallel.tensor == 1 else 1
     kv_copies = (
         attention_copies if spec.num_kv_heads >= parallel.tensor else parallel.tensor // spec.num_kv_heads
@@ -24,12 +26,13 @@ def costs_of(spec: ModelSpec, parallel: ParallelConfig, *, weight_bytes: float, 
     norms = 2 * spec.hidden_size * ranks
     head = spec.hidden_size * spec.vocab_size
     shared_layer = attention + router + norms + (0 if spec.num_experts else ffn)
-    active_layer = shared_layer + spec.experts_per_token * ffn
+    repeats = ranks if is_dispatched else 1
+    active_layer = attention // repeats + router + norms + max(1, spec.experts_per_token) * ffn
     return EngineCosts(
         active_params=spec.num_layers * active_layer + head,
-        shared_weight_bytes=round((spec.num_layers * shared_layer + head) * weight_bytes),
+        shared_weight_bytes=round((spec.num_layers * shared_layer + head * repeats) * weight_bytes),
         expert_bytes=round(ffn * weight_bytes) if spec.num_experts else 0,
         num_layers=spec.num_layers,
         attention_dim=q_size,
-        kv_bytes_per_token=2 * spec.num_layers * kv_size * kv_copies * kv_bytes,
+        kv_bytes_per_token=2 * spec.num_layers * kv_size * kv_copies // repeats * kv_bytes,
     )

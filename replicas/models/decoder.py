@@ -1,18 +1,21 @@
 """The decoder: one skeleton for Llama, Granite and Granite MoE, on flat tokens.
 
 Plain tensors and functions; what differs between the architectures is numbers of the spec and the kind of
-MLP. Every rank runs it on the same batch with its own shard; compiled kernels of a CPU, or those of a CUDA
-device, take the place of the torch leaves of a half layer. Shape letters: T tokens of the step, H hidden,
-S tokens whose logits are asked for, V local vocabulary rows.
+MLP. Every rank runs it with its own shard, on the same batch or, in the `dispatch` layout, on a batch of its
+own, of which only the experts see all ranks' tokens (U of them). Compiled kernels of a CPU, or those of a
+CUDA device, take the place of the torch leaves of a half layer. Shape letters: T tokens of the step,
+H hidden, S tokens whose logits are asked for, V local vocabulary rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from replicas.layers.attention import PagedKV, attend
+from replicas.layers.expert_routes import ExpertRoutes
 from replicas.layers.experts import mix_experts
 from replicas.layers.kernels.layers import CpuLayers
 from replicas.layers.linear import embed, finish_logits, gate, linear
@@ -20,7 +23,7 @@ from replicas.layers.norm import rms_norm
 from replicas.layers.rope import Rotation, inverse_frequencies, rotate, rotation_at
 from replicas.models.spec import ModelSpec
 from replicas.models.weights import LayerWeights, MlpWeights, ModelWeights
-from replicas.parallel.collectives import Collectives
+from replicas.parallel.collectives import Collectives, SoloCollectives
 from replicas.parallel.degrees import Shard
 from replicas.rank.batch import Batch
 
@@ -29,7 +32,11 @@ if TYPE_CHECKING:  # Needs Triton, which only machines with a GPU have.
 
 
 class Decoder:
-    """One rank's shard of a model, with its KV cache. Owns neither rows nor sampling."""
+    """One rank's shard of a model, with its KV cache. Owns neither rows nor sampling.
+
+    `tally_LX` counts the tokens that each expert X of each layer L gets; None: nobody wants to know.
+    `routes`, one per layer, are there where hot experts may have copies.
+    """
 
     def __init__(
         self,
@@ -39,6 +46,9 @@ class Decoder:
         kv: PagedKV,
         collectives: Collectives,
         kernels: CpuLayers | None = None,
+        tally_LX: torch.Tensor | None = None,
+        routes: Sequence[ExpertRoutes] = (),
+        *,
         device_layers: DeviceLayers | None = None,
     ) -> None:
         self._spec = spec
@@ -51,20 +61,27 @@ class Decoder:
         self._kernels = kernels
         self._device_layers = device_layers
         self._kv = kv
+        if tally_LX is None:
+            shape = (spec.num_layers, spec.num_experts)
+            tally_LX = torch.zeros(shape, dtype=torch.int64, device=weights.embedding_VH.device)
+        self._tally_LX = tally_LX
+        self._routes = routes
         self._collectives = collectives
+        self._vocab_ranks = SoloCollectives() if shard.is_dispatched else collectives
         device = weights.embedding_VH.device
         self._frequencies_R = inverse_frequencies(spec.rope, spec.head_dim).to(device)
 
     def logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
         """Run a step: float32 logits [S, V] of this rank's vocabulary rows, and the experts hit."""
         spec = self._spec
-        x_TH = embed(batch.token_ids_T, self._embedding_VH, self._shard.vocab_start, self._collectives)
+        x_TH = embed(batch.token_ids_T, self._embedding_VH, self._shard.vocab_start, self._vocab_ranks)
         if spec.embedding_multiplier != 1.0:
             x_TH *= spec.embedding_multiplier
         rotation = rotation_at(batch.positions_T, self._frequencies_R, x_TH.dtype)
-        if self._kernels is not None:
+        has_tokens = len(x_TH) > 0
+        if self._kernels is not None and has_tokens:
             self._kernels.begin(rotation, batch.slots_T, batch.sequences)
-        if self._device_layers is not None:
+        if self._device_layers is not None and has_tokens:
             assert batch.device_sequences is not None, "device layers read device sequences"
             self._device_layers.begin(rotation, batch.slots_T, batch.device_sequences)
         experts_hit: torch.Tensor | int = 0
@@ -72,9 +89,11 @@ class Decoder:
         delta_TH: torch.Tensor | None = None
         for index in range(spec.num_layers):
             delta_TH = self._attention(index, x_TH, delta_TH, rotation, batch)
-            delta_TH, layer_hit = self._ffn(index, x_TH, delta_TH)
+            delta_TH, layer_hit = self._ffn(index, x_TH, delta_TH, batch.lane_tokens)
             experts_hit = experts_hit + layer_hit
         self._add(x_TH, delta_TH)
+        if self._device_layers is not None and not self._routes:
+            self._tally_LX += self._device_layers.expert_counts_LX
         logits_SV = self._head(x_TH.index_select(0, batch.sampled_S))
         return finish_logits(logits_SV, self._shard.vocab_valid, spec.logits_divisor), experts_hit
 
@@ -90,6 +109,8 @@ class Decoder:
         rotation: Rotation,
         batch: Batch,
     ) -> torch.Tensor:
+        if not len(x_TH):
+            return x_TH
         if self._device_layers is not None:
             out_TH = self._device_layers.attention(index, x_TH, delta_TH)
         elif self._kernels is not None:
@@ -101,20 +122,26 @@ class Decoder:
         return self._collectives.all_reduce(out_TH) if self._shard.is_attention_split else out_TH
 
     def _ffn(
+        self, index: int, x_TH: torch.Tensor, delta_TH: torch.Tensor | None, lane_tokens: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor | int]:
+        if not self._shard.is_dispatched:
+            out_TH, experts_hit = self._ffn_part(index, x_TH, delta_TH)
+            return self._collectives.all_reduce(out_TH) if self._shard.is_ffn_split else out_TH, experts_hit
+        self._add(x_TH, delta_TH)
+        x_UH = self._collectives.all_gather_rows(x_TH, lane_tokens)
+        out_UH, experts_hit = self._ffn_part(index, x_UH, None)
+        return self._collectives.reduce_scatter_rows(out_UH, lane_tokens), experts_hit
+
+    def _ffn_part(
         self, index: int, x_TH: torch.Tensor, delta_TH: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | int]:
-        experts_hit: torch.Tensor | int
-        if self._device_layers is not None:
-            out_TH, experts_hit = self._device_layers.ffn(index, x_TH, delta_TH)
-        elif self._kernels is not None:
-            self._add(x_TH, delta_TH)
-            out_TH, experts_hit = self._kernels.ffn(index, x_TH)
-        else:
-            self._add(x_TH, delta_TH)
-            out_TH, experts_hit = self._torch_ffn(self._layers[index], x_TH)
-        if self._shard.is_ffn_split:
-            out_TH = self._collectives.all_reduce(out_TH)
-        return out_TH, experts_hit
+        """What this rank's columns or experts make of the tokens, and how many experts were hit anywhere."""
+        if self._device_layers is not None and not self._routes:
+            return self._device_layers.ffn(index, x_TH, delta_TH)
+        self._add(x_TH, delta_TH)
+        if self._kernels is not None:
+            return self._kernels.ffn(index, x_TH)
+        return self._torch_ffn(index, self._layers[index], x_TH)
 
     def _head(self, x_SH: torch.Tensor) -> torch.Tensor:
         if self._device_layers is not None:
@@ -144,13 +171,17 @@ class Decoder:
         )
         return linear(mixed, layer.out_HA)
 
-    def _torch_ffn(self, layer: LayerWeights, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
+    def _torch_ffn(
+        self, index: int, layer: LayerWeights, x_TH: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | int]:
         normed_TH = rms_norm(x_TH, layer.ffn_norm_H, self._spec.norm_eps)
         if isinstance(layer.ffn, MlpWeights):
             return linear(gate(linear(normed_TH, layer.ffn.gate_up_2FH)), layer.ffn.down_HF), 0
         return mix_experts(
             normed_TH,
             layer.ffn,
+            self._tally_LX[index],
             num_choices=self._spec.experts_per_token,
             first_expert=self._shard.expert_start,
+            routes=self._routes[index] if self._routes else None,
         )

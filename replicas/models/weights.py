@@ -35,7 +35,7 @@ class MlpWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWeights:
-    """The local experts and the router over all of them."""
+    """The local experts, then room for copies of others, and the router over all experts."""
 
     router_XH: torch.Tensor
     gate_up_E2FH: torch.Tensor
@@ -155,12 +155,20 @@ class _Loader:
         gate_up = [self._read(name, shape, (experts, half, hidden)) for half in halves]
         return ExpertWeights(
             router_XH=self._whole(f"{prefix}.router.layer.weight", (spec.num_experts, spec.hidden_size)),
-            gate_up_E2FH=torch.cat(gate_up, dim=1) if is_split else gate_up[0],
-            down_EHF=self._read(
-                f"{prefix}.output_linear.weight",
-                (spec.num_experts, spec.hidden_size, spec.ffn_size),
-                (experts, hidden, gate),
+            gate_up_E2FH=self._with_spares(torch.cat(gate_up, dim=1) if is_split else gate_up[0]),
+            down_EHF=self._with_spares(
+                self._read(
+                    f"{prefix}.output_linear.weight",
+                    (spec.num_experts, spec.hidden_size, spec.ffn_size),
+                    (experts, hidden, gate),
+                )
             ),
+        )
+
+    def _with_spares(self, stacked: torch.Tensor) -> torch.Tensor:
+        num_spare = self._shard.num_spare_experts
+        return (
+            torch.cat((stacked, stacked.new_zeros(num_spare, *stacked.shape[1:]))) if num_spare else stacked
         )
 
     def _head(self, embedding_VH: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """How the ranks of a group add up and exchange tensors within a step.
 
-All ranks call the same operations in the same order. Every rank gets bit-identical results, so that all of
-them sample the same token. `make_collectives` picks the implementation a group needs.
+All ranks call the same operations in the same order, with the same counts of rows. What they get is
+bit-identical, so that all of them sample the same token. `make_collectives` picks the implementation a group
+needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +31,12 @@ class Collectives(Protocol):
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """`x` of every rank, stacked in rank order: shape [size, ...]."""
+
+    def all_gather_rows(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """The rows of all ranks in rank order, [sum(counts), ...]; `x` has the `counts[rank]` of this one."""
+
+    def reduce_scatter_rows(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Sum contiguous [sum(counts), ...] over the ranks; returns this rank's `counts[rank]` rows of it."""
 
     def barrier(self, timeout_s: float | None = None) -> None:
         """Return when every rank is here; `timeout_s` None: the group's timeout."""
@@ -55,6 +63,12 @@ class SoloCollectives:
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x.unsqueeze(0)
+
+    def all_gather_rows(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        return x
+
+    def reduce_scatter_rows(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        return x
 
     def barrier(self, timeout_s: float | None = None) -> None:
         pass

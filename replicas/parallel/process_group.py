@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,6 +28,7 @@ _CHECK_ROUNDINGS = 4
 """Of the sum of a check, per rank: another order of additions rounds differently."""
 # The older name warns from torch 2.13 on, the newer is missing before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class ProcessGroupCollectives:
@@ -104,6 +105,25 @@ class ProcessGroupCollectives:
         self._timeout_s = timeout_s
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
 
+    def all_gather_rows(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Through equal parts: rows are padded to the longest, and what was padded is left out again."""
+        most = max(counts)
+        gathered = self.all_gather(_padded(x, most))
+        if min(counts) == most:
+            return gathered.flatten(0, 1)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+    def reduce_scatter_rows(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        most = max(counts)
+        if min(counts) < most:
+            x = torch.cat([_padded(part, most) for part in x.split_with_sizes(list(counts))])
+        own = x.new_empty((most, *x.shape[1:]))
+        try:
+            _reduce_scatter(own.view(-1), x.view(-1))
+        except RuntimeError as error:
+            raise RankLost(f"reduce_scatter on rank {self.rank}: {error}") from error
+        return own[: counts[self.rank]]
+
     def barrier(self, timeout_s: float | None = None) -> None:
         """Goes through the store, so that it may last longer than a collective."""
         self._barriers += 1
@@ -164,6 +184,12 @@ def open_store(path: Path, *, rendezvous: str, rank: int, size: int, epoch: int,
         if rank == 0 and not rendezvous:
             path.unlink(missing_ok=True)
     return store
+
+
+def _padded(x: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """`x` with rows of zeros up to `num_rows`; itself if it has as many."""
+    missing = num_rows - len(x)
+    return torch.cat((x, x.new_zeros((missing, *x.shape[1:])))) if missing else x
 
 
 def _tcp_store(host: str, port: int, *, is_master: bool, timeout_s: float) -> TCPStore:

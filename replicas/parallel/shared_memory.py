@@ -12,10 +12,12 @@ ring.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import select
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -72,15 +74,7 @@ class SharedMemoryCollectives:
         limit = SLAB_BYTES // x.element_size()
         for start in range(0, flat.numel(), limit):
             piece = flat[start : start + limit]
-            slabs = self._exchange(piece)
-            total = slabs[0].float() if x.dtype in _HALF_DTYPES else slabs[0]
-            if len(slabs) == 2 and total is slabs[0]:
-                torch.add(slabs[0], slabs[1], out=piece)
-                continue
-            total = total + slabs[1]
-            for slab in slabs[2:]:
-                total += slab
-            piece.copy_(total)
+            _add_up([slab[: len(piece)] for slab in self._exchange(piece)], out=piece)
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,13 +83,41 @@ class SharedMemoryCollectives:
         flat, rows = x.reshape(-1), gathered.view(self.size, -1)
         limit = SLAB_BYTES // x.element_size()
         for start in range(0, flat.numel(), limit):
-            slabs = self._exchange(flat[start : start + limit])
-            for peer, slab in enumerate(slabs):
-                rows[peer, start : start + limit] = slab
+            piece = flat[start : start + limit]
+            for peer, slab in enumerate(self._exchange(piece)):
+                rows[peer, start : start + limit] = slab[: len(piece)]
         return gathered
 
     def set_timeout(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
+
+    def all_gather_rows(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Every rank's `counts[rank]` rows, in rank order. Nobody pads, nobody reads more than there is."""
+        gathered = x.new_empty((sum(counts), *x.shape[1:]))
+        width = math.prod(x.shape[1:])
+        flat, parts = x.reshape(-1), gathered.view(-1).split_with_sizes([count * width for count in counts])
+        limit = SLAB_BYTES // x.element_size()
+        for start in range(0, max(counts) * width, limit):
+            slabs = self._exchange(flat[start : start + limit])
+            for part, slab in zip(parts, slabs, strict=True):
+                piece = part[start : start + limit]
+                piece.copy_(slab[: len(piece)])
+        return gathered
+
+    def reduce_scatter_rows(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """This rank's `counts[rank]` rows of the sum; half precision is summed in float32."""
+        width = math.prod(x.shape[1:])
+        begin = sum(counts[: self.rank]) * width
+        end = begin + counts[self.rank] * width
+        flat, own = x.view(-1), x.new_empty((counts[self.rank], *x.shape[1:]))
+        limit = SLAB_BYTES // x.element_size()
+        for start in range(0, len(flat), limit):
+            slabs = self._exchange(flat[start : start + limit])
+            low, high = max(begin, start), min(end, start + limit)
+            if low < high:
+                parts = [slab[low - start : high - start] for slab in slabs]
+                _add_up(parts, out=own.view(-1)[low - begin : high - begin])
+        return own
 
     def barrier(self, timeout_s: float | None = None) -> None:
         """Return when every rank is here. `timeout_s` None: the timeout of every operation."""
@@ -120,11 +142,10 @@ class SharedMemoryCollectives:
     def _exchange(self, piece: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Put `piece` into the own slab; all ranks' slabs, valid until the next operation but one."""
         slabs = self._slabs_of(piece.dtype)[(self._count + 1) & 1]
-        size = piece.numel()
-        slabs[self.rank][:size] = piece
+        slabs[self.rank][: len(piece)] = piece
         self._publish()
         self._wait_for_peers(self._timeout_s)
-        return tuple(slab[:size] for slab in slabs)
+        return slabs
 
     def _publish(self) -> None:
         self._count += 1
@@ -277,3 +298,15 @@ class SharedMemoryCollectives:
                 return bool(words[_GO_WORD])
             time.sleep(_ATTACH_POLL_S)
         return False
+
+
+def _add_up(parts: list[torch.Tensor], out: torch.Tensor) -> None:
+    """The sum in rank order."""
+    if len(parts) == 2 and out.dtype not in _HALF_DTYPES:
+        torch.add(parts[0], parts[1], out=out)
+        return
+    total = parts[0].float() if out.dtype in _HALF_DTYPES else parts[0]
+    total = total + parts[1]
+    for part in parts[2:]:
+        total += part
+    out.copy_(total)

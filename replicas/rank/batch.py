@@ -60,6 +60,8 @@ class Batch:
     sampled_S: torch.Tensor
     draws: tuple[Draw, ...]
     targets: tuple[Target, ...] = ()
+    lane_tokens: tuple[int, ...] = ()
+    """In the `dispatch` layout: the tokens of every rank in this step; this one may have none."""
     device_sequences: DeviceSequences | None = None
 
 
@@ -166,8 +168,10 @@ class Rows:
             targets=targets,
         )
 
-    def batch(self, plan: StepPlan) -> Batch:
+    def batch(self, plan: StepPlan, lane_tokens: tuple[int, ...] = ()) -> Batch:
         """The tensors of an applied plan."""
+        if not plan.rows:
+            return self._idle_batch(lane_tokens)
         flat = self.flatten(plan)
         decodes, chunks = flat.ordered[: flat.num_decodes], flat.ordered[flat.num_decodes :]
         spans: list[Span] = []
@@ -186,6 +190,21 @@ class Rows:
             sampled_S=self._to_device(flat.sampled),
             draws=flat.draws,
             targets=flat.targets,
+            lane_tokens=lane_tokens,
+        )
+
+    def _idle_batch(self, lane_tokens: tuple[int, ...]) -> Batch:
+        """A step in which only other ranks have rows."""
+        nothing = self._to_device([])
+        return Batch(
+            token_ids_T=nothing,
+            positions_T=nothing,
+            slots_T=nothing,
+            spans=(),
+            sequences=self._sequences([], []),
+            sampled_S=nothing,
+            draws=(),
+            lane_tokens=lane_tokens,
         )
 
     def _targets(

@@ -22,6 +22,7 @@ from replicas.parallel.degrees import Shard
 from replicas.rank.device_kernels import load_device_kernels
 from replicas.rank.device_steps import DeviceSupport
 from replicas.rank.graphs import CudaGraphBackend
+from replicas.rank.rank_experts import RankExperts
 from replicas.rank.transfer import CudaTransfer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,7 +58,12 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_layers(
-    config: RankConfig, spec: ModelSpec, shard: Shard, weights: ModelWeights, kv: PagedKV
+    config: RankConfig,
+    spec: ModelSpec,
+    shard: Shard,
+    weights: ModelWeights,
+    kv: PagedKV,
+    experts: RankExperts,
 ) -> CpuLayers | None:
     """The compiled kernels where they serve: float32 on a CPU with a compiler. Torch then needs one thread:
     two pools would fight for the same cores."""
@@ -70,7 +76,7 @@ def cpu_layers(
     storage = Storage.SMALLEST if config.kernels == "auto" else Storage.FLOAT32
     if config.quantization == "int8":
         storage = Storage.INT8
-    layers = CpuLayers(pool, spec, shard, weights, kv, storage=storage)
+    layers = CpuLayers(pool, spec, shard, weights, kv, experts.tally_LX, experts.routes, storage=storage)
     torch.set_num_threads(1)
     return layers
 

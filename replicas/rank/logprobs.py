@@ -35,22 +35,31 @@ class StagedTargets:
     asked: Asked | None
 
 
-def stage_targets(targets: Sequence[Target], upload: Upload) -> StagedTargets | None:
+def most_asked(draws: Sequence[Draw | Target]) -> int:
+    """The most alternatives that any of them asks for."""
+    return max([draw.sampling.num_logprobs or 0 for draw in draws], default=0)
+
+
+def stage_targets(
+    targets: Sequence[Target], upload: Upload, *, most: int | None = None
+) -> StagedTargets | None:
     """What `measure_targets` needs; None if there are none."""
     if not targets:
         return None
     return StagedTargets(
-        ids_S=upload.integers([target.token_id for target in targets]), asked=stage_logprobs(targets, upload)
+        ids_S=upload.integers([target.token_id for target in targets]),
+        asked=stage_logprobs(targets, upload, most=most),
     )
 
 
-def stage_logprobs(draws: Sequence[Draw | Target], upload: Upload) -> Asked | None:
-    """What `measure_logprobs` needs; None if no row asks."""
-    asking = _asking(draws)
+def stage_logprobs(
+    draws: Sequence[Draw | Target], upload: Upload, *, most: int | None = None
+) -> Asked | None:
+    """What `measure_logprobs` needs; None if no row asks. `most` None: no more than they ask for."""
+    asking = asking_of(draws)
     if not asking:
         return None
-    most = max(draws[index].sampling.num_logprobs or 0 for index in asking)
-    return Asked(index_M=upload.integers(asking), most=most)
+    return Asked(index_M=upload.integers(asking), most=most_asked(draws) if most is None else most)
 
 
 def measure_logprobs(
@@ -58,6 +67,7 @@ def measure_logprobs(
 ) -> torch.Tensor | None:
     """[M, 1 + 2K]: logprob of the sampled id, K best ids, their logprobs; None if no row asks.
 
+    K may be more than any of these rows asks for; `read_logprobs` leaves each with its own.
     Ids are exact in float32: the sampler asserts that a vocabulary is small enough.
     """
     if asked is None:
@@ -76,7 +86,7 @@ def read_logprobs(
 ) -> tuple[TokenLogprobs | None, ...]:
     """One entry per draw, None for those that did not ask; from the rows of `measure_logprobs`."""
     said: list[TokenLogprobs | None] = [None] * len(draws)
-    for index, row in zip(_asking(draws), measured_MK, strict=True):
+    for index, row in zip(asking_of(draws), measured_MK, strict=True):
         num_most, count = len(row) // 2, draws[index].sampling.num_logprobs or 0
         ids = [int(token_id) for token_id in row[1 : 1 + count]]
         best = row[1 + num_most : 1 + num_most + count]
@@ -100,5 +110,6 @@ def read_scores(
     return tuple(said for said in read_logprobs(measured_MK, targets) if said is not None)
 
 
-def _asking(draws: Sequence[Draw | Target]) -> list[int]:
+def asking_of(draws: Sequence[Draw | Target]) -> list[int]:
+    """Which of them want logprobs."""
     return [index for index, draw in enumerate(draws) if draw.sampling.num_logprobs is not None]

@@ -12,7 +12,8 @@ def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
     """Load this rank's shard; returns when all ranks of the group have, and their kernels are warm."""
     runner = ModelRunner.build(config, make_collectives(config), progress)
     runner.warmup()
-    return BuiltRunner(runner=runner, shape=shape_of(runner))
+    expert_loads = runner.experts.loads if runner.spec.num_experts else None
+    return BuiltRunner(runner=runner, shape=shape_of(runner), expert_loads=expert_loads)
 
 
 def shape_of(runner: ModelRunner) -> EngineShape:

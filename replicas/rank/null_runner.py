@@ -55,8 +55,9 @@ NULL_COSTS = EngineCosts(
 
 @dataclass(slots=True, kw_only=True)
 class _Row:
-    """What the runner remembers of a row of the batch."""
+    """What the runner remembers of a row of the batch; `first_slot` is where the cache of its lane begins."""
 
+    first_slot: int
     seed: int
     num_logprobs: int | None = None
     blocks: list[int] = field(default_factory=list)
@@ -87,6 +88,7 @@ class NullRunner:
         config: NullEngineConfig,
         limits: EngineLimits,
         *,
+        num_lanes: int = 1,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         if config.vocab_size < MIN_VOCAB_SIZE:
@@ -97,7 +99,9 @@ class NullRunner:
         self._config = config
         self._clock = clock
         self._block_tokens = limits.block_tokens
-        self._kv = array("i", bytes(4 * num_blocks * limits.block_tokens))
+        self._lane_tokens = num_blocks * limits.block_tokens
+        self._lane_rows = limits.max_sequences
+        self._kv = array("i", bytes(4 * num_lanes * self._lane_tokens))
         self._rows: dict[int, _Row] = {}
         self._busy_until_ns = 0
         self.shape = EngineShape(
@@ -123,7 +127,9 @@ class NullRunner:
         for new in plan.new_rows:
             sampling = new.sampling
             self._rows[new.row] = _Row(
-                seed=0 if sampling.is_greedy else _hash_sampling(sampling), num_logprobs=sampling.num_logprobs
+                first_slot=new.row // self._lane_rows * self._lane_tokens,
+                seed=0 if sampling.is_greedy else _hash_sampling(sampling),
+                num_logprobs=sampling.num_logprobs,
             )
         sampled = [(self._run_row(row), self._rows[row.row]) for row in plan.rows if self._write(row)]
         outcome = StepOutcome(
@@ -171,7 +177,8 @@ class NullRunner:
         return tuple(scores)
 
     def _slot(self, row: _Row, pos: int) -> int:
-        return row.blocks[pos // self._block_tokens] * self._block_tokens + pos % self._block_tokens
+        page_tokens = self._block_tokens
+        return row.first_slot + row.blocks[pos // page_tokens] * page_tokens + pos % page_tokens
 
     def _done_ns(self, plan: StepPlan) -> int:
         """Steps take their time one after another, like on a device."""
@@ -185,7 +192,7 @@ class NullRunner:
 
 def build_runner(config: RankConfig, progress: Progress) -> BuiltRunner:
     """The factory `rank/main.py` looks for; every rank of a null group computes the same tokens by itself."""
-    runner = NullRunner(config.null, config.limits)
+    runner = NullRunner(config.null, config.limits, num_lanes=config.parallel.num_lanes)
     progress("null", 1, 1)
     return BuiltRunner(runner=runner, shape=runner.shape)
 

@@ -35,6 +35,7 @@ from replicas.parallel.channel import PlanFollower, PlanLeader, StepReply, diges
 from replicas.parallel.ring import RingFollower, RingLeader
 from replicas.parallel.tcp import TcpFollower, TcpLeader
 from replicas.plan import BuiltRunner, EngineShape, PendingStep, Progress, Runner, decode_plan
+from replicas.rank.expert_report import ExpertReport
 from replicas.rank.group_runner import GroupRunner
 from replicas.request import EngineReady, FinishReason, GenerationRequest
 
@@ -75,27 +76,30 @@ def _serve(config: RankConfig, build: RunnerFactory, supervisor: RankSocket) -> 
     leader = _open_leader(config)
     built = build(config, report)
     runner: Runner = built.runner if leader is None else GroupRunner(built.runner, leader)
-    scheduler = Scheduler(config.limits, built.shape)
+    scheduler = Scheduler(config.limits, built.shape, num_lanes=config.parallel.num_lanes)
     pace = PrefillPace(stretch=config.limits.decode_stretch)
     engine = Engine(runner, scheduler, lookahead=config.limits.lookahead, pace=pace)
-    _warm_up(engine, built.shape)
+    _warm_up(engine, built.shape, num_lanes=scheduler.num_lanes)
     if leader is not None:
         leader.timeout_s = config.collective_timeout_s
     _spare_the_collector()
     supervisor.send(_ready(config, built.shape, scheduler, engine))
-    _step_until_shutdown(engine, supervisor)
+    _step_until_shutdown(engine, supervisor, ExpertReport(built.expert_loads))
     runner.close()
 
 
-def _step_until_shutdown(engine: Engine, supervisor: RankSocket) -> None:
+def _step_until_shutdown(engine: Engine, supervisor: RankSocket, report: ExpertReport) -> None:
     """Sleeps in the kernel while there is no work."""
     while True:
-        for command in supervisor.receive(wait=not engine.has_work):
+        for command in supervisor.receive(wait=not engine.has_work, timeout_s=report.wait_s):
             if isinstance(command, Shutdown):
                 return
             _apply(engine, command)
         if engine.has_work:
             supervisor.send(engine.step())
+            report.note_step()
+        if (loads := report.take()) is not None:
+            supervisor.send(loads)
 
 
 def _apply(engine: Engine, command: Command) -> None:
@@ -108,12 +112,18 @@ def _apply(engine: Engine, command: Command) -> None:
             engine.stop(command.request_id)
 
 
-def _warm_up(engine: Engine, shape: EngineShape) -> None:
-    """Generate golden tokens through every rank: a prefill and decodes whose logits must be finite."""
+def _warm_up(engine: Engine, shape: EngineShape, *, num_lanes: int) -> None:
+    """Generate golden tokens in every lane: a prefill and decodes whose logits must be finite."""
     prompt_ids = tuple(pos % shape.vocab_size for pos in range(GOLDEN_PROMPT_TOKENS))
-    engine.submit(
-        GenerationRequest(request_id=GOLDEN_REQUEST_ID, prompt_ids=prompt_ids, max_tokens=GOLDEN_TOKENS)
-    )
+    for lane in range(num_lanes):
+        engine.submit(
+            GenerationRequest(
+                request_id=GOLDEN_REQUEST_ID - lane,
+                prompt_ids=prompt_ids,
+                max_tokens=GOLDEN_TOKENS,
+                lane=lane,
+            )
+        )
     for _ in range(MAX_GOLDEN_STEPS):
         if not engine.has_work:
             engine.forget_averages()

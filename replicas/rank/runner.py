@@ -6,6 +6,7 @@ the same plans in the same order and return the same ids. Decides nothing about 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,13 +14,14 @@ import torch
 from replicas.config import RankConfig
 from replicas.errors import RankLost
 from replicas.layers.attention import PagedKV
+from replicas.layers.experts import StackedExperts
 from replicas.layers.quantize import round_weights
 from replicas.models.checkpoint import Checkpoint
 from replicas.models.costs import costs_of
 from replicas.models.decoder import Decoder
 from replicas.models.spec import ModelSpec
 from replicas.models.weights import ModelWeights, Progress, load_weights
-from replicas.parallel.collectives import Collectives, device_of
+from replicas.parallel.collectives import Collectives, SoloCollectives, device_of
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
 from replicas.rank.batch import Batch, Rows
@@ -44,6 +46,8 @@ from replicas.rank.device_setup import (
     kv_block_bytes,
 )
 from replicas.rank.device_steps import DeviceSteps, DeviceSupport, StepParts
+from replicas.rank.expert_copies import ExpertStore
+from replicas.rank.lanes import Lanes, LaneStep, Sampled
 from replicas.rank.logit_edits import LogitEdits
 from replicas.rank.logprobs import (
     measure_logprobs,
@@ -54,6 +58,7 @@ from replicas.rank.logprobs import (
     stage_targets,
 )
 from replicas.rank.pending import Drawn, FinishedStep
+from replicas.rank.rank_experts import RankExperts
 from replicas.rank.sampler import NOT_FINITE, draw_tokens, stage_sampling
 from replicas.rank.transfer import Upload
 from replicas.request import TORCH_KERNELS, SamplingParams
@@ -87,6 +92,8 @@ class ModelRunner:
         self._timeout_s = config.collective_timeout_s
         self._shard = shard
         self._collectives = collectives
+        self._vocab_ranks = SoloCollectives() if shard.is_dispatched else collectives
+        self._lanes = Lanes(collectives, max_sequences=limits.max_sequences) if shard.is_dispatched else None
         self._device = weights.embedding_VH.device
         dtype = weights.embedding_VH.dtype
         self.dtype = str(dtype).removeprefix("torch.")
@@ -98,12 +105,14 @@ class ModelRunner:
         )
         self.context_tokens = context_tokens(spec, limits)
         kv = self._kv = self._new_cache(dtype)
-        self._kernels = cpu_layers(config, spec, shard, weights, kv)
+        experts = self.experts = RankExperts(spec, shard, config.parallel, collectives, self._device)
+        self._kernels = cpu_layers(config, spec, shard, weights, kv, experts)
         self.quantization = config.quantization
         weight_bytes = dtype.itemsize if self._kernels is None else self._kernels.bytes_per_weight
         self.costs = costs_of(spec, config.parallel, weight_bytes=weight_bytes, kv_bytes=dtype.itemsize)
         if config.quantization == "int8" and self._kernels is None:
             weights = round_weights(weights)
+        self._store: ExpertStore = self._kernels or StackedExperts(weights.layers)
         device_kernels = None if support is None else support.kernels
         device_layers = None if device_kernels is None else device_kernels.layers(spec, shard, weights, kv)
         self._has_spans = device_layers is None
@@ -114,7 +123,10 @@ class ModelRunner:
         self._rows = self._new_rows(max_blocks, dtype)
         self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
         self._broken_rows: set[int] = set()
-        self.decoder = Decoder(spec, shard, weights, kv, collectives, self._kernels, device_layers)
+        counted = (experts.tally_LX, experts.routes)
+        self.decoder = Decoder(
+            spec, shard, weights, kv, collectives, self._kernels, *counted, device_layers=device_layers
+        )
         self._support = support
         self._steps = None if support is None else self._device_steps(support, max_blocks)
 
@@ -164,30 +176,23 @@ class ModelRunner:
         """Run a step, or enqueue it. Block tables change here; what was sampled is in the result."""
         for row in self._broken_rows.intersection(plan.freed_rows):
             self._scrub(row)
-        self._rows.apply(plan)
-        for new in plan.new_rows:
+        self.experts.before_step(plan.step, self._store)
+        lane = None if self._lanes is None else self._lanes.split(plan)
+        own = plan if lane is None else lane.plan
+        self._rows.apply(own)
+        for new in own.new_rows:
             self._edits.set_row(new)
         if not plan.rows:
             return FinishedStep(StepOutcome(sampled_ids=()))
         if self._steps is not None:
             return self._steps.launch(plan)
-        batch = self._rows.batch(plan)
+        batch = self._rows.batch(own, () if lane is None else lane.num_tokens)
         logits_SV, experts_hit = self.decoder.logits(batch)
-        upload, draws = Upload(), batch.draws
-        edits = self._edits.stage(draws, upload) if draws else None
-        sampling = stage_sampling(draws, upload)
-        asked = stage_logprobs(draws, upload)
-        targets = stage_targets(batch.targets, upload)
-        upload.send()
-        scores = measure_targets(logits_SV[len(draws) :], targets, self._collectives)
-        ids_S, logprobs, logits_SV = batch.sampled_S[:0], None, logits_SV[: len(draws)]
-        if edits is not None:
-            edited_SV = self._edits.apply(logits_SV, edits)
-            ids_S = draw_tokens(edited_SV, sampling, self._shard, self._collectives)
-            self._rows.remember(draws, ids_S)
-            self._edits.remember(edits, ids_S)
-            logprobs = measure_logprobs(logits_SV, ids_S, asked, self._collectives)
-        return FinishedStep(self.outcome(batch, [*ids_S.tolist(), int(experts_hit)], logprobs, scores))
+        sampled = self._sample(batch, logits_SV, lane)
+        if lane is not None and self._lanes is not None:
+            sampled = self._lanes.exchange(lane, sampled)
+        words = [*sampled.ids_S.tolist(), int(experts_hit)]
+        return FinishedStep(self.outcome(lane or batch, words, sampled.logprobs_MK, sampled.scores_MK))
 
     def outcome(
         self,
@@ -199,7 +204,7 @@ class ModelRunner:
         """From the words a step leaves: ids, then the experts hit. Notes rows that must be scrubbed."""
         *ids, experts_hit = words
         for draw, token_id in zip(drawn.draws, ids, strict=True):
-            if token_id == NOT_FINITE:
+            if token_id == NOT_FINITE and (self._lanes is None or draw.row in self._lanes.own_rows):
                 self._broken_rows.add(draw.row)
         return StepOutcome(
             sampled_ids=tuple(ids),
@@ -221,6 +226,7 @@ class ModelRunner:
                 self._run_decodes(count)
         if self._steps is not None:
             self._steps.capture()
+        self.experts.forget()
         self._collectives.set_timeout(self._timeout_s)
 
     def close(self) -> None:
@@ -229,6 +235,24 @@ class ModelRunner:
         if self._kernels is not None:
             self._kernels.close()
         del self.decoder, self._kv, self._rows
+
+    def _sample(self, batch: Batch, logits_SV: torch.Tensor, lane: LaneStep | None) -> Sampled:
+        """The ids of this rank's draws, remembered for the next step, and what is asked for beside them."""
+        upload, draws, ranks = Upload(), batch.draws, self._vocab_ranks
+        edits = self._edits.stage(draws, upload) if draws else None
+        sampling = stage_sampling(draws, upload)
+        asked = stage_logprobs(draws, upload, most=None if lane is None else lane.most_logprobs)
+        targets = stage_targets(batch.targets, upload, most=None if lane is None else lane.most_scores)
+        upload.send()
+        scores = measure_targets(logits_SV[len(draws) :], targets, ranks)
+        if edits is None:
+            return Sampled(ids_S=batch.sampled_S[:0], scores_MK=scores)
+        logits_SV = logits_SV[: len(draws)]
+        ids_S = draw_tokens(self._edits.apply(logits_SV, edits), sampling, self._shard, ranks)
+        self._rows.remember(draws, ids_S)
+        self._edits.remember(edits, ids_S)
+        logprobs = measure_logprobs(logits_SV, ids_S, asked, ranks)
+        return Sampled(ids_S=ids_S, logprobs_MK=logprobs, scores_MK=scores)
 
     def _new_cache(self, dtype: torch.dtype) -> PagedKV:
         return PagedKV(
@@ -295,7 +319,7 @@ class ModelRunner:
     def _scrub(self, row: int) -> None:
         """Before others get the blocks of a row whose numbers broke."""
         upload = Upload(None if self._support is None else self._support.transfer)
-        blocks = upload.integers(sorted(set(self._rows.blocks_of(row))))
+        blocks = upload.integers(sorted(set(self._rows.blocks_of(row % self._limits.max_sequences))))
         upload.send()
         self._kv.scrub(blocks.tensor)
         self._broken_rows.remove(row)
@@ -321,7 +345,12 @@ class ModelRunner:
             )
         )
 
-    def _run_alone(self, planned: tuple[PlannedRow, ...]) -> None:
+    def _run_alone(self, rows: tuple[PlannedRow, ...]) -> None:
+        """In every lane."""
+        max_sequences, num_lanes = self._limits.max_sequences, 1 if self._lanes is None else self._lanes.count
+        planned = tuple(
+            replace(row, row=lane * max_sequences + row.row) for lane in range(num_lanes) for row in rows
+        )
         new_rows = tuple(NewRow(row=row.row, sampling=SamplingParams()) for row in planned)
         self.launch(StepPlan(step=0, freed_rows=(), new_rows=new_rows, rows=planned)).result()
         freed_rows = tuple(row.row for row in planned)

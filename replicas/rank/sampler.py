@@ -98,7 +98,7 @@ def draw_tokens(
     logits_SV: torch.Tensor, sampling: Sampling, shard: Shard, collectives: Collectives
 ) -> torch.Tensor:
     """One id per row, the same on every rank: int64 [S]. Lowest id of equal scores; NOT_FINITE per row."""
-    assert collectives.size * shard.vocab_rows <= MAX_VOCAB, shard
+    assert shard.vocab_ranks * shard.vocab_rows <= MAX_VOCAB, shard
     is_finite_S = _is_finite(logits_SV, shard.vocab_valid)
     if sampling.hot_S is not None:
         logits_SV = _with_noise(logits_SV, sampling, shard, collectives)

@@ -50,7 +50,7 @@ class Dispatcher:
         self._send = send
         self._energy = energy
         self._clock = clock
-        self._max_in_flight = limits.max_sequences + limits.max_waiting
+        self._max_in_flight = card.engine.lanes * (limits.max_sequences + limits.max_waiting)
         self._load = card.engine.load
         self._mirror = CacheMirror()
         self._in_flight: InFlight[LinkSession] = InFlight()
@@ -214,7 +214,7 @@ class Dispatcher:
         if len(self._in_flight) >= self._max_in_flight:
             return (
                 "RESOURCE_EXHAUSTED",
-                f"the replica holds {self._max_in_flight} requests, its max_sequences + max_waiting",
+                f"the replica holds {self._max_in_flight} requests, its max_sequences + max_waiting per lane",
             )
         return None
 

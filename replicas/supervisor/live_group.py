@@ -15,6 +15,7 @@ from replicas.energy.learning import CoefficientLearner
 from replicas.energy.ledger import Ledger
 from replicas.energy.weights import coefficients_for
 from replicas.errors import MeterUnavailable, RankLost
+from replicas.expert_loads import ExpertLoads
 from replicas.frames import EngineFailure, Event
 from replicas.link.links import LinkPool
 from replicas.link.messages import ReplicaCard
@@ -22,6 +23,7 @@ from replicas.request import StepResult
 from replicas.supervisor.dispatcher import Dispatcher
 from replicas.supervisor.energy_account import EnergyAccount
 from replicas.supervisor.engine_socket import EngineSocket
+from replicas.supervisor.expert_metrics import ExpertSnapshot, next_snapshot
 from replicas.supervisor.learned_energy import LearnedFile
 from replicas.supervisor.meter_feed import MeterFeed
 from replicas.supervisor.metrics import MetricsSnapshot, ReplicaMetrics
@@ -85,6 +87,7 @@ class LiveGroup:
         self._first_reading = asyncio.Event()
         self._links_task: asyncio.Task[None] | None = None
         self._num_steps = 0
+        self._experts: ExpertSnapshot | None = None
 
     async def run(self) -> None:
         """Serve until cancelled. Raises RankLost, or whatever mistake of ours ended it."""
@@ -121,6 +124,9 @@ class LiveGroup:
     async def _read_steps(self) -> None:
         while True:
             event = await next_event(self._socket, self._ranks)
+            if isinstance(event, ExpertLoads):
+                self._experts = next_snapshot(self._experts, event)
+                self._publish()
             if not isinstance(event, StepResult):
                 continue
             record = event.record
@@ -187,6 +193,7 @@ class LiveGroup:
                 wasted_tokens=dispatcher.wasted_tokens,
                 num_in_flight=dispatcher.num_in_flight,
                 num_links=dispatcher.num_links,
+                experts=self._experts,
                 energy={} if self._energy is None else self._energy.sums,
                 quality=None if self._energy is None else self._energy.quality,
             )

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from replicas.energy.meter import Source
 from replicas.request import LoadSnapshot, StepRecord
 from replicas.supervisor.energy_account import EnergyQuality, EnergySums
+from replicas.supervisor.expert_metrics import ExpertSnapshot
 
 STEP_SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -24,13 +25,15 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsSnapshot:
-    """All that a scrape shows beside the histograms. `energy` is empty while no meter spoke."""
+    """All that a scrape shows beside the histograms. `energy` is empty while no meter spoke, `experts` is
+    None of a model without."""
 
     load: LoadSnapshot
     num_steps: int = 0
     wasted_tokens: int = 0
     num_in_flight: int = 0
     num_links: int = 0
+    experts: ExpertSnapshot | None = None
     energy: Mapping[Source, EnergySums] = field(default_factory=lambda: MappingProxyType({}))
     quality: EnergyQuality | None = None
 
@@ -83,6 +86,8 @@ class ReplicaMetrics(Collector):
         engine.add_metric(list(self._engine.values()), 1)
         yield engine
         yield from _engine_families(snapshot)
+        if snapshot.experts is not None:
+            yield from snapshot.experts.families()
         yield from _energy_families(snapshot.energy)
         yield from _quality_families(snapshot.quality)
 

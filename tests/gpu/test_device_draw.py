@@ -21,7 +21,7 @@ VALID = 5003
 def make_shard() -> Shard:
     return Shard(
         rank=0,
-        num_ranks=1,
+        vocab_ranks=1,
         head_start=0,
         num_heads=1,
         kv_head_start=0,

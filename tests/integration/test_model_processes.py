@@ -12,6 +12,7 @@ import pytest
 
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.frames import Shutdown, Submit
+from replicas.rank.process import GOLDEN_PROMPT_TOKENS, GOLDEN_TOKENS
 from replicas.request import FinishReason, GenerationRequest
 from tests.checkpoints import make_granite_moe, make_llama, reference_logits
 from tests.live_ranks import open_group
@@ -32,6 +33,7 @@ PROMPTS = tuple(
         ("llama", ParallelConfig(tensor=1), 0),
         ("llama", ParallelConfig(tensor=2), 1),
         ("granite-moe", ParallelConfig(tensor=2, expert=2), 0),
+        ("granite-moe", ParallelConfig(expert=2, layout="dispatch"), 0),
     ],
 )
 async def test_a_group_answers_like_transformers(
@@ -60,11 +62,21 @@ async def test_a_group_answers_like_transformers(
     async with open_group(config) as group:
         ready = await group.read_ready()
         assert (ready.context_tokens, ready.dtype, ready.device) == (100, "float32", "cpu")
+        assert ready.lanes == len(ready.load.free_blocks) == parallel.num_lanes
         assert (ready.kernels == "torch") == (shutil.which("cc") is None)
         for request_id, prompt_ids in enumerate(PROMPTS):
-            request = GenerationRequest(request_id=request_id, prompt_ids=prompt_ids, max_tokens=NUM_TOKENS)
+            request = GenerationRequest(
+                request_id=request_id,
+                prompt_ids=prompt_ids,
+                max_tokens=NUM_TOKENS,
+                lane=(0, 0, 1, 0)[request_id] % ready.lanes,
+            )
             await group.send(Submit(request=request))
         await group.read_until(lambda seen: len(seen.finishes) == len(PROMPTS))
+        if name == "granite-moe":
+            num_golden = parallel.num_lanes * (GOLDEN_PROMPT_TOKENS + GOLDEN_TOKENS - 1)
+            loads = await group.read_experts(2 * 2 * (num_golden + group.num_computed))
+            assert (loads.num_experts, loads.num_layers, loads.num_ranks) == (8, 2, 2)
         await group.send(Shutdown())
         assert await group.exit_codes() == [0] * config.num_ranks
     assert set(group.finishes.values()) == {FinishReason.LENGTH}

@@ -22,18 +22,21 @@ from tests.live_ranks import LiveGroup, open_group
 pytestmark = pytest.mark.processes
 
 FAST = NullEngineConfig(step_ms=1.0, vocab_size=500, context_tokens=4096)
+TWO_RANKS = ParallelConfig(tensor=2)
 OpenNullGroup = Callable[..., AbstractAsyncContextManager[LiveGroup]]
 
 
 @pytest.fixture
 def open_null_group(tmp_path: Path) -> OpenNullGroup:
-    def start(null: NullEngineConfig = FAST, *, lookahead: int = 0) -> AbstractAsyncContextManager[LiveGroup]:
+    def start(
+        null: NullEngineConfig = FAST, *, lookahead: int = 0, parallel: ParallelConfig = TWO_RANKS
+    ) -> AbstractAsyncContextManager[LiveGroup]:
         config = RankConfig(
             group="test/group",
             epoch=3,
             rank=0,
             source="null",
-            parallel=ParallelConfig(tensor=2),
+            parallel=parallel,
             limits=EngineLimits(max_sequences=8, num_blocks=512, lookahead=lookahead),
             null=null,
             socket_path=str(tmp_path / "rank0.sock"),
@@ -75,6 +78,23 @@ async def test_a_group_serves_and_shuts_down(
         with pytest.raises(RankLost):
             while True:
                 await group.read()
+
+
+async def test_lanes_have_a_cache_each(open_null_group: OpenNullGroup) -> None:
+    async with open_null_group(parallel=ParallelConfig(expert=2, layout="dispatch")) as group:
+        ready = await group.read_ready()
+        assert (ready.lanes, ready.load.free_blocks, ready.load.running) == (2, (511, 511), (0, 0))
+        for request_id in (1, 2, 3):
+            request = replace(make_request(request_id, 30), lane=1 if request_id == 3 else 0)
+            await group.send(Submit(request=request))
+        await group.send(Submit(request=replace(make_request(4, 5), lane=2)))
+        await group.read_until(lambda seen: len(seen.finishes) == 4)
+        assert group.last[4].error == ("INVALID_ARGUMENT", "lane is 2; this engine has lanes 0 to 1")
+        for request_id in (1, 2, 3):
+            wanted = null_continuation(make_request(request_id, 1).prompt_ids, 30, FAST)
+            assert tuple(group.tokens[request_id]) == wanted
+        await group.send(Shutdown())
+        assert await group.exit_codes() == [0, 0]
 
 
 async def test_a_killed_follower_fails_the_group(open_null_group: OpenNullGroup) -> None:

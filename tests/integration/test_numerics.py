@@ -89,6 +89,30 @@ def test_logits_and_tokens_are_those_of_transformers(
     assert (sum(first.experts_hit) > 0) == (name == "granite-moe")
 
 
+@pytest.mark.parametrize("kernels", ["float32", "off"])
+@pytest.mark.parametrize("expert", [2, 4])
+def test_lanes_with_experts_between_them_give_what_transformers_gives(
+    tmp_path: Path, checkpoints: dict[str, Path], expert: int, kernels: str
+) -> None:
+    """The `dispatch` layout; every rank knows all ids, and has the logits of its own lane."""
+    source = checkpoints["granite-moe"]
+    configs = make_script_configs(
+        tmp_path, source, tensor=1, expert=expert, layout="dispatch", kernels=kernels
+    )
+    scripts = make_scripts(seed=0, vocab_size=500)
+    results = run_rank_threads(configs, lambda config, ranks: run_script(config, ranks, scripts))
+    merged = ScriptedResult(token_ids=[], logits=[[] for _ in scripts], experts_hit=[])
+    for rank, result in enumerate(results):
+        assert isinstance(result, ScriptedResult), results
+        assert not merged.token_ids or result.token_ids == merged.token_ids
+        assert not merged.experts_hit or result.experts_hit == merged.experts_hit
+        merged.token_ids, merged.experts_hit = result.token_ids, result.experts_hit
+        for index, script in enumerate(scripts):
+            assert bool(result.logits[index]) == (script.lane % expert == rank)
+            merged.logits[index] += result.logits[index]
+    compare(merged, source)
+
+
 @pytest.mark.parametrize(("head_dim", "num_kv_heads", "seed"), [(64, 8, 2), (64, 4, 1), (128, 2, 2)])
 def test_heads_of_the_usual_sizes_have_their_own_kernels(
     tmp_path: Path, head_dim: int, num_kv_heads: int, seed: int

@@ -72,6 +72,8 @@ def test_a_killed_peer_is_lost_at_once(tmp_path: Path) -> None:
     for rank in range(2):
         assert whole[rank, "gathered"] == [[[0, 1, 2], [3, 4, 5]], [[0, 2, 4], [6, 8, 10]]]
         assert whole[rank, "summed"] == [[0, 3, 6], [9, 12, 15]]
+        assert whole[rank, "rows"] == [[0, 3, 6], [0, 3, 6], [9, 12, 15]]
+        assert whole[rank, "row sums"] == [[2, 2]] * (1 + rank)
         assert whole[rank, "shared"] == [1, 1, 1]
     assert whole[0, "shared-lost"] == "the process of rank 1 ended"
     assert whole[0, "gloo-lost"] == "RuntimeError"

@@ -3,7 +3,7 @@
 The null runner reads its cache through the block tables, so a lost, shared or early reused block shows as a
 wrong token. Tokens are compared with what the sequence alone determines. Prompts often begin the same, under
 one of two salts; behind every step stands a copy of the cache, in which each row must find the whole of its
-sequence, write to no block of another row, and find nothing of the other salt.
+sequence, write to no block of another row, and find nothing of the other salt. Lanes share no blocks.
 """
 
 from __future__ import annotations
@@ -46,24 +46,30 @@ class WatchedRunner:
 
     inner: NullRunner
     limits: EngineLimits
+    num_lanes: int
     live_rows: set[int] = field(default_factory=set)
     last_step: int = 0
     tables: dict[int, list[int]] = field(default_factory=dict)
     sequences: dict[int, list[int]] = field(default_factory=dict)
     """Per row, the tokens of its sequence as far as this row wrote or sampled them."""
-    cache: dict[int, dict[int, int]] = field(default_factory=dict)
+    cache: dict[tuple[int, int], dict[int, int]] = field(default_factory=dict)
+    """Per lane and block, what is written where in it."""
 
     def launch(self, plan: StepPlan) -> PendingStep:
         assert plan.step == self.last_step + 1
         self.last_step = plan.step
-        assert 0 < plan.num_tokens <= self.limits.step_tokens
+        lanes = [self.lane_of(row.row) for row in plan.rows]
+        assert lanes and lanes == sorted(lanes)
+        for lane in range(self.num_lanes):
+            mine = [row for row in plan.rows if self.lane_of(row.row) == lane]
+            assert sum(len(row.token_ids) for row in mine) <= self.limits.step_tokens
         self.live_rows -= set(plan.freed_rows)
         new_rows = {new.row for new in plan.new_rows}
         assert len(new_rows) == len(plan.new_rows) and not new_rows & self.live_rows
         self.live_rows |= new_rows
         rows = [row.row for row in plan.rows]
         assert len(set(rows)) == len(rows) and set(rows) <= self.live_rows
-        assert len(self.live_rows) <= self.limits.max_sequences
+        assert self.live_rows <= set(range(self.num_lanes * self.limits.max_sequences))
         for row in (*plan.freed_rows, *new_rows):
             self.tables[row], self.sequences[row] = [], []
         for planned in plan.rows:
@@ -77,20 +83,32 @@ class WatchedRunner:
 
     def write(self, planned: PlannedRow) -> None:
         """As a runner does; what the row did not write itself, it takes from the blocks it was given."""
-        table, sequence = self.tables[planned.row], self.sequences[planned.row]
+        lane, table, sequence = (
+            self.lane_of(planned.row),
+            self.tables[planned.row],
+            self.sequences[planned.row],
+        )
         table += planned.new_blocks
         for pos in range(len(sequence), planned.start_pos):
-            sequence.append(self.cache[table[pos // BLOCK_TOKENS]][pos % BLOCK_TOKENS])
-        others = {block for row, blocks in self.tables.items() if row != planned.row for block in blocks}
+            sequence.append(self.cache[lane, table[pos // BLOCK_TOKENS]][pos % BLOCK_TOKENS])
+        others = {
+            block
+            for row, blocks in self.tables.items()
+            if row != planned.row and self.lane_of(row) == lane
+            for block in blocks
+        }
         for pos, token_id in enumerate(planned.token_ids, planned.start_pos):
             block = table[pos // BLOCK_TOKENS]
             assert block not in others, "a shared block is never written"
             if pos == len(sequence):
                 sequence.append(token_id)
             assert token_id in (LAST_SAMPLED, sequence[pos])
-            self.cache.setdefault(block, {})[pos % BLOCK_TOKENS] = sequence[pos]
+            self.cache.setdefault((lane, block), {})[pos % BLOCK_TOKENS] = sequence[pos]
         for pos in range(planned.start_pos):
-            assert self.cache[table[pos // BLOCK_TOKENS]][pos % BLOCK_TOKENS] == sequence[pos]
+            assert self.cache[lane, table[pos // BLOCK_TOKENS]][pos % BLOCK_TOKENS] == sequence[pos]
+
+    def lane_of(self, row: int) -> int:
+        return row // self.limits.max_sequences
 
     def close(self) -> None:
         self.inner.close()
@@ -116,7 +134,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.lives: dict[int, Life] = {}
-        self.newest_started: dict[int, int] = {}
+        self.newest_started: dict[tuple[int, int], int] = {}
         self.open(7, 8, 3, 0)
 
     @initialize(
@@ -126,6 +144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         lookahead=st.integers(0, 1),
         prefix_caching=st.booleans(),
         stretch=st.one_of(st.none(), st.floats(1.0, 3.0)),
+        num_lanes=st.sampled_from([1, 1, 2, 3]),
     )
     def open(
         self,
@@ -135,6 +154,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         lookahead: int,
         prefix_caching: bool = True,
         stretch: float | None = None,
+        num_lanes: int = 1,
     ) -> None:
         limits = EngineLimits(
             max_sequences=max_sequences,
@@ -147,11 +167,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.max_sequences = max_sequences
         self.prefix_caching = prefix_caching
-        runner = NullRunner(CONFIG, limits)
+        self.num_lanes = num_lanes
+        runner = NullRunner(CONFIG, limits, num_lanes=num_lanes)
         self.clock = TickingClock()
-        self.scheduler = Scheduler(limits, runner.shape)
+        self.scheduler = Scheduler(limits, runner.shape, num_lanes=num_lanes)
         self.engine = Engine(
-            WatchedRunner(runner, limits),
+            WatchedRunner(runner, limits, num_lanes),
             self.scheduler,
             lookahead=lookahead,
             pace=None if stretch is None else PrefillPace(stretch=stretch),
@@ -165,6 +186,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         ticks_left=st.one_of(st.none(), st.integers(1, 200)),
         salt=st.sampled_from([b"", b"", b"a"]),
+        lane=st.integers(0, 2),
     )
     def submit(
         self,
@@ -174,6 +196,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority: int,
         ticks_left: int | None,
         salt: bytes,
+        lane: int,
     ) -> None:
         request = GenerationRequest(
             request_id=len(self.lives) + 1,
@@ -183,12 +206,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority=priority,
             deadline_ns=None if ticks_left is None else self.clock.now_ns + ticks_left * TICK_NS,
             cache_salt=salt,
+            lane=lane % self.num_lanes,
         )
         life = self.lives[request.request_id] = Life(request=request)
         if ticks_left is not None:
             life.allowed.add(FinishReason.DEADLINE)
         load = self.engine.load
-        num_held = sum(load.running) + sum(load.waiting)
+        num_held = load.running[request.lane] + load.waiting[request.lane]
         if num_prompt >= self.scheduler.context_tokens or num_held >= self.max_sequences + MAX_WAITING:
             life.allowed = {FinishReason.ERROR}
         self.engine.submit(request)
@@ -249,7 +273,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             if delta.finish is not None:
                 life.last = delta
         members = result.record.members if result.record else ()
-        assert [member.is_prefill for member in members] == sorted(member.is_prefill for member in members)
+        turns = [(self.lives[member.request_id].request.lane, member.is_prefill) for member in members]
+        assert turns == sorted(turns), "lane by lane, and within a lane decodes first"
         for member in members:
             life = self.lives[member.request_id]
             self.check_turn(life, member)
@@ -264,15 +289,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert life.cached_tokens % BLOCK_TOKENS == 0
             assert self.prefix_caching or life.cached_tokens == 0
             request = life.request
-            newest = self.newest_started.get(request.priority, 0)
+            turn = (request.lane, request.priority)
+            newest = self.newest_started.get(turn, 0)
             assert newest < request.request_id or self.could_share(life)
-            self.newest_started[request.priority] = max(newest, request.request_id)
+            self.newest_started[turn] = max(newest, request.request_id)
 
     def could_share(self, life: Life) -> bool:
         """Overtaken is only who begins as one does that started before it, and matters no less."""
         return any(
             other.has_started
             and other is not life
+            and other.request.lane == life.request.lane
             and other.request.priority >= life.request.priority
             and other.request.cache_salt == life.request.cache_salt
             and other.request.prompt_ids[:MIN_SHARED_TOKENS] == life.request.prompt_ids[:MIN_SHARED_TOKENS]

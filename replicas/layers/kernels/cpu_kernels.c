@@ -86,6 +86,10 @@ typedef struct {
     Matrix router;
     const Matrix *gate, *up, *down;
     long num_choices, first_expert, num_local;
+    int64_t *tally; /* tokens that each expert of all ranks has got so far */
+    /* Where hot experts have copies, else NULL: how many, and the local slot of each, `num_local` if elsewhere. */
+    const int64_t *copies, *slots;
+    long num_ranks;
 } ExpertLayer;
 
 /* The best `num_choices` logits of a token (lowest index of equals), which it overwrites, and their softmax.
@@ -134,8 +138,16 @@ long wl_experts(Pool *pool, const ExpertLayer *layer, const float *x, float *out
         choose(logits + t * X, X, C, choice + t * C, share + t * C);
         for (long c = 0; c < C; c++) counts[choice[t * C + c]]++;
     }
+    for (long e = 0; e < X; e++) num_hit += counts[e] > 0, layer->tally[e] += counts[e];
+    if (layer->copies) {
+        /* From here on slots take the place of experts: token t goes to copy t % copies. */
+        memset(counts, 0, (size_t)X * sizeof(int));
+        for (long m = 0; m < M; m++) {
+            choice[m] = (int)layer->slots[choice[m] * layer->num_ranks + m / C % layer->copies[choice[m]]];
+            counts[choice[m]]++;
+        }
+    }
     for (long e = 0; e < X; e++) {
-        num_hit += counts[e] > 0;
         long local = e - layer->first_expert;
         if (local < 0 || local >= E || !counts[e]) { counts[e] = -1; continue; }
         group[num_groups] = (int)local, begin[num_groups++] = rows;

@@ -7,12 +7,14 @@ T tokens, H hidden, S sampled tokens, V local vocabulary rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import byref
 from dataclasses import dataclass
 
 import torch
 
 from replicas.layers.attention import PagedKV, PagedSequences
+from replicas.layers.expert_routes import ExpertRoutes
 from replicas.layers.kernels.library import (
     CAttentionLayer,
     CExpertLayer,
@@ -47,6 +49,8 @@ class CpuLayers:
         shard: Shard,
         weights: ModelWeights,
         kv: PagedKV,
+        tally_LX: torch.Tensor,
+        routes: Sequence[ExpertRoutes] = (),
         *,
         storage: Storage,
     ) -> None:
@@ -54,6 +58,10 @@ class CpuLayers:
         self._spec = spec
         self._shard = shard
         self._kv = kv
+        self._tally_LX = tally_LX
+        self._routes = routes
+        self._experts: dict[int, list[tuple[PackedMatrix, ...]]] = {}
+        """Per layer and slot: gate, up and down."""
         self._storage = storage
         self._owned: list[torch.Tensor] = []
         self._matrices: list[PackedMatrix] = []
@@ -61,8 +69,8 @@ class CpuLayers:
         self._ffn = [
             self._pack_mlp(layer, layer.ffn)
             if isinstance(layer.ffn, MlpWeights)
-            else self._pack_experts(layer, layer.ffn)
-            for layer in weights.layers
+            else self._pack_experts(index, layer, layer.ffn)
+            for index, layer in enumerate(weights.layers)
         ]
         self._final_norm_H = weights.final_norm_H
         self._head = self._pack(weights.head_VH)
@@ -145,6 +153,25 @@ class CpuLayers:
         )
         return logits_SV
 
+    def expert_tensors(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
+        """What the matrices of one expert are packed in: gate, up, down."""
+        return tuple(tensor for matrix in self._experts[layer][slot] for tensor in matrix.tensors)
+
+    def put_expert(self, layer: int, slot: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Fill a spare slot with another rank's expert, as that rank packed it."""
+        packed, own = self._experts[layer], self._experts[layer][0]
+        per_matrix = len(tensors) // len(own)
+        matrices = tuple(
+            PackedMatrix.of(*tensors[kind * per_matrix : (kind + 1) * per_matrix], shape=matrix.shape)
+            for kind, matrix in enumerate(own)
+        )
+        packed.extend([matrices] * (slot + 1 - len(packed)))
+        packed[slot] = matrices
+        c_layer = self._ffn[layer]
+        assert isinstance(c_layer, CExpertLayer)
+        for stacked, matrix in zip((c_layer.gate, c_layer.up, c_layer.down), matrices, strict=True):
+            stacked[slot] = matrix.layout
+
     def close(self) -> None:
         """Join the threads; no call may follow."""
         self._pool.close()
@@ -167,13 +194,18 @@ class CpuLayers:
             down=self._pack(mlp.down_HF).layout,
         )
 
-    def _pack_experts(self, layer: LayerWeights, experts: ExpertWeights) -> CExpertLayer:
-        count = experts.down_EHF.shape[0]
-        gate_EFH, up_EFH = experts.gate_up_E2FH.chunk(2, dim=1)
+    def _pack_experts(self, index: int, layer: LayerWeights, experts: ExpertWeights) -> CExpertLayer:
+        count, num_home = experts.down_EHF.shape[0], self._shard.num_experts
+        gate_EFH, up_EFH = experts.gate_up_E2FH[:num_home].chunk(2, dim=1)
+        packed = [
+            tuple(self._pack(stacked[slot]) for stacked in (gate_EFH, up_EFH, experts.down_EHF))
+            for slot in range(num_home)
+        ]
+        self._experts[index] = packed
         gate, up, down = (
-            (CMatrix * count)(*(self._pack(one).layout for one in stacked))
-            for stacked in (gate_EFH, up_EFH, experts.down_EHF)
+            (CMatrix * count)(*(matrices[kind].layout for matrices in packed)) for kind in range(3)
         )
+        routes = self._routes[index] if self._routes else None
         return CExpertLayer(
             norm_weight=self._keep(layer.ffn_norm_H),
             router=self._pack_router(experts.router_XH).layout,
@@ -181,8 +213,12 @@ class CpuLayers:
             up=up,
             down=down,
             num_choices=self._spec.experts_per_token,
-            first_expert=self._shard.expert_start,
+            first_expert=self._shard.expert_start if routes is None else 0,
             num_local=count,
+            tally=self._tally_LX[index].data_ptr(),
+            copies=None if routes is None else routes.copies_X.data_ptr(),
+            slots=None if routes is None else routes.slots_XR.data_ptr(),
+            num_ranks=0 if routes is None else routes.slots_XR.shape[1],
         )
 
     def _pack(self, weight: torch.Tensor) -> PackedMatrix:

@@ -71,6 +71,8 @@ class CExpertLayer(Structure):
         ("router", CMatrix),
         *((name, POINTER(CMatrix)) for name in ("gate", "up", "down")),
         *((name, c_long) for name in ("num_choices", "first_expert", "num_local")),
+        *((name, c_void_p) for name in ("tally", "copies", "slots")),
+        ("num_ranks", c_long),
     ]
 
 
@@ -93,6 +95,27 @@ class PackedMatrix:
     panels: torch.Tensor
     scales: torch.Tensor | None
     layout: CMatrix
+
+    @classmethod
+    def of(
+        cls, panels: torch.Tensor, scales: torch.Tensor | None = None, *, shape: tuple[int, int]
+    ) -> PackedMatrix:
+        """What was packed, here or on another rank, from a weight of `shape`."""
+        layout = CMatrix(
+            panels.data_ptr(),
+            None if scales is None else scales.data_ptr(),
+            *shape,
+            _STORAGE_WORDS[panels.dtype],
+        )
+        return cls(panels=panels, scales=scales, layout=layout)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layout.num_rows, self.layout.num_columns
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.panels,) if self.scales is None else (self.panels, self.scales)
 
     @property
     def num_bytes(self) -> int:
@@ -130,14 +153,8 @@ class KernelPool:
             panels = whole.reshape(*whole.shape[:2], 2, self.panel_rows // 2).transpose(2, 3)
         else:
             panels = self._panels(weight_OI)
-        panels = panels.contiguous()
-        layout = CMatrix(
-            panels.data_ptr(),
-            None if scales is None else scales.data_ptr(),
-            *weight_OI.shape,
-            _STORAGE_WORDS[panels.dtype],
-        )
-        return PackedMatrix(panels=panels, scales=scales, layout=layout)
+        rows, columns = weight_OI.shape
+        return PackedMatrix.of(panels.contiguous(), scales, shape=(rows, columns))
 
     def _panels(self, weight_OI: torch.Tensor) -> torch.Tensor:
         """[panel][input][row of the panel]; the last panel is filled up with zeros."""

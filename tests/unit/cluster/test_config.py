@@ -56,6 +56,20 @@ def test_our_own_rules_speak_for_themselves() -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
+        (
+            {"parallel": {"expert": 2, "layout": "scatter"}},
+            "models[0].parallel.layout: got 'scatter'; allowed: 'shared' or 'dispatch'",
+        ),
+        (
+            {"parallel": {"tensor": 2, "expert": 2, "layout": "dispatch"}},
+            "models[0].parallel: parallel.layout is 'dispatch' with tensor=2 and expert=2; it splits experts "
+            "alone: set tensor to 1 and expert to the number of ranks, 2 or more",
+        ),
+        (
+            {"device": "cuda", "parallel": {"expert": 2, "layout": "dispatch"}},
+            "models[0]: parallel.layout dispatch and parallel.spare_experts run on CPU ranks only; "
+            "set layout to shared and spare_experts to 0, or device to cpu",
+        ),
         ({"parallel": {"tensor": "two"}}, "models[0].parallel.tensor: got 'two'; allowed: a whole number"),
         (
             {"limits": {"drain_s": float("nan")}},

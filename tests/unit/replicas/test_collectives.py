@@ -70,6 +70,31 @@ def test_gather_keeps_shape_dtype_and_rank_order(tmp_path: Path) -> None:
         assert result[:, 1, 2].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [(2, 2, 2), (0, 5, 1), (3, 0, 0), (9000, 4, 1)])
+def test_rows_of_unequal_ranks_are_gathered_and_summed_back(
+    tmp_path: Path, counts: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """The largest takes two slabs."""
+    total = sum(counts)
+
+    def work(config: RankConfig, collectives: Collectives) -> tuple[torch.Tensor, torch.Tensor]:
+        gathered = collectives.all_gather_rows(
+            rank_tensor(config.rank, (counts[config.rank], 40), dtype), counts
+        )
+        summed = collectives.reduce_scatter_rows(rank_tensor(7 + config.rank, (total, 40), dtype), counts)
+        return gathered, summed
+
+    results = run_rank_threads(make_configs(tmp_path, 3), work)
+    everyone = torch.cat([rank_tensor(rank, (count, 40), dtype) for rank, count in enumerate(counts)])
+    partial = [rank_tensor(7 + rank, (total, 40), dtype).float() for rank in range(3)]
+    sums = (partial[0] + partial[1] + partial[2]).to(dtype).split_with_sizes(list(counts))
+    for rank, result in enumerate(results):
+        assert isinstance(result, tuple), result
+        assert torch.equal(result[0], everyone)
+        assert torch.equal(result[1], sums[rank])
+
+
 def test_the_file_is_gone_once_all_ranks_are_attached(tmp_path: Path) -> None:
     def work(config: RankConfig, collectives: Collectives) -> list[Path]:
         collectives.barrier()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from replicas.config import ParallelConfig
+from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.errors import BadParallelism
 from replicas.models.costs import costs_of
 from replicas.models.spec import ModelSpec, RopeSpec
@@ -50,6 +50,34 @@ def test_expert_ranks_alone_replicate_attention() -> None:
         assert (shard.num_heads, shard.num_kv_heads, shard.is_attention_split) == (8, 2, False)
         assert (shard.expert_start, shard.num_experts, shard.ffn_size) == (4 * rank, 4, 32)
         assert shard.is_ffn_split
+
+
+def test_dispatch_splits_experts_and_nothing_else() -> None:
+    parallel = ParallelConfig(expert=2, layout="dispatch")
+    for rank in range(2):
+        shard = shard_of(MOE, parallel, rank)
+        assert (shard.rank, shard.expert_start, shard.num_experts) == (rank, 4 * rank, 4)
+        assert (shard.num_heads, shard.num_kv_heads, shard.ffn_size) == (8, 2, 32)
+        assert (shard.vocab_start, shard.vocab_valid, shard.vocab_ranks) == (0, 49155, 1)
+        assert (shard.is_attention_split, shard.is_ffn_split, shard.is_dispatched) == (False, False, True)
+    with pytest.raises(BadParallelism, match="has no experts; set expert=1, layout=shared"):
+        shard_of(DENSE, parallel, 0)
+
+
+@pytest.mark.parametrize("degrees", [(1, 1), (2, 1), (2, 2)])
+def test_dispatch_over_anything_but_experts_is_refused(degrees: tuple[int, int]) -> None:
+    with pytest.raises(BadParallelism, match="set tensor to 1 and expert to the number of ranks"):
+        ParallelConfig(tensor=degrees[0], expert=degrees[1], layout="dispatch")
+
+
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(expert=2, layout="dispatch"), ParallelConfig(expert=2, spare_experts=1)]
+)
+def test_lanes_and_spare_experts_are_refused_on_a_gpu(parallel: ParallelConfig) -> None:
+    with pytest.raises(BadParallelism, match="run on CPU ranks only; set layout to shared"):
+        RankConfig(
+            group="g", epoch=1, rank=0, source="", parallel=parallel, limits=EngineLimits(), device="cuda"
+        )
 
 
 def test_tensor_ranks_alone_split_every_expert() -> None:
@@ -98,6 +126,23 @@ def test_costs_count_what_ranks_repeat() -> None:
     assert costs(ParallelConfig(expert=2)).kv_bytes_per_token == 2 * solo.kv_bytes_per_token
     assert costs(ParallelConfig(tensor=2)).kv_bytes_per_token == solo.kv_bytes_per_token
     assert costs(ParallelConfig(tensor=4)).kv_bytes_per_token == 2 * solo.kv_bytes_per_token
+
+
+def test_dispatch_computes_a_token_once_and_reads_the_weights_per_rank() -> None:
+    solo, two = costs(ParallelConfig()), costs(ParallelConfig(expert=2, layout="dispatch"))
+    router, norms = 2 * 64 * 8, 2 * 2 * 64
+    assert two.active_params == solo.active_params + router + norms
+    assert two.shared_weight_bytes == 2 * solo.shared_weight_bytes
+    assert (two.kv_bytes_per_token, two.expert_bytes) == (solo.kv_bytes_per_token, solo.expert_bytes)
+
+
+def test_spare_slots_hold_at_most_all_but_one_of_the_others() -> None:
+    most = ParallelConfig(expert=2, spare_experts=3)
+    assert shard_of(MOE, most, 1).num_spare_experts == 3
+    with pytest.raises(BadParallelism, match="spare_experts=4; at most 3"):
+        shard_of(MOE, ParallelConfig(expert=2, spare_experts=4), 0)
+    with pytest.raises(BadParallelism, match="0 where expert is 1"):
+        ParallelConfig(spare_experts=1)
 
 
 def test_smaller_weights_are_fewer_bytes_and_the_same_arithmetic() -> None:

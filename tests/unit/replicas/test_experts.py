@@ -68,7 +68,10 @@ def reference(x_TH: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
 @pytest.mark.parametrize("num_tokens", [1, 2, 9, 70])
 def test_the_mixture_is_that_of_transformers(num_tokens: int) -> None:
     x_TH, weights = make_tokens(num_tokens), make_weights()
-    y_TH, hit = mix_experts(x_TH, weights, num_choices=C, first_expert=0)
+    tally_X = torch.ones(X, dtype=torch.int64)
+    y_TH, hit = mix_experts(x_TH, weights, tally_X, num_choices=C, first_expert=0)
+    choices_TC, _ = route(x_TH, weights.router_XH, C)
+    assert torch.equal(tally_X - 1, choices_TC.flatten().bincount(minlength=X))
     torch.testing.assert_close(y_TH, reference(x_TH, weights), rtol=1e-4, atol=1e-3)
     choices_TC, _ = route(x_TH, weights.router_XH, C)
     assert hit == len(set(choices_TC.flatten().tolist()))

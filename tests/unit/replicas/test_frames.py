@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from replicas.errors import RankLost
+from replicas.expert_loads import ExpertLoads
 from replicas.frames import (
     HEADER,
     MAX_FRAME_BYTES,
@@ -149,6 +150,7 @@ EVENTS = (
     RESULT,
     replace(RESULT, record=None, deltas=()),
     EngineFailure(reason="RankLost: rank 1 failed"),
+    ExpertLoads(num_experts=2, tokens=(3, 2**40, 0, 7), num_ranks=2, spares=(-1, 0, 1, -1)),
 )
 
 

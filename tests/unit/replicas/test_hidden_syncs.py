@@ -7,7 +7,7 @@ tensor made of a list, an index on the CPU), which on CUDA would wait for the st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,12 @@ class TwoRanks:
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x.unsqueeze(0).expand(2, *x.shape)
+
+    def all_gather_rows(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        return x.new_empty((sum(counts), *x.shape[1:]))
+
+    def reduce_scatter_rows(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        return x[: counts[self.rank]]
 
     def barrier(self, timeout_s: float | None = None) -> None:
         pass

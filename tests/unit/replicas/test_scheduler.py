@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from replicas.config import EngineLimits
+from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.scheduled_step import ScheduledStep
 from replicas.engine.scheduler import Scheduler
 from replicas.plan import LAST_SAMPLED, EngineShape, NewRow, PlannedRow, StepOutcome, StepPlan
@@ -235,17 +236,48 @@ def test_a_request_past_its_deadline_ends_before_it_costs_another_step() -> None
     ]
 
 
-def test_lanes_have_their_own_budget_and_blocks_but_share_the_rows() -> None:
+def test_lanes_have_their_own_budget_blocks_and_rows() -> None:
     scheduler = make_scheduler(num_lanes=2, max_sequences=3, step_tokens=4)
     submit(scheduler, 1, 6, lane=0)
     submit(scheduler, 2, 3, lane=1)
     submit(scheduler, 3, 6, lane=1)
     first = run(scheduler)
-    assert brief(first) == [(0, 0, 4), (1, 0, 3), (2, 0, 1)]
+    assert brief(first) == [(0, 0, 4), (3, 0, 3), (4, 0, 1)]
     assert [row.new_blocks for row in first.rows] == [(1, 2), (1,), (2, 3)]
-    assert brief(run(scheduler)) == [(1, 3, 1), (0, 4, 2), (2, 1, 3)]
+    assert brief(run(scheduler)) == [(0, 4, 2), (3, 3, 1), (4, 1, 3)]
     load = scheduler.load(step_ms=1, prefill_tokens_per_s=2, decode_tokens_per_s=3)
     assert (load.running, load.free_blocks, load.waiting_prefill_tokens) == ((1, 2), (47, 46), (0, 2))
+
+
+class SevenTokens(PrefillPace):
+    """Prompts of all lanes may take seven tokens of a step."""
+
+    def tokens(self, *, num_decoding: int, num_prefilling: int, limit: int) -> int:
+        return min(7, limit)
+
+
+def test_lanes_with_prompts_share_what_a_step_may_take_of_them() -> None:
+    scheduler = make_scheduler(num_lanes=3, step_tokens=32)
+    pace = SevenTokens(stretch=2.0)
+    submit(scheduler, 1, 9, lane=0)
+    alone = scheduler.schedule(now_ns=0, pace=pace)
+    submit(scheduler, 2, 9, lane=2)
+    shared = scheduler.schedule(now_ns=0, pace=pace)
+    assert alone is not None and shared is not None
+    assert (brief(alone.plan), brief(shared.plan)) == ([(0, 0, 7)], [(0, 7, 2), (8, 0, 4)])
+
+
+def test_a_full_lane_refuses_while_another_accepts() -> None:
+    scheduler = make_scheduler(num_lanes=2)
+    for request_id in range(CAPACITY):
+        submit(scheduler, request_id, 1, lane=1)
+    submit(scheduler, CAPACITY, 1, lane=1)
+    submit(scheduler, CAPACITY + 1, 1, lane=0)
+    submit(scheduler, CAPACITY + 2, 1, lane=2)
+    full, unknown = scheduler.take_deltas()
+    assert full.error == ("RESOURCE_EXHAUSTED", "8 requests wait already; retry later")
+    assert unknown.error == ("INVALID_ARGUMENT", "lane is 2; this engine has lanes 0 to 1")
+    assert scheduler.load(step_ms=1, prefill_tokens_per_s=2, decode_tokens_per_s=3).waiting == (1, CAPACITY)
 
 
 def test_a_sequence_preempted_while_its_token_is_under_way_waits_for_it() -> None:
