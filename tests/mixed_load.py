@@ -127,7 +127,12 @@ def _faults(
     allowed = {
         Ending.WHOLE: {grpc.StatusCode.OK},
         Ending.CANCEL: {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED},
-        Ending.DEADLINE: {grpc.StatusCode.OK, grpc.StatusCode.DEADLINE_EXCEEDED},
+        # A router that foresees that the deadline cannot be met refuses at once.
+        Ending.DEADLINE: {
+            grpc.StatusCode.OK,
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+        },
     }[ending]
     name = f"{question.model}, {len(question.prompt_ids)} prompt tokens, {ending.name}"
     faults = []
