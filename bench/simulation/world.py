@@ -10,6 +10,7 @@ from random import Random
 
 from bench.simulation.sim_replica import ReplicaShape, SimReplica
 from cluster.config import Config, TelemetrySection
+from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router.admission.energy_lease import LocalLeases
@@ -130,6 +131,7 @@ class World:
             max_waiting=shape.limits.max_waiting,
             freeze_s=self._freeze_s,
             worker=InlineWorker(),
+            pace=ReaderPace(),
             clock_s=self.now_s,
         )
         self.pool.attach(connection)

@@ -13,6 +13,7 @@ from enum import Enum, auto
 
 from cluster.link.engine_job import EngineJob
 from cluster.link.messages import parse_end, parse_energy, submit_command
+from cluster.link.reader_pace import ReaderPace
 from cluster.link.token_stream import TokenStream
 from cluster.router.balancing.lane_view import LaneView
 from cluster.router.balancing.step_fit import StepFit
@@ -64,6 +65,7 @@ class ReplicaConnection:
         max_waiting: int,
         freeze_s: float,
         worker: DetokenizeWorker,
+        pace: ReaderPace,
         clock_s: Callable[[], float],
     ) -> None:
         self.hello = hello
@@ -76,6 +78,7 @@ class ReplicaConnection:
         self.dropped_deltas = 0
         self._max_waiting = max_waiting
         self._worker = worker
+        self._pace = pace
         self._clock_s = clock_s
         self._heard_at_s = self.attached_at_s
         self._load_at_s = self.attached_at_s
@@ -140,11 +143,13 @@ class ReplicaConnection:
             text=job.text,
             buffer_bytes=job.buffer_bytes,
             on_overflow=job.on_overflow,
+            pace=self._pace,
             clock_s=self._clock_s,
         )
         try:
             self.commands.put_nowait(submit_command(job, request_id=stream.link_id))
         except asyncio.QueueFull:
+            stream.abandon()
             raise Overloaded("the replica does not take commands", retry_after_ms=250) from None
         account = EnergyAccount()
         self._streams[stream.link_id] = stream

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import grpc
 
 from cluster.link.messages import parse_ledger
+from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router.served_model import ServedModel
@@ -38,7 +39,7 @@ LinkContext: TypeAlias = "grpc.aio.ServicerContext[link.FromReplica, link.ToRepl
 
 
 class LinkServicer(link_grpc.ReplicaLinkServicer):
-    """Owns no state: connections live in the pool as long as their Attach call."""
+    """Owns the pace of all readers; connections live in the pool as long as their Attach call."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
         self._models = models
         self._pool = pool
         self._worker = worker
+        self._pace = ReaderPace()
         self._metrics = metrics
         self._freeze_s = freeze_s
 
@@ -109,6 +111,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             max_waiting=model.section.limits.max_waiting,
             freeze_s=self._freeze_s,
             worker=self._worker,
+            pace=self._pace,
             clock_s=monotonic,
         )
 

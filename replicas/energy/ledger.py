@@ -236,6 +236,11 @@ class Ledger:
         return self._book.take_unmeasured()
 
     @property
+    def closed_until_ns(self) -> int:
+        """All energy of the meter up to here is divided."""
+        return self._closed_until_ns
+
+    @property
     def learner(self) -> CoefficientLearner | None:
         return self._learner
 

@@ -18,6 +18,8 @@ from replicas.step_report import TokenColumns, TokenRun
 
 MAX_PENDING_TOKENS = 1 << 18
 MAX_PENDING_ENTRIES = 1 << 16
+MIN_GAP_S = 0.001
+"""Between two parcels: a message has its price, and only a toy engine steps faster than this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,7 @@ class Outbox:
         self._energy: dict[tuple[int, int], EnergyStatement] = {}
         self._draining: str | None = None
         self._goodbye: str | None = None
+        self._taken_s = float("-inf")
         self._wake = asyncio.Event()
         self._overflow = asyncio.Event()
 
@@ -105,6 +108,10 @@ class Outbox:
                     await self._wake.wait()
             except TimeoutError:
                 return None
+        now_s = asyncio.get_running_loop().time
+        if (early_s := self._taken_s + MIN_GAP_S - now_s()) > 0.0:
+            await asyncio.sleep(early_s)
+        self._taken_s = now_s()
         parcel = Parcel(
             step=self._step,
             tokens=self._take_tokens(),

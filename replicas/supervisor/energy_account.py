@@ -174,7 +174,7 @@ class EnergyAccount:
 
     def _advance(self) -> None:
         self._ledger.advance(self._clock())
-        if self._last_reading is None:
+        if self._last_reading is None or self._ledger.closed_until_ns == self.divided_until_ns:
             return
         totals = self._ledger.totals()
         closed = EnergySums(

@@ -15,7 +15,7 @@ from replicas.config import ReplicaConfig
 from replicas.frames import Cancel, Stop, Submit
 from replicas.link.link import LinkSession, RouterLink
 from replicas.link.links import LinkPool, resolve_target
-from replicas.link.messages import Drain, ReplicaCard, ReplicaLoad, RouterCommand
+from replicas.link.messages import PROTOCOL_VERSION, Drain, ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
 from replicas.request import (
     CacheChange,
@@ -144,7 +144,12 @@ async def test_hello_says_who_this_is() -> None:
     async with SmallRouter() as router, linked(router):
         replica = await router.attached()
         hello = replica.hello
-        assert (hello.protocol, hello.replica_id, hello.model, replica.epoch) == (2, "r", "m", 3)
+        assert (hello.protocol, hello.replica_id, hello.model, replica.epoch) == (
+            PROTOCOL_VERSION,
+            "r",
+            "m",
+            3,
+        )
         assert (hello.weights_digest, hello.tokenizer_digest, hello.energy_source) == ("w", "t", "fake")
         assert (list(hello.load.free_blocks), hello.load.power_w) == ([7], 80.0)
         assert hello.ranks[0] == link_pb2.RankProcess(rank=0, pid=11, device="cpu")
