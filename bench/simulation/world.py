@@ -36,7 +36,7 @@ from cluster.telemetry.tracing import Telemetry
 from cluster.text.detokenize_worker import DetokenizeWorker, StreamTokens, deliver, detokenize
 from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_link_pb2 as link
-from replicas.wire import cache_from_wire
+from replicas.wire.caches import cache_from_wire
 
 WATCH_S = 0.1
 

@@ -23,11 +23,11 @@ from cluster.text.detokenize_worker import DetokenizeWorker
 from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
 from replicas.strict_messages import MalformedMessage
-from replicas.wire import cache_from_wire
+from replicas.wire.caches import cache_from_wire
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_REPLICAS = 1024
 MAX_LANES = 1024
 MAX_ID_CHARS = 256

@@ -1,8 +1,8 @@
 """One answer on its way through the router: filled by the link, drained by the caller's handler.
 
-Lives on the event loop, but for `text`, which only the detokenising thread touches. What a slow reader leaves
-unread is coalesced here into four bytes a token and its text in UTF-8, and it is bounded: as lists of numbers
-and strings the same would take some twenty times as much.
+Lives on the event loop, but for `text`, which belongs to the detokenising thread while that has jobs. What a
+slow reader leaves unread is coalesced here into four bytes a token and its text in UTF-8, and it is bounded:
+as lists of numbers and strings the same would take some twenty times as much.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from replicas.expert_loads import ExpertLoads
 from replicas.frames import EngineFailure, Event
 from replicas.link.links import LinkPool
 from replicas.link.messages import ReplicaCard
-from replicas.request import StepResult
+from replicas.step_report import StepReport
 from replicas.supervisor.dispatcher import Dispatcher
 from replicas.supervisor.energy_account import EnergyAccount
 from replicas.supervisor.engine_socket import EngineSocket
@@ -127,7 +127,7 @@ class LiveGroup:
             if isinstance(event, ExpertLoads):
                 self._experts = next_snapshot(self._experts, event)
                 self._publish()
-            if not isinstance(event, StepResult):
+            if not isinstance(event, StepReport):
                 continue
             record = event.record
             self._watch.note_step(None if record is None else (record.end_ns - record.start_ns) / 1e9)
