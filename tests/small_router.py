@@ -34,6 +34,7 @@ class AttachedReplica:
         self.loads: list[link_pb2.LoadSnapshot] = []
         self.steps: list[int] = []
         self.cache: list[link_pb2.CacheChange] = []
+        self.heats: list[link_pb2.ExpertHeat] = []
         self.num_heartbeats = 0
         self.epochs = {hello.epoch}
         self.draining: str | None = None
@@ -123,6 +124,8 @@ class AttachedReplica:
     def _record(self, message: link_pb2.FromReplica) -> None:
         self.epochs.add(message.epoch)
         self.cache.extend(message.cache)
+        if message.HasField("experts"):
+            self.heats.append(message.experts)
         match message.WhichOneof("event"):
             case "step":
                 self.steps.append(message.step.step)

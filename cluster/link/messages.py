@@ -9,6 +9,7 @@ from cluster.router.errors import DeadlinePassed, ReplicaStopped, engine_error
 from cluster.router.failover import LossReason
 from cluster.router.ledger_book import LedgerSums, ReplicaLedger
 from protos import wattline_link_pb2 as link
+from replicas.expert_heat import ExpertHeat
 from replicas.request import GenerationRequest
 from replicas.wire.deltas import FINISH_FROM_WIRE, timing_from_wire
 from replicas.wire.requests import request_to_wire
@@ -87,4 +88,23 @@ def parse_ledger(message: link.FromReplica, *, replica_id: str) -> ReplicaLedger
             for entry in message.ledger
         },
         confidence_factors={entry.source: entry.confidence_factor for entry in message.ledger},
+    )
+
+
+def parse_heat(message: link.ExpertHeat) -> ExpertHeat:
+    """Raises ValueError if its cells are not those of its shape, or too many."""
+    return ExpertHeat(
+        num_layers=message.num_layers,
+        num_experts=message.num_experts,
+        layers_per_row=message.layers_per_row,
+        experts_per_column=message.experts_per_column,
+        load_percent=tuple(message.load_percent),
+        copied_cells=tuple(message.copied_cells),
+        tokens=message.tokens,
+        num_ranks=message.num_ranks,
+        num_copies=message.num_copies,
+        imbalance=message.imbalance if message.HasField("imbalance") else None,
+        imbalance_without_copies=(
+            message.imbalance_without_copies if message.HasField("imbalance_without_copies") else None
+        ),
     )

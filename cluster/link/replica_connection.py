@@ -20,8 +20,10 @@ from cluster.router.balancing.step_fit import StepFit
 from cluster.router.energy_account import EnergyAccount
 from cluster.router.errors import EngineFault, Overloaded, ReplicaStopped
 from cluster.router.failover import LossReason, ReplicaIdentity
+from cluster.router.fleet_record import Stand, Standing
 from cluster.text.detokenize_worker import DetokenizeWorker, StreamNews, StreamTokens
 from protos import wattline_link_pb2 as link
+from replicas.expert_heat import ExpertHeat
 from replicas.strict_messages import MalformedMessage
 from replicas.supervisor.step_watch import StepWatch
 from replicas.wire.deltas import logprobs_from_wire
@@ -37,6 +39,8 @@ NEVER_SEEN = 2**63
 """The snapshot number of a request that is not submitted yet."""
 MAX_OPEN_ACCOUNTS = 8192
 """Requests whose final joules are awaited; beyond it the oldest stays at what is known."""
+
+LINK_ENDED = Standing(stand=Stand.LOST, reason="its link ended without a word")
 
 
 class ReplicaState(Enum):
@@ -71,6 +75,7 @@ class ReplicaConnection:
         self.hello = hello
         self.epoch = epoch
         self.load = hello.load
+        self.experts: ExpertHeat | None = None
         self.attached_at_s = clock_s()
         self.commands: asyncio.Queue[link.ToReplica] = asyncio.Queue(maxsize=MAX_OUTGOING)
         """What goes down."""
@@ -85,8 +90,9 @@ class ReplicaConnection:
         self._snapshot_count = 0
         self._step_fit = StepFit()
         self._watch = StepWatch(floor_s=freeze_s)
-        self._is_fenced = False
-        self._is_draining = False
+        self._fenced_why = ""
+        self._draining_why: str | None = None
+        self._end: Standing | None = None
         self._last_link_id = 0
         self._last_hold = 0
         self._streams: dict[int, TokenStream] = {}
@@ -99,10 +105,23 @@ class ReplicaConnection:
 
     @property
     def state(self) -> ReplicaState:
-        if self._is_draining:
+        if self._draining_why is not None:
             return ReplicaState.DRAINING
-        is_stalled = self.is_silent or self._is_fenced or self.closed.is_set()
+        is_stalled = self.is_silent or bool(self._fenced_why) or self.closed.is_set()
         return ReplicaState.STALLED if is_stalled else ReplicaState.READY
+
+    @property
+    def standing(self) -> Standing:
+        """The same for operators: finer, and with the reason."""
+        if self._end is not None:
+            return self._end
+        if self._draining_why is not None:
+            return Standing(stand=Stand.DRAINING, reason=self._draining_why)
+        if self._fenced_why:
+            return Standing(stand=Stand.FROZEN, reason=self._fenced_why)
+        if self.is_silent:
+            return Standing(stand=Stand.SILENT, reason=f"nothing heard for {STALL_S:g} s")
+        return Standing(stand=Stand.READY)
 
     @property
     def identity(self) -> ReplicaIdentity:
@@ -182,13 +201,13 @@ class ReplicaConnection:
 
     def drain(self, reason: str) -> None:
         """Stop new work here and tell the replica; streams under way finish."""
-        self._is_draining = True
+        self.mark_draining(reason)
         self._send(link.ToReplica(drain=link.Drain(reason=reason)))
 
     def heard(self) -> None:
         """A message came: the replica lives."""
         self._heard_at_s = self._clock_s()
-        self._is_fenced = False
+        self._fenced_why = ""
         self._watch.note_step(self.load.step_ms / 1e3)
 
     def check_progress(self) -> None:
@@ -201,9 +220,10 @@ class ReplicaConnection:
             logger.warning("replica_fenced id=%s streams=%d", self.replica_id, len(self._streams))
             self._fence()
 
-    def mark_draining(self) -> None:
-        """The replica says that it takes no new work."""
-        self._is_draining = True
+    def mark_draining(self, reason: str) -> None:
+        """It takes no new work from now on. The first reason stays."""
+        if self._draining_why is None:
+            self._draining_why = reason
 
     def take_load(self, load: link.LoadSnapshot) -> None:
         """A newer snapshot. It may have crossed a submission; the one after it cannot have."""
@@ -264,14 +284,18 @@ class ReplicaConnection:
             if account.is_settled:
                 del self._accounts[entry.request_id]
 
-    def take_goodbye(self) -> None:
+    def take_goodbye(self, reason: str) -> None:
         """The replica leaves. One that drained has done nothing wrong; any other has lost its group."""
-        self.close(LossReason.DRAINED if self._is_draining else LossReason.FAILED)
+        if self._draining_why is None:
+            self.close(LossReason.FAILED, Standing(stand=Stand.LOST, reason=reason))
+        else:
+            self.close(LossReason.DRAINED, Standing(stand=Stand.DRAINED, reason=self._draining_why))
 
-    def close(self, reason: LossReason = LossReason.KILLED) -> None:
+    def close(self, reason: LossReason = LossReason.KILLED, end: Standing = LINK_ENDED) -> None:
         """The link is gone: every stream fails, every account stays at what is known. Safe to call twice."""
         if self.closed.is_set():
             return
+        self._end = end
         self.closed.set()
         self._lose_streams(reason)
         accounts, self._accounts = self._accounts, {}
@@ -291,7 +315,8 @@ class ReplicaConnection:
 
     def _fence(self) -> None:
         """Take every stream away. What the replica still says of them, should it wake up, finds none."""
-        self._is_fenced = True
+        if not self._fenced_why:
+            self._fenced_why = f"silent for {self._watch.waited_s:.1f} s with {len(self._streams)} in flight"
         link_ids = tuple(self._streams)
         self._lose_streams(LossReason.FROZEN)
         for link_id in link_ids:

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import grpc
 
-from cluster.link.messages import parse_ledger
+from cluster.link.messages import parse_heat, parse_ledger
 from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
@@ -73,7 +73,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             asyncio.create_task(self._read(connection, request_iterator)),
             asyncio.create_task(self._write(connection, context)),
             asyncio.create_task(connection.closed.wait()),
-            asyncio.create_task(_watch(connection)),
+            asyncio.create_task(self._watch(connection)),
         )
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -147,6 +147,8 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             self._book_ledger(connection, message)
             if message.cache:
                 self._note_cache(connection, message)
+            if message.HasField("experts"):
+                _note_experts(connection, message.experts)
             event = message.WhichOneof("event")
             self._metrics.count_link_message("up", event or "none")
             match event:
@@ -161,11 +163,12 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                 case "energy":
                     connection.take_energy(message.energy)
                 case "draining":
-                    connection.mark_draining()
-                    self._pool.changed()
+                    connection.mark_draining(message.draining.reason)
+                    self._pool.changed(connection)
                 case "goodbye":
-                    logger.info("replica_goodbye id=%s", connection.replica_id)
-                    connection.take_goodbye()
+                    reason = message.goodbye.reason
+                    logger.info("replica_goodbye id=%s reason=%s", connection.replica_id, reason)
+                    connection.take_goodbye(reason)
                     return
                 case _:
                     logger.warning("link_message_unexpected id=%s event=%s", connection.replica_id, event)
@@ -191,8 +194,15 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             self._metrics.count_link_message("down", command.WhichOneof("command") or "none")
             await context.write(command)
 
+    async def _watch(self, connection: ReplicaConnection) -> None:
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            connection.check_progress()
+            self._pool.observe(connection)
 
-async def _watch(connection: ReplicaConnection) -> None:
-    while True:
-        await asyncio.sleep(WATCH_PERIOD_S)
-        connection.check_progress()
+
+def _note_experts(connection: ReplicaConnection, heat: link.ExpertHeat) -> None:
+    try:
+        connection.experts = parse_heat(heat)
+    except ValueError as error:
+        logger.warning("expert_heat_refused id=%s problem=%s", connection.replica_id, error)

@@ -322,6 +322,7 @@ async def _accept(caller: Caller) -> None:
 
 async def _await_end(attempt: Attempt) -> None:
     """The answer is complete: the engine ends the sequence, if it has not, and says what it took."""
+    attempt.is_over = True
     attempt.connection.stop(attempt.stream)
     try:
         async with asyncio.timeout(STOP_WAIT_S):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from protos import wattline_link_pb2 as link_pb2
 from replicas.energy.meter import CONFIDENCE_FACTORS
+from replicas.expert_heat import ExpertHeat
 from replicas.frames import Cancel, Stop, Submit
 from replicas.link.messages import (
     PROTOCOL_VERSION,
@@ -100,6 +101,22 @@ def encode_ledger(ledger: LedgerState | None) -> list[link_pb2.LedgerTotals]:
         )
         for source, sums in ledger.sums.items()
     ]
+
+
+def encode_heat(heat: ExpertHeat) -> link_pb2.ExpertHeat:
+    return link_pb2.ExpertHeat(
+        num_layers=heat.num_layers,
+        num_experts=heat.num_experts,
+        layers_per_row=heat.layers_per_row,
+        experts_per_column=heat.experts_per_column,
+        load_percent=heat.load_percent,
+        copied_cells=heat.copied_cells,
+        tokens=heat.tokens,
+        num_ranks=heat.num_ranks,
+        num_copies=heat.num_copies,
+        imbalance=heat.imbalance,
+        imbalance_without_copies=heat.imbalance_without_copies,
+    )
 
 
 def encode_load(load: ReplicaLoad) -> link_pb2.LoadSnapshot:

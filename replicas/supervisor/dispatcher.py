@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from replicas.energy.bill import RequestJoules
+from replicas.expert_heat import ExpertHeat
 from replicas.frames import Cancel, Command, Stop, Submit
 from replicas.link.link import LinkSession
 from replicas.link.messages import (
@@ -60,6 +61,8 @@ class Dispatcher:
         self._draining: str | None = None
         self._is_fenced = False
         self.wasted_tokens = 0
+        self.experts: ExpertHeat | None = None
+        """How they were loaded of late, as the links tell it."""
         self.first_link = asyncio.Event()
         self.idle = asyncio.Event()
         """Set while the engine holds no request."""
@@ -83,7 +86,7 @@ class Dispatcher:
     def load(self) -> ReplicaLoad:
         energy = self._energy
         if energy is None or energy.source is None:
-            return ReplicaLoad(engine=self._load)
+            return ReplicaLoad(engine=self._load, experts=self.experts)
         return ReplicaLoad(
             engine=self._load,
             energy_source=energy.source.value,
@@ -92,6 +95,7 @@ class Dispatcher:
             idle_power_w=energy.idle_power_w,
             active_power_w=energy.active_power_w,
             ledger=LedgerState(until_ns=energy.divided_until_ns, sums=energy.sums),
+            experts=self.experts,
         )
 
     def cache(self) -> tuple[CacheChange, ...]:

@@ -89,6 +89,7 @@ class EnergyAccount:
         self._ledger = ledger
         self._clock = clock
         self._last_reading: Reading | None = None
+        self._num_windows = 0
         self._sums: dict[Source, EnergySums] = {}
         self._generated_tokens = 0
         self._cost_since: tuple[int, int, int] | None = None
@@ -174,8 +175,9 @@ class EnergyAccount:
 
     def _advance(self) -> None:
         self._ledger.advance(self._clock())
-        if self._last_reading is None or self._ledger.closed_until_ns == self.divided_until_ns:
+        if self._last_reading is None or self._ledger.num_windows == self._num_windows:
             return
+        self._num_windows = self._ledger.num_windows
         totals = self._ledger.totals()
         closed = EnergySums(
             request_mj=totals.requests_mj,

@@ -15,6 +15,7 @@ from replicas.energy.learning import CoefficientLearner
 from replicas.energy.ledger import Ledger
 from replicas.energy.weights import coefficients_for
 from replicas.errors import MeterUnavailable, RankLost
+from replicas.expert_heat import heat_of
 from replicas.expert_loads import ExpertLoads
 from replicas.frames import EngineFailure, Event
 from replicas.link.links import LinkPool
@@ -127,6 +128,7 @@ class LiveGroup:
             event = await next_event(self._socket, self._ranks)
             if isinstance(event, ExpertLoads):
                 self._experts = next_snapshot(self._experts, event)
+                self.dispatcher.experts = heat_of(event, self._experts.recent)
                 self._publish()
             if not isinstance(event, StepReport):
                 continue

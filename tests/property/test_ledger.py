@@ -168,7 +168,7 @@ def test_p12_busy_idle_and_holes_cover_every_instant_once(seed: int) -> None:
     random = Random(seed)
     steps = sorted(
         (
-            Step(start_ns, start_ns + random.randint(0, 60), number, ())
+            Step(start_ns, start_ns + random.randint(0, 60), number)
             for number, start_ns in enumerate(sorted(random.randint(0, 400) for _ in range(12)))
             if random.random() < 0.8
         ),
