@@ -92,7 +92,7 @@ class Gate:
         Raises Overloaded where waiting would be in vain, NoReplica where there is nothing to wait for.
         """
         cost = virtual_tokens(uncached_tokens=len(errand.prompt_ids), output_tokens=errand.output_tokens)
-        held = None if self._queue else self._hold(errand)
+        held = None if self._queue else self._hold(errand, tenant)
         if held is not None:
             self._queue.count(tenant, cost)
         else:
@@ -130,7 +130,7 @@ class Gate:
             if head.item.place.done():
                 self._take_out(head)
                 continue
-            held = self._hold(head.item.errand)
+            held = self._hold(head.item.errand, head.tenant)
             if held is None:
                 break
             self._take_out(head)
@@ -192,16 +192,24 @@ class Gate:
             target_ttft_s=None if ttft_ms is None else ttft_ms / 1e3,
         )
 
-    def _hold(self, errand: Errand) -> Held | None:
+    def _hold(self, errand: Errand, tenant: Tenant) -> Held | None:
         """A lane that can begin this request, counted as taken; None: there is none now."""
         can_begin = partial(
-            takes_more, uncached_tokens=len(errand.prompt_ids), output_tokens=errand.output_tokens
+            takes_more,
+            uncached_tokens=len(errand.prompt_ids),
+            output_tokens=errand.output_tokens,
+            ahead_s=AHEAD_S if self._keeps_back(tenant) else float("inf"),
         )
         place = self._finder.find(self._model.section, errand, takes=can_begin)
         if place is None:
             return None
         hold = place.connection.hold(place.lane, prefill_tokens=len(errand.prompt_ids) - place.cached_tokens)
         return Held(place=place, hold=hold)
+
+    def _keeps_back(self, tenant: Tenant) -> bool:
+        """Whether what waits here could yet be refused for being late, or put behind another tenant's."""
+        slo = self._model.section.slo
+        return (slo.refuse_late and slo.ttft_ms is not None) or self._queue.is_shared(tenant)
 
     def _known_lanes(self, now_s: float) -> list[LaneView]:
         if now_s - self._lanes[0] > LANES_S:

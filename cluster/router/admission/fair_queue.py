@@ -79,6 +79,10 @@ class FairQueue(Generic[ItemT]):
     def __iter__(self) -> Iterator[Waiting[ItemT]]:
         return (one for lines in self._classes.values() for line in lines.values() for one in line.requests)
 
+    def is_shared(self, tenant: Tenant) -> bool:
+        """Whether anybody but this tenant was ever given something, or waits: their order is to be fair."""
+        return bool(self._counters.keys() - {tenant.name})
+
     def counter(self, tenant: Tenant) -> float:
         """Virtual tokens given to it so far, by its weight."""
         return self._counters.get(tenant.name, 0.0)

@@ -1,7 +1,9 @@
 """How fast a queue drains, and when an engine takes more. Pure.
 
-Engines serve in order of arrival, so this router gives them little more than they can begin at once: what
-waits here can still be put in a fairer order, or refused.
+Engines serve in order of priority and arrival, so this router gives them little more than they can begin at
+once: what waits here can still be put in a fairer order, or refused. Where there is neither another tenant to
+be fair to nor an objective to refuse for, an engine gets all it has rows for: it shares its time between
+prompts and answers by how many wait, and cannot count those that wait here.
 """
 
 from __future__ import annotations
@@ -36,12 +38,15 @@ class Forecast:
     deviation_s: float = 0.0
 
 
-def takes_more(lane: LaneView, *, uncached_tokens: int, output_tokens: int) -> bool:
-    """Whether the engine would begin this request soon. An idle one takes anything: it knows best."""
+def takes_more(lane: LaneView, *, uncached_tokens: int, output_tokens: int, ahead_s: float = AHEAD_S) -> bool:
+    """Whether the engine has a row for this request, and begins it within `ahead_s`.
+
+    An idle one takes anything: it knows best.
+    """
     if lane.num_requests == 0:
         return True
     has_row = lane.num_requests < lane.max_sequences + max(1, lane.max_sequences // SPARE_ROWS_SHARE)
-    is_soon = lane.num_prefill_tokens <= AHEAD_S * prefill_rate(lane)
+    is_soon = lane.num_prefill_tokens <= ahead_s * prefill_rate(lane)
     return (
         has_row and is_soon and has_kv_for(lane, uncached_tokens=uncached_tokens, output_tokens=output_tokens)
     )
