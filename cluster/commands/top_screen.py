@@ -37,7 +37,7 @@ PARTS = (
 MEASURED = ("counter", "power_integrated", "shared")
 LEAST_REQUESTS = 3
 LINES_OF_MODEL = 7
-LINES_AROUND = 10
+LINES_AROUND = 8
 SHOWN_EVENTS = 3
 EVENT_STYLES = {"lost": "red", "frozen": "red", "silent": "yellow", "draining": "yellow"}
 
@@ -83,12 +83,12 @@ class TopScreen:
             num_requests = max(LEAST_REQUESTS, height - taken)
         parts: list[RenderableType] = [self._headline(state, is_live=height > 0)]
         for model in state.models:
-            parts += [Rule(_title(model), align="left", style="bright_black")]
+            parts += [Text(""), Rule(_title(model), align="left", style="bright_black")]
             parts += [_numbers(model), *_energy(model), self._line_row(model)]
             if model.experts is not None:
                 parts.append(describe_experts(model.experts))
-        parts += [_replicas(state.models), *map(describe_event, state.events[:SHOWN_EVENTS])]
-        parts += [_requests(state.last_requests[:num_requests])]
+        parts += [Text(""), _replicas(state.models), *map(describe_event, state.events[:SHOWN_EVENTS])]
+        parts += [Text(""), _requests(state.last_requests[:num_requests])]
         return Group(*parts)
 
     def _headline(self, state: RouterState, *, is_live: bool) -> Text:
