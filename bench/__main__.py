@@ -252,6 +252,18 @@ def overload(
 
 
 @app.command()
+def ledger(
+    batches: Annotated[str, typer.Option(help="sequences of a step, comma separated")] = "1,8,32,128",
+    windows: Annotated[int, typer.Option(min=1, help="meter windows of ten steps")] = 60,
+    json: JsonOption = None,
+) -> None:
+    """What the energy ledger costs the supervisor: CPU microseconds per step record."""
+    from bench.ledger_cost import run_ledger_cost
+
+    run_ledger_cost([int(one) for one in batches.split(",")], windows, json)
+
+
+@app.command()
 def shapley(
     requests: Annotated[int, typer.Option(min=2, help="requests of each mix")] = 300,
     orders: Annotated[int, typer.Option(min=2, help="orders of arrival sampled per step")] = 256,

@@ -5,7 +5,7 @@ The replica link: one bidirectional stream per (router, replica), dialled by the
 
 Order per stream: Hello, Welcome, then anything. Entries carry (request_id, attempt, first_offset);
 a receiver drops what belongs to an older epoch or attempt. One StepOutput per engine step holds
-every sequence of that router in the batch, so the cost of the link does not grow with the batch.
+every sequence of that router in the batch, in columns, so the cost of the link hardly grows with the batch.
 """
 
 from collections import abc as _abc
@@ -612,25 +612,73 @@ class StepOutput(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     DELTAS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     @_builtins.property
-    def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceDelta]: ...
+    def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceDelta]:
+        """Of sequences of which there is more to say than their new tokens. They come after `tokens`."""
+
     @_builtins.property
     def load(self) -> Global___LoadSnapshot: ...
+    @_builtins.property
+    def tokens(self) -> Global___TokenColumns: ...
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         deltas: _abc.Iterable[Global___SequenceDelta] | None = ...,
         load: Global___LoadSnapshot | None = ...,
+        tokens: Global___TokenColumns | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "load", b"load", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "load", b"load", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepOutput: _TypeAlias = StepOutput  # noqa: Y015
+
+@_typing.final
+class TokenColumns(_message.Message):
+    """New tokens of sequences that go on. Lists are parallel, one entry per sequence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    FIRST_OFFSETS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def first_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of the first of its tokens here, as in SequenceDelta."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many of token_ids are of each sequence, in order. Empty: one of each."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        request_ids: _abc.Iterable[_builtins.int] | None = ...,
+        attempts: _abc.Iterable[_builtins.int] | None = ...,
+        first_offsets: _abc.Iterable[_builtins.int] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "counts", b"counts", "first_offsets", b"first_offsets", "request_ids", b"request_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenColumns: _TypeAlias = TokenColumns  # noqa: Y015
 
 @_typing.final
 class SequenceDelta(_message.Message):

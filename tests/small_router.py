@@ -15,6 +15,8 @@ from grpc import aio
 
 from protos import wattline_link_pb2 as link_pb2
 from protos.wattline_link_pb2_grpc import ReplicaLinkServicer, add_ReplicaLinkServicer_to_server
+from replicas.wire.deltas import delta_to_wire
+from replicas.wire.steps import columns_from_wire
 
 WAIT_S = 20.0
 
@@ -128,7 +130,8 @@ class AttachedReplica:
             case "step":
                 self.steps.append(message.step.step)
                 self.loads.append(message.step.load)
-                for delta in message.step.deltas:
+                plain = [delta_to_wire(delta) for delta in columns_from_wire(message.step.tokens).deltas()]
+                for delta in (*plain, *message.step.deltas):
                     self.deltas[delta.request_id].append(delta)
             case "heartbeat":
                 self.num_heartbeats += 1

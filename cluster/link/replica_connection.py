@@ -13,18 +13,21 @@ from enum import Enum, auto
 
 from cluster.link.engine_job import EngineJob
 from cluster.link.messages import parse_end, parse_energy, submit_command
-from cluster.link.token_stream import End, TokenStream
+from cluster.link.reader_pace import ReaderPace
+from cluster.link.token_stream import TokenStream
 from cluster.router.balancing.lane_view import LaneView
 from cluster.router.balancing.step_fit import StepFit
 from cluster.router.energy_account import EnergyAccount
 from cluster.router.errors import EngineFault, Overloaded, ReplicaStopped
 from cluster.router.failover import LossReason, ReplicaIdentity
 from cluster.router.fleet_record import Stand, Standing
-from cluster.text.detokenize_worker import DetokenizeWorker, StreamTokens
+from cluster.text.detokenize_worker import DetokenizeWorker, StreamNews, StreamTokens
 from protos import wattline_link_pb2 as link
 from replicas.expert_heat import ExpertHeat
+from replicas.strict_messages import MalformedMessage
 from replicas.supervisor.step_watch import StepWatch
-from replicas.wire import logprobs_from_wire
+from replicas.wire.deltas import logprobs_from_wire
+from replicas.wire.steps import columns_from_wire
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ class ReplicaConnection:
         max_waiting: int,
         freeze_s: float,
         worker: DetokenizeWorker,
+        pace: ReaderPace,
         clock_s: Callable[[], float],
     ) -> None:
         self.hello = hello
@@ -79,6 +83,7 @@ class ReplicaConnection:
         self.dropped_deltas = 0
         self._max_waiting = max_waiting
         self._worker = worker
+        self._pace = pace
         self._clock_s = clock_s
         self._heard_at_s = self.attached_at_s
         self._load_at_s = self.attached_at_s
@@ -157,11 +162,13 @@ class ReplicaConnection:
             text=job.text,
             buffer_bytes=job.buffer_bytes,
             on_overflow=job.on_overflow,
+            pace=self._pace,
             clock_s=self._clock_s,
         )
         try:
             self.commands.put_nowait(submit_command(job, request_id=stream.link_id))
         except asyncio.QueueFull:
+            stream.abandon()
             raise Overloaded("the replica does not take commands", retry_after_ms=250) from None
         account = EnergyAccount()
         self._streams[stream.link_id] = stream
@@ -233,38 +240,35 @@ class ReplicaConnection:
                 del self._unseen[key]
 
     def take_step(self, step: link.StepOutput) -> int:
-        """Hand the tokens of one engine step on to their streams. Returns how many there were."""
+        """Hand the tokens of one engine step on to their streams. Returns how many there were.
+
+        Raises MalformedMessage where its columns do not fit together.
+        """
+        try:
+            runs = list(columns_from_wire(step.tokens).runs())
+        except ValueError as error:
+            raise MalformedMessage from error
+        batch_size = max(len(runs) + len(step.deltas), sum(step.load.running))
         entries: list[StreamTokens] = []
-        num_tokens = 0
-        batch_size = max(len(step.deltas), sum(step.load.running))
+        for request_id, attempt, first_offset, token_ids in runs:
+            stream = self._stream_of(request_id, attempt)
+            if stream is not None:
+                entries += self._take(stream, first_offset, (token_ids, (), None), batch_size)
         for delta in step.deltas:
-            stream = self._streams.get(delta.request_id)
-            if stream is None or delta.attempt != stream.attempt:
-                self.dropped_deltas += 1
+            stream = self._stream_of(delta.request_id, delta.attempt)
+            if stream is None:
                 continue
-            token_ids = tuple(delta.token_ids)
-            logprobs = logprobs_from_wire(delta.logprobs) if delta.logprobs else ()
             if delta.prompt_logprobs:
                 stream.prompt_logprobs = logprobs_from_wire(delta.prompt_logprobs)
+            logprobs = logprobs_from_wire(delta.logprobs) if delta.logprobs else ()
             end = parse_end(delta) if delta.finish else None
-            if token_ids and delta.first_offset != stream.next_offset:
-                self.dropped_deltas += 1
-                if delta.first_offset < stream.next_offset and end is None:
-                    continue  # A duplicate.
-                logger.error("link_tokens_lost replica=%s offset=%d", self.replica_id, delta.first_offset)
-                self._send(link.ToReplica(cancel=link.Cancel(request_id=stream.link_id)))
-                token_ids, logprobs, end = (), (), EngineFault("tokens of this answer were lost on the way")
-            stream.next_offset += len(token_ids)
-            if token_ids:
-                stream.batches.add(batch_size)
-            num_tokens += len(token_ids)
-            entries.append((stream, token_ids, logprobs, end))
-            self._note_progress(stream.link_id, end)
+            news = (tuple(delta.token_ids), logprobs, end)
+            entries += self._take(stream, delta.first_offset, news, batch_size)
         if entries:
             self._worker.submit(entries)
         if step.HasField("load"):
             self.take_load(step.load)
-        return num_tokens
+        return sum([len(token_ids) for _, token_ids, _, _ in entries])
 
     def take_energy(self, report: link.EnergyReport) -> None:
         """Newer joules for requests of this router; final ones close their account."""
@@ -324,10 +328,33 @@ class ReplicaConnection:
             # Through the worker, so that tokens which came before are delivered before.
             self._worker.submit([(stream, (), (), ReplicaStopped(reason)) for stream in streams.values()])
 
-    def _note_progress(self, link_id: int, end: End | None) -> None:
-        self._unseen.pop(link_id, None)
+    def _stream_of(self, link_id: int, attempt: int) -> TokenStream | None:
+        """None, and counted: what comes for a stream that is over, or of an attempt that is."""
+        stream = self._streams.get(link_id)
+        if stream is not None and stream.attempt == attempt:
+            return stream
+        self.dropped_deltas += 1
+        return None
+
+    def _take(
+        self, stream: TokenStream, first_offset: int, news: StreamNews, batch_size: int
+    ) -> tuple[StreamTokens, ...]:
+        """What its text is made of: nothing of a duplicate, and an end where tokens are missing."""
+        token_ids, logprobs, end = news
+        if token_ids and first_offset != stream.next_offset:
+            self.dropped_deltas += 1
+            if first_offset < stream.next_offset and end is None:
+                return ()
+            logger.error("link_tokens_lost replica=%s offset=%d", self.replica_id, first_offset)
+            self._send(link.ToReplica(cancel=link.Cancel(request_id=stream.link_id)))
+            token_ids, logprobs, end = (), (), EngineFault("tokens of this answer were lost on the way")
+        if token_ids:
+            stream.next_offset += len(token_ids)
+            stream.batches.add(batch_size)
+        self._unseen.pop(stream.link_id, None)
         if end is not None:
-            del self._streams[link_id]
+            del self._streams[stream.link_id]
+        return ((stream, token_ids, logprobs, end),)
 
     def _open_account(self, link_id: int, account: EnergyAccount) -> None:
         self._accounts[link_id] = account

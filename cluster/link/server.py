@@ -15,6 +15,7 @@ from typing import TypeAlias
 import grpc
 
 from cluster.link.messages import parse_heat, parse_ledger
+from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router.served_model import ServedModel
@@ -23,11 +24,11 @@ from cluster.text.detokenize_worker import DetokenizeWorker
 from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
 from replicas.strict_messages import MalformedMessage
-from replicas.wire import cache_from_wire
+from replicas.wire.caches import cache_from_wire
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_REPLICAS = 1024
 MAX_LANES = 1024
 MAX_ID_CHARS = 256
@@ -38,7 +39,7 @@ LinkContext: TypeAlias = "grpc.aio.ServicerContext[link.FromReplica, link.ToRepl
 
 
 class LinkServicer(link_grpc.ReplicaLinkServicer):
-    """Owns no state: connections live in the pool as long as their Attach call."""
+    """Owns the pace of all readers; connections live in the pool as long as their Attach call."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
         self._models = models
         self._pool = pool
         self._worker = worker
+        self._pace = ReaderPace()
         self._metrics = metrics
         self._freeze_s = freeze_s
 
@@ -109,6 +111,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             max_waiting=model.section.limits.max_waiting,
             freeze_s=self._freeze_s,
             worker=self._worker,
+            pace=self._pace,
             clock_s=monotonic,
         )
 

@@ -18,7 +18,10 @@ from replicas.link.messages import (
     RouterCommand,
 )
 from replicas.link.outbox import Parcel
-from replicas.wire import delta_to_wire, load_to_wire, request_from_wire
+from replicas.wire.deltas import delta_to_wire
+from replicas.wire.loads import load_to_wire
+from replicas.wire.requests import request_from_wire
+from replicas.wire.steps import columns_to_wire
 
 
 def encode_hello(card: ReplicaCard, load: ReplicaLoad) -> link_pb2.FromReplica:
@@ -61,9 +64,13 @@ def encode_heartbeat(epoch: int, load: ReplicaLoad) -> link_pb2.FromReplica:
 def encode_parcel(epoch: int, parcel: Parcel, load: ReplicaLoad) -> list[link_pb2.FromReplica]:
     """The messages of a parcel, in the order they have to go."""
     messages = []
-    if parcel.deltas:
-        deltas = [delta_to_wire(delta) for delta in parcel.deltas]
-        step = link_pb2.StepOutput(step=parcel.step, deltas=deltas, load=encode_load(load))
+    if parcel.tokens or parcel.deltas:
+        step = link_pb2.StepOutput(
+            step=parcel.step,
+            tokens=columns_to_wire(parcel.tokens),
+            deltas=[delta_to_wire(delta) for delta in parcel.deltas],
+            load=encode_load(load),
+        )
         messages.append(link_pb2.FromReplica(epoch=epoch, step=step))
     if parcel.energy:
         messages.append(link_pb2.FromReplica(epoch=epoch, energy=_encode_energy(parcel.energy)))

@@ -32,7 +32,7 @@ from replicas.link.dial import dial
 from replicas.link.messages import ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
 from replicas.request import CacheChange
-from replicas.wire import cache_to_wire
+from replicas.wire.caches import cache_to_wire
 
 HEARTBEAT_S = 0.25
 LEDGER_S = 1.0
