@@ -191,7 +191,10 @@ async def test_keys_reach_everything_and_the_theme_follows_the_system_until_chos
     assert await page.evaluate(f"[{theme}, document.getElementById('theme').textContent].join()") == (
         "light,light"
     )
-    await page.evaluate("document.querySelector('.tiles .term').focus()")
+    await page.set_view(width=1280, height=300)
+    await page.evaluate("document.querySelector('#charts .term').focus()")
+    await page.until("scrollY > 0")
+    await page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert not await page.evaluate("document.getElementById('tip').hidden")
 
 

@@ -9,7 +9,7 @@ export function showReplicas(replicas) {
   const rows = replicas.map((replica) => ({
     key: replica.id,
     cells: [
-      heading(replica.id, "mono"), cell(replica.model), state(replica.state),
+      heading(replica.id, "mono", `${replica.id}, ${replica.model}`), cell(replica.model, "wide"), state(replica.state),
       cell(since(replica.last_event), "why", null, replica.last_event ? `${replica.last_event.kind}: ${replica.last_event.reason}` : ""),
       cell(`tp ${replica.tensor_parallel}, ep ${replica.expert_parallel}`), cell(devices(replica)),
       cell(number(replica.power_w), "num"),
@@ -25,8 +25,8 @@ export function showEvents(events) {
   const rows = events.map((event) => ({
     key: `${event.at} ${event.replica} ${event.kind}`,
     cells: [
-      heading(clock(event.at), "mono", new Date(event.at * 1000).toLocaleString()), cell(event.replica ?? "all", "mono"),
-      cell(event.model), state(event.kind), cell(event.reason, "why"),
+      heading(clock(event.at), "mono", new Date(event.at * 1000).toLocaleString()), cell(event.replica ?? event.model, "mono"),
+      state(event.kind), cell(event.reason, "why"),
     ],
   }));
   fill(byId("events"), rows, "Nothing has happened yet.");

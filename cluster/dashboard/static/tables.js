@@ -1,6 +1,6 @@
 // Tiles and tables: text nodes only, so nothing a server says can become markup.
 
-import { count, duration, element, isKnown, joules, milliseconds, number, percent, provenance, shortMilliseconds, UNKNOWN } from "./format.js";
+import { count, duration, element, isKnown, joules, milliseconds, number, percent, provenance, short, shortMilliseconds, UNKNOWN } from "./format.js";
 import { cell, fill, heading, state } from "./rows.js";
 
 const byId = (id) => document.getElementById(id);
@@ -30,10 +30,9 @@ function tile(key, label, tip, value, unit, sub, tone = "") {
 
 export function showTiles(model, attainment) {
   const { slo, power_w: power } = model;
-  const objective = [slo.ttft_ms && `≤ ${shortMilliseconds(slo.ttft_ms)}`, slo.tpot_ms && `≤ ${shortMilliseconds(slo.tpot_ms)}`].filter(Boolean);
   const tone = !isKnown(attainment) || attainment >= 0.99 ? "" : attainment >= 0.95 ? "warn" : "bad";
-  tile("slo", "In time", "Part of the answers of the last 15 minutes that kept the model's time objectives, slo in wattline.yaml. Failed answers count as late; cancelled ones do not count.",
-    attained(attainment), "%", objective.join(" · ") || "no objective set", tone);
+  tile("slo", "In time", "Part of the answers of the last 15 minutes that kept the model's time objectives, to the first token and for each later one: slo in wattline.yaml. Failed answers count as late; cancelled ones do not count.",
+    attained(attainment), "%", objective(slo), tone);
   tile("ttft", "First token", "Time to first token, half of the answers of the last 30 s (p50), and 95 of 100 (p95).",
     milliseconds(model.ttft_ms.p50), "p50", `p95 ${milliseconds(model.ttft_ms.p95)}`);
   tile("tpot", "Later tokens", "Mean time per token after the first, half of the answers of the last 30 s (p50), and 95 of 100 (p95).",
@@ -48,6 +47,13 @@ export function showTiles(model, attainment) {
     count(model.running), "running", `${count(model.waiting)} waiting`, model.waiting > model.running && model.waiting > 4 ? "warn" : "");
   tile("kv", "KV cache", "Part of the cache of keys and values that requests hold. At 100 % new requests wait.",
     isKnown(model.kv_used_ratio) ? (100 * model.kv_used_ratio).toFixed(1) : UNKNOWN, "% used", replicasReady(model.replicas));
+}
+
+// Example: "≤ 500 / 100 ms": to the first token, and for each later one.
+function objective({ ttft_ms: first, tpot_ms: later }) {
+  if (!first && !later) return "no objective set";
+  if (!first || !later) return `${first ? "first" : "later"} ≤ ${shortMilliseconds(first || later)}`;
+  return `≤ ${(first < 1000 ? short : shortMilliseconds)(first)} / ${shortMilliseconds(later)}`;
 }
 
 // Two digits, rounded down: 100 is said only where no answer was late.
@@ -103,7 +109,7 @@ export function showRequests(requests) {
     return {
       key: request.id,
       cells: [
-        heading(request.id.slice(0, 8), "mono", `wattline why ${request.id}`), cell(request.model), cell(duration(request.age_s), "num"),
+        heading(request.id.slice(0, 8), "mono", `wattline why ${request.id}`), cell(request.model, "wide"), cell(duration(request.age_s), "num"),
         cell(count(request.prompt_tokens), "num"), cell(count(request.output_tokens), "num"),
         cell(`${joules(request.energy_mj)}${isOpen ? " ~" : ""}`, "num", null, isOpen ? "not final yet" : ""),
         cell(number(request.j_per_output_token), "num"),
