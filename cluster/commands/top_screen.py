@@ -37,7 +37,7 @@ PARTS = (
 MEASURED = ("counter", "power_integrated", "shared")
 LEAST_REQUESTS = 3
 LINES_OF_MODEL = 7
-LINES_AROUND = 8
+LINES_OF_HEADER = 2
 SHOWN_EVENTS = 3
 EVENT_STYLES = {"lost": "red", "frozen": "red", "silent": "yellow", "draining": "yellow"}
 
@@ -75,20 +75,21 @@ class TopScreen:
         state = self._state
         if state is None:
             return Group(Text("no answer yet"))
-        num_replicas = sum(len(model.replicas) for model in state.models)
+        events = state.events[:SHOWN_EVENTS]
+        gap = [Text("")]
         if height:
-            taken = LINES_OF_MODEL * len(state.models) + num_replicas + LINES_AROUND
-            taken += sum(model.experts is not None for model in state.models)
-            taken += min(SHOWN_EVENTS, len(state.events))
-            num_requests = max(LEAST_REQUESTS, height - taken)
+            taken = _lines_taken(state)
+            if taken + len(state.models) + 2 + len(events) + LEAST_REQUESTS > height:
+                events, gap = (), []  # Numbers come first.
+            num_requests = max(1, height - taken - len(gap) * (len(state.models) + 2) - len(events))
         parts: list[RenderableType] = [self._headline(state, is_live=height > 0)]
         for model in state.models:
-            parts += [Text(""), Rule(_title(model), align="left", style="bright_black")]
+            parts += [*gap, Rule(_title(model), align="left", style="bright_black")]
             parts += [_numbers(model), *_energy(model), self._line_row(model)]
             if model.experts is not None:
                 parts.append(describe_experts(model.experts))
-        parts += [Text(""), _replicas(state.models), *map(describe_event, state.events[:SHOWN_EVENTS])]
-        parts += [Text(""), _requests(state.last_requests[:num_requests])]
+        parts += [*gap, _replicas(state.models), *map(describe_event, events)]
+        parts += [*gap, _requests(state.last_requests[:num_requests])]
         return Group(*parts)
 
     def _headline(self, state: RouterState, *, is_live: bool) -> Text:
@@ -110,6 +111,14 @@ class TopScreen:
         text.append("  W ")
         text.append(draw_line(lines.power_w, width=HISTORY_POINTS // 2), "yellow")
         return text
+
+
+def _lines_taken(state: RouterState) -> int:
+    """All but requests, events and gaps."""
+    num_lines = 1 + 2 * LINES_OF_HEADER
+    for model in state.models:
+        num_lines += LINES_OF_MODEL + (model.experts is not None) + len(model.replicas)
+    return num_lines
 
 
 def _numbers(model: ModelState) -> Table:

@@ -123,6 +123,21 @@ def test_experts_and_what_happened_to_replicas_are_lines_of_eighty_columns() -> 
     assert "1.06" not in draw(replace(STATE, models=(replace(MODEL, experts=alone),)))
 
 
+def test_a_small_terminal_shows_the_numbers_of_two_models_and_a_request() -> None:
+    event = FleetEvent(model="m", replica_id="r", kind="attached", reason="tp 2", age_s=1.0)
+    models = (MODEL, replace(MODEL, name="other"))
+    state = replace(STATE, models=models, last_requests=(REQUEST,) * 50, events=(event,) * 9)
+    for height in (24, 40):
+        out = io.StringIO()
+        screen = TopScreen()
+        screen.add(state)
+        Console(file=out, width=80).print(screen.render(height=height))
+        text = out.getvalue()
+        assert len(text.splitlines()) == height
+        assert text.count("1,234.5") == 2
+        assert ("attached: tp 2" in text) is (height == 40)
+
+
 def test_keys_are_named_where_there_are_any() -> None:
     out = io.StringIO()
     screen = TopScreen()
