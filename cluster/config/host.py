@@ -21,7 +21,9 @@ class TelemetrySection(Section):
 
 class EnergySection(Section):
     meter: Literal["auto", "nvml", "rapl", "cpu-model", "fake"] = "auto"
-    poll_ms: float = Field(30.0, ge=5.0, le=1000.0)
+    poll_ms: float = Field(
+        50.0, ge=5.0, le=1000.0, description="between two reads of a meter; 20 to 50 suit a GPU's counter"
+    )
     cpu_static_w: float = Field(10.0, ge=0.0, description="cpu-model: drawn whatever the work")
     pue: float = Field(
         1.0, ge=1.0, le=10.0, description="power of the building by that of its machines; for reports"

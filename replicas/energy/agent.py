@@ -25,6 +25,7 @@ from protos.wattline_energy_pb2_grpc import EnergyAgentServicer, add_EnergyAgent
 from replicas.config import METERS
 from replicas.energy.agent_metrics import MeterSeries
 from replicas.energy.cpu_model import CpuModelMeter
+from replicas.energy.edge_pipe import EdgePipe
 from replicas.energy.meter import Meter, Reading
 from replicas.energy.nvml import NvmlMeter
 from replicas.energy.polling import MeterPoller
@@ -42,6 +43,7 @@ _MAX_GROUP_CHARS = 256
 _MAX_WATCHES = 256
 _SOCKET_PATH_BYTES = 107
 _STOP_GRACE_S = 0.1
+_PIPE_INFIX = ".edges-"
 
 
 class WatchKey(NamedTuple):
@@ -61,7 +63,7 @@ class EnergyAgent:
     def __init__(
         self,
         *,
-        poll_s: float = 0.03,
+        poll_s: float = 0.05,
         cpu_static_w: float = 10.0,
         cpu_core_w: float = 8.0,
         clock: Callable[[], int] = time.monotonic_ns,
@@ -79,7 +81,7 @@ class EnergyAgent:
         self._making = asyncio.Lock()
         self._series = MeterSeries(self._pollers.values)
         self.registry.register(self._series)
-        self._num_watches = 0
+        self._num_watches = self._num_pipes = 0
         self._server: aio.Server | None = None
         self._socket_paths: list[Path] = []
         self._used_ns = self._started_ns = clock()
@@ -100,6 +102,8 @@ class EnergyAgent:
         self._server = server
         for path in self._socket_paths:
             path.chmod(0o600)
+            for left_over in path.parent.glob(f"{path.name}{_PIPE_INFIX}*"):
+                left_over.unlink(missing_ok=True)
         _LOG.info("energy_agent.started", extra={"addresses": bound, "poll_s": self._poll_s})
         return bound
 
@@ -123,8 +127,22 @@ class EnergyAgent:
             path.unlink(missing_ok=True)
         _LOG.info("energy_agent.stopped", extra={"cpu_share": round(self.cpu_share, 5)})
 
-    async def watch(self, key: WatchKey, group: str) -> AsyncGenerator[list[Reading], None]:
-        """Edges of a meter, from now on. Raises MeterUnavailable before the first one."""
+    def make_pipe(self) -> EdgePipe | None:
+        """Beside the first socket; None where there is none, or no pipe can be made."""
+        if not self._socket_paths:
+            return None
+        self._num_pipes += 1
+        path = self._socket_paths[0]
+        try:
+            return EdgePipe(path.with_name(f"{path.name}{_PIPE_INFIX}{self._num_pipes}"))
+        except OSError as error:
+            _LOG.warning("energy_agent.no_pipe", extra={"error": str(error)})
+            return None
+
+    async def watch(
+        self, key: WatchKey, group: str, pipe: EdgePipe | None = None
+    ) -> AsyncGenerator[list[Reading], None]:
+        """Edges of a meter, from now on, here or in `pipe`. Raises MeterUnavailable before the first one."""
         async with self._making:
             poller = self._pollers.get(key)
             if poller is None:
@@ -135,7 +153,7 @@ class EnergyAgent:
                 self._pollers[key] = poller
                 poller.start()
                 _LOG.info("energy_agent.meter_opened", extra={"group": group, "meter": type(meter).__name__})
-            subscriber = poller.subscribe()
+            subscriber = poller.subscribe(pipe)
             self._num_watches += 1
         try:
             while True:
@@ -209,15 +227,19 @@ class _Servicer(EnergyAgentServicer):
             self._agent.check_room()
         except MeterUnavailable as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        key = _key(request)
-        edges = self._agent.watch(key, request.group)
+        pipe = self._agent.make_pipe() if request.wants_pipe else None
+        edges = self._agent.watch(_key(request), request.group, pipe)
         try:
+            if pipe is not None:
+                yield wire.EnergyReadings(pipe=str(pipe.path))
             async for batch in edges:
                 yield wire.EnergyReadings(readings=[_message(reading) for reading in batch])
         except MeterUnavailable as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         finally:
             await edges.aclose()
+            if pipe is not None:
+                pipe.close()
 
     async def DescribeMeters(  # noqa: N802
         self,
@@ -302,7 +324,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="unix:/path or host:port, may be repeated; there is no authentication, so prefer the socket",
     )
-    parser.add_argument("--poll-ms", type=float, default=30.0, help="time between two reads (default 30)")
+    parser.add_argument("--poll-ms", type=float, default=50.0, help="time between two reads (default 50)")
     parser.add_argument(
         "--cpu-static-w", type=float, default=10.0, help="cpu-model: always drawn (default 10)"
     )
