@@ -126,8 +126,9 @@ def lookahead_on(device: str) -> int:
 class NullEngineConfig:
     """The engine without a model: token = hash(prompt, position). For tests of everything around it.
 
-    `fail_at_step` raises in a step, `hang_at_step` never returns from it, 0: never. `power_w` is what its
-    fake meter draws while a step runs, `idle_power_w` otherwise.
+    `fail_at_step` raises in a step, `fail_at_token` in the step that is given this token, `hang_at_step`
+    never returns from it, 0: never. `power_w` is what its fake meter draws while a step runs, `idle_power_w`
+    otherwise.
     """
 
     step_ms: float = 5.0
@@ -137,6 +138,7 @@ class NullEngineConfig:
     eos_every: int = 0
     """An end-of-sequence token (id 2) about once in this many tokens; 0: never."""
     fail_at_step: int = 0
+    fail_at_token: int = 0
     hang_at_step: int = 0
     power_w: float = 400.0
     idle_power_w: float = 80.0

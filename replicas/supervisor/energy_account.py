@@ -14,7 +14,7 @@ from replicas.energy.bill import RequestJoules
 from replicas.energy.learning import LearnedFactors
 from replicas.energy.ledger import Ledger
 from replicas.energy.meter import Reading, Source
-from replicas.request import StepResult
+from replicas.step_report import StepReport
 
 POWER_TIME_CONSTANT_S = 1.0
 COST_WINDOW_NS = 1_000_000_000
@@ -134,14 +134,14 @@ class EnergyAccount:
         """A request went down to the engine."""
         self._ledger.begin_request(engine_id)
 
-    def add_step(self, result: StepResult) -> None:
+    def add_step(self, report: StepReport) -> None:
         """A step came up, with the requests it ended."""
-        if result.record is not None:
-            self._ledger.add_step(result.record)
-            self._busy_ns += result.record.end_ns - result.record.start_ns
+        if report.record is not None:
+            self._ledger.add_step(report.record)
+            self._busy_ns += report.record.end_ns - report.record.start_ns
+        self._generated_tokens += report.num_tokens
         now_ns = self._clock()
-        for delta in result.deltas:
-            self._generated_tokens += len(delta.token_ids)
+        for delta in report.deltas:
             if delta.finish is not None:
                 self._ledger.end_request(delta.request_id, now_ns)
         self._advance()
