@@ -63,7 +63,10 @@ class EnergyReadings(_message.Message):
 
     READINGS_FIELD_NUMBER: _builtins.int
     PIPE_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     pipe: _builtins.str
+    metrics_address: _builtins.str
+    """On the first message: where this agent shows its /metrics; empty: nowhere."""
     @_builtins.property
     def readings(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnergyReading]: ...
     def __init__(
@@ -71,10 +74,11 @@ class EnergyReadings(_message.Message):
         *,
         readings: _abc.Iterable[Global___EnergyReading] | None = ...,
         pipe: _builtins.str = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pipe", b"pipe", "readings", b"readings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_address", b"metrics_address", "pipe", b"pipe", "readings", b"readings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -46,12 +46,14 @@ async def watch_readings(
     gpu_uuids: Sequence[str] = (),
     pids: Sequence[int] = (),
     meter: str = "auto",
+    on_metrics_address: Callable[[str], None] = lambda _: None,
 ) -> AsyncGenerator[Reading, None]:
     """Yield the edges of a group's meter until the caller stops iterating (close it: `aclosing`).
 
     `address` is a gRPC target, `unix:/path` or `host:port`. A lost agent is dialled again, first after 50 ms,
     then doubling up to 2 s; the first reading after that has `gap` set, and `energy_mj` goes on from where it
-    was. Raises MeterUnavailable, with the agent's own words, when it refuses the watch.
+    was. Raises MeterUnavailable, with the agent's own words, when it refuses the watch. `on_metrics_address`
+    hears where the agent shows its /metrics, again after each dial.
     """
     request = wire.WatchEnergyRequest(
         group=group,
@@ -65,7 +67,8 @@ async def watch_readings(
     while True:
         async with aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
             try:
-                async with aclosing(_edges(EnergyAgentStub(channel).Watch(request))) as edges:
+                call = EnergyAgentStub(channel).Watch(request)
+                async with aclosing(_edges(call, on_metrics_address)) as edges:
                     async for batch in edges:
                         delay_s = _FIRST_DELAY_S
                         for reading in batch:
@@ -87,9 +90,12 @@ async def watch_readings(
 
 async def _edges(
     call: aio.UnaryStreamCall[wire.WatchEnergyRequest, wire.EnergyReadings],
+    on_metrics_address: Callable[[str], None],
 ) -> AsyncGenerator[list[Reading], None]:
     """The edges of one watch: those of the pipe that its first message names, else those of its messages."""
     while isinstance(message := await call.read(), wire.EnergyReadings):
+        if message.metrics_address:
+            on_metrics_address(message.metrics_address)
         if not message.pipe:
             yield [_reading(one) for one in message.readings]
             continue
