@@ -148,7 +148,9 @@ async def test_every_panel_has_a_series_under_load(tmp_path: Path) -> None:
             write_all(tmp_path, routers=(router.addresses.http,), scrape_s=SCRAPE_S)
             with running_prometheus(tmp_path) as prometheus:
                 load = asyncio.create_task(ask_for_text(router))
-                missing = await without_a_series(prometheus, {**panel_queries(has_experts=False), **AGENT_QUERIES})
+                missing = await without_a_series(
+                    prometheus, {**panel_queries(has_experts=False), **AGENT_QUERIES}
+                )
                 load.cancel()
                 await asyncio.gather(load, return_exceptions=True)
                 for panel, query in panel_queries(has_experts=True).items():
