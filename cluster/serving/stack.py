@@ -145,6 +145,11 @@ class Stack:
             raise CommandError("\n".join(failures))
         return models
 
+    def shortages(self) -> list[str]:
+        """Why models have fewer replicas than they should; it blocks while Ray is not well."""
+        assert self._deployments, "start the stack first"
+        return self._deployments.shortages()
+
     def mark_ready(self) -> None:
         """Tell other commands that every model answers."""
         self._state = replace(self._state, is_ready=True)
@@ -158,6 +163,11 @@ class Stack:
     def roll_routers(self) -> None:
         """Replace the routers one after another; `tend` goes on with it. One alone has nobody to stand in."""
         self._routers.roll()
+
+    @property
+    def is_rolling(self) -> bool:
+        """From `roll_routers` until the last one listens."""
+        return self._routers.is_rolling
 
     def status(self) -> RouterState | None:
         """What the router says; None while it does not answer."""
