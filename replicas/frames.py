@@ -21,17 +21,12 @@ from protos import wattline_link_pb2 as link_pb2
 from protos import wattline_rank_pb2 as rank_pb2
 from replicas.errors import RankLost
 from replicas.expert_loads import ExpertLoads
-from replicas.request import EngineReady, GenerationRequest, StepResult
-from replicas.wire import (
-    loads_from_wire,
-    loads_to_wire,
-    ready_from_wire,
-    ready_to_wire,
-    request_from_wire,
-    request_to_wire,
-    result_from_wire,
-    result_to_wire,
-)
+from replicas.request import EngineReady, GenerationRequest
+from replicas.step_report import StepReport
+from replicas.wire.engines import ready_from_wire, ready_to_wire
+from replicas.wire.loads import expert_loads_from_wire, expert_loads_to_wire
+from replicas.wire.requests import request_from_wire, request_to_wire
+from replicas.wire.steps import report_from_wire, report_to_wire
 
 HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 16 * 2**20
@@ -87,7 +82,7 @@ class EngineFailure:
 
 
 Command = Submit | Cancel | Stop | Shutdown
-Event = LoadingProgress | EngineReady | StepResult | ExpertLoads | EngineFailure
+Event = LoadingProgress | EngineReady | StepReport | ExpertLoads | EngineFailure
 
 
 async def read_event(reader: asyncio.StreamReader) -> Event:
@@ -223,8 +218,8 @@ def decode_command(payload: bytes, *, now_ns: int) -> Command:
 def encode_event(event: Event) -> bytes:
     """The payload of a frame up."""
     match event:
-        case StepResult():
-            message = rank_pb2.FromRank(step=result_to_wire(event))
+        case StepReport():
+            message = rank_pb2.FromRank(step=report_to_wire(event))
         case LoadingProgress():
             message = rank_pb2.FromRank(
                 loading=rank_pb2.LoadingProgress(
@@ -232,7 +227,7 @@ def encode_event(event: Event) -> bytes:
                 )
             )
         case ExpertLoads():
-            message = rank_pb2.FromRank(experts=loads_to_wire(event))
+            message = rank_pb2.FromRank(experts=expert_loads_to_wire(event))
         case EngineReady():
             message = rank_pb2.FromRank(ready=ready_to_wire(event))
         case EngineFailure():
@@ -245,9 +240,9 @@ def decode_event(payload: bytes) -> Event:
     kind = message.WhichOneof("event")
     match kind:
         case "step":
-            return result_from_wire(message.step)
+            return report_from_wire(message.step)
         case "experts":
-            return loads_from_wire(message.experts)
+            return expert_loads_from_wire(message.experts)
         case "loading":
             loading = message.loading
             return LoadingProgress(

@@ -54,7 +54,12 @@ PROTOBUF_EDGES = {
     "replicas/frames.py",
     "replicas/link/link.py",
     "replicas/link/codec.py",
-    "replicas/wire.py",
+    "replicas/wire/caches.py",
+    "replicas/wire/deltas.py",
+    "replicas/wire/engines.py",
+    "replicas/wire/loads.py",
+    "replicas/wire/requests.py",
+    "replicas/wire/steps.py",
 }
 
 

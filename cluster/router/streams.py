@@ -142,7 +142,7 @@ class Streams:
                 deliver=lambda run: self._deliver(run, caller),
             )
             try:
-                await caller.accept()
+                await _accept(caller)
                 async with aclosing(deltas):
                     async for delta in deltas:
                         yield replace(delta, resume_token=token) if token else delta
@@ -335,6 +335,12 @@ class Streams:
             else:
                 await self._resumption.resume(run, caller, batch.end)
         await _await_end(run.attempt)
+
+
+async def _accept(caller: Caller) -> None:
+    """The submission leaves first: the task that writes it to the link is woken, and runs at the pause."""
+    await asyncio.sleep(0)
+    await caller.accept()
 
 
 async def _await_end(attempt: Attempt) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from replicas.layers.huge_pages import HugeArena
 from replicas.layers.kernels.build import KernelsUnavailable, build_library
 from replicas.layers.quantize import quantize
 
@@ -130,6 +131,7 @@ class KernelPool:
         self.handle: int = self.library.wl_pool_new(num_threads)
         if not self.handle:
             raise KernelsUnavailable("out of memory for the kernels' threads")
+        self._arena = HugeArena()
         self.close = weakref.finalize(self, self.library.wl_pool_free, self.handle)
 
     @property
@@ -154,7 +156,7 @@ class KernelPool:
         else:
             panels = self._panels(weight_OI)
         rows, columns = weight_OI.shape
-        return PackedMatrix.of(panels.contiguous(), scales, shape=(rows, columns))
+        return PackedMatrix.of(self._arena.copy(panels), scales, shape=(rows, columns))
 
     def _panels(self, weight_OI: torch.Tensor) -> torch.Tensor:
         """[panel][input][row of the panel]; the last panel is filled up with zeros."""
