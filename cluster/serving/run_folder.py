@@ -96,7 +96,7 @@ class RunFolder:
         for path in sorted(self.path.glob("router*.json")):
             with suppress(FileNotFoundError):
                 found[index_of_file(path.stem)] = read_addresses(path).pid
-        return found
+        return dict(sorted(found.items()))
 
     @property
     def shared_dir(self) -> Path:

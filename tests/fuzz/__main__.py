@@ -39,6 +39,8 @@ def main() -> int:
     if told.here:
         fuzz_here(told.targets[0], told.corpus, seconds=told.seconds, only=told.only)
     names = told.targets or target_names()
+    if unknown := set(names) - set(target_names()):
+        parser.error(f"no target {sorted(unknown)[0]!r}; there are {', '.join(target_names())}")
     command = [sys.executable, "-m", "tests.fuzz", "--here", "--corpus", str(told.corpus)]
     command += ["--seconds", str(told.seconds), *(["--only", str(told.only)] if told.only else [])]
     failed = [name for name in names if subprocess.run([*command, name], check=False).returncode]
