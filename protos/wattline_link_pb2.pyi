@@ -63,8 +63,11 @@ class FromReplica(_message.Message):
     LEDGER_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    AGENT_METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts the lives of this replica's rank group; set on every message."""
+    agent_metrics_address: _builtins.str
+    """Where the energy agent of the replica's host shows its /metrics. Along with `ledger`; empty: nowhere."""
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -108,10 +111,11 @@ class FromReplica(_message.Message):
         ledger: _abc.Iterable[Global___LedgerTotals] | None = ...,
         cache: _abc.Iterable[Global___CacheChange] | None = ...,
         experts: Global___ExpertHeat | None = ...,
+        agent_metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "energy", b"energy", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metrics_address", b"agent_metrics_address", "cache", b"cache", "draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "step", "heartbeat", "energy", "draining", "goodbye"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015

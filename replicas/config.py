@@ -207,6 +207,25 @@ class LinkCredentials:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsAccess:
+    """Where the /metrics of a process listens, and how. Paths are of PEM files; without `cert`: plain text.
+
+    `announced_host` is what scrapers dial; empty: `host`. With `client_ca` they must show a certificate.
+    """
+
+    host: str = "127.0.0.1"
+    announced_host: str = ""
+    cert: str = ""
+    key: str = ""
+    client_ca: str = ""
+
+    def address(self, port: int) -> str:
+        """host:port for scrapers; https://host:port over TLS."""
+        host = self.announced_host or self.host
+        return f"{'https://' if self.cert else ''}{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaConfig:
     """All one supervisor needs to run a replica of `model`.
 
@@ -232,6 +251,7 @@ class ReplicaConfig:
     shared_dir: str = "/dev/shm"
     energy_agent: str = ""
     meter: str = "auto"
+    metrics: MetricsAccess = field(default_factory=MetricsAccess)
     drain_s: float = 30.0
     ready_timeout_s: float = 600.0
     stall_floor_s: float = 2.0

@@ -73,6 +73,8 @@ class ReplicaConnection:
         clock_s: Callable[[], float],
     ) -> None:
         self.hello = hello
+        self.agent_metrics_address = ""
+        """Of the energy agent of its host; empty: none is shown, or not known yet."""
         self.epoch = epoch
         self.load = hello.load
         self.experts: ExpertHeat | None = None
@@ -265,6 +267,8 @@ class ReplicaConnection:
             news = (tuple(delta.token_ids), logprobs, end)
             entries += self._take(stream, delta.first_offset, news, batch_size)
         if entries:
+            # Each reader's message takes its time: who has none yet comes first, the others hardly notice.
+            entries.sort(key=lambda entry: entry[0].first_token_s is not None)
             self._worker.submit(entries)
         if step.HasField("load"):
             self.take_load(step.load)

@@ -71,6 +71,8 @@ class FleetRecord:
         self._wall_s = wall_s
         self._events: deque[FleetEvent] = deque(maxlen=LAST_EVENTS)
         self._stands: dict[str, Stand] = {}
+        self._doubted: set[str] = set()
+        """Replicas that were silent at one look."""
         self._last: dict[str, FleetEvent] = {}
 
     @property
@@ -110,10 +112,18 @@ class FleetRecord:
         )
 
     def observe(self, *, model: str, replica_id: str, epoch: int, standing: Standing) -> None:
-        """Note it, if the standing of an attached replica is another than when it was last looked at."""
+        """Note it, if the standing of an attached replica is another than when it was last looked at.
+
+        Silence counts at the second look: after a pause of this process what they said is only not read yet.
+        """
         stand = standing.stand
         before = self._stands.get(replica_id)
+        is_first_look = stand is Stand.SILENT and replica_id not in self._doubted
+        self._doubted.discard(replica_id)
         if before is None or stand is before:
+            return
+        if is_first_look:
+            self._doubted.add(replica_id)
             return
         kind, reason = stand.value, standing.reason
         if stand is Stand.READY:

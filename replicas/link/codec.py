@@ -82,11 +82,12 @@ def encode_parcel(epoch: int, parcel: Parcel, load: ReplicaLoad) -> list[link_pb
     return messages
 
 
-def encode_ledger(ledger: LedgerState | None) -> list[link_pb2.LedgerTotals]:
+def add_ledger(message: link_pb2.FromReplica, ledger: LedgerState | None) -> None:
     """One entry per source; none while no meter spoke."""
     if ledger is None:
-        return []
-    return [
+        return
+    message.agent_metrics_address = ledger.agent_metrics_address
+    message.ledger.extend(
         link_pb2.LedgerTotals(
             until_ns=ledger.until_ns,
             source=source.value,
@@ -100,7 +101,7 @@ def encode_ledger(ledger: LedgerState | None) -> list[link_pb2.LedgerTotals]:
             wasted_mj=sums.wasted_mj,
         )
         for source, sums in ledger.sums.items()
-    ]
+    )
 
 
 def encode_heat(heat: ExpertHeat) -> link_pb2.ExpertHeat:

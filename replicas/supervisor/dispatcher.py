@@ -94,7 +94,11 @@ class Dispatcher:
             power_w=energy.power_w,
             idle_power_w=energy.idle_power_w,
             active_power_w=energy.active_power_w,
-            ledger=LedgerState(until_ns=energy.divided_until_ns, sums=energy.sums),
+            ledger=LedgerState(
+                until_ns=energy.divided_until_ns,
+                sums=energy.sums,
+                agent_metrics_address=energy.agent_metrics_address,
+            ),
             experts=self.experts,
         )
 

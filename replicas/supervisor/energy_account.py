@@ -95,6 +95,8 @@ class EnergyAccount:
         self._cost_since: tuple[int, int, int] | None = None
         self._busy_ns = 0
         self._power_since: tuple[int, int, int] | None = None
+        self.agent_metrics_address = ""
+        """Of whoever reads the meter; told with the sums."""
         self.divided_until_ns = 0
         """Up to here the meter's energy is in `sums`, on the host's monotonic clock."""
         self.power_w: float | None = None

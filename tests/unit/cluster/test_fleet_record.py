@@ -43,6 +43,14 @@ def test_each_change_is_told_once_with_its_reason() -> None:
     ]
 
 
+def test_silence_counts_at_the_second_look() -> None:
+    record = make_record()
+    attach(record)
+    for stand in (Stand.SILENT, Stand.READY, Stand.SILENT, Stand.SILENT, Stand.READY):
+        see(record, stand)
+    assert [kind for kind, _ in told(record)] == ["attached", "silent", "recovered"]
+
+
 def test_one_that_comes_back_is_told_apart_from_a_new_group() -> None:
     record = make_record()
     for epoch in (1, 1, 2):
