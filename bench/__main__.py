@@ -259,11 +259,19 @@ def recovery(
 
 
 @app.command()
-def balance(json: JsonOption = None) -> None:
-    """Balancing policies against each other, over simulated replicas: TTFT, tokens/s, joules per token."""
+def balance(
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(help="checkpoint folder to serve on two real replicas as well; repeatable"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="how long each load is offered to real replicas")] = 12.0,
+    rounds: Annotated[int, typer.Option(min=1, help="times every policy runs on real replicas, in turn")] = 2,
+    json: JsonOption = None,
+) -> None:
+    """Balancing policies against each other, simulated and on real replicas: TTFT, tokens/s, J/token."""
     from bench.balance import run_balance
 
-    run_balance(json)
+    run_balance(model or [], seconds, rounds, json)
 
 
 @app.command()
@@ -275,6 +283,18 @@ def overload(
     from bench.overload import run_overload
 
     run_overload(seconds, json)
+
+
+@app.command()
+def ledger(
+    batches: Annotated[str, typer.Option(help="sequences of a step, comma separated")] = "1,8,32,128",
+    windows: Annotated[int, typer.Option(min=1, help="meter windows of ten steps")] = 60,
+    json: JsonOption = None,
+) -> None:
+    """What the energy ledger costs the supervisor: CPU microseconds per step record."""
+    from bench.ledger_cost import run_ledger_cost
+
+    run_ledger_cost([int(one) for one in batches.split(",")], windows, json)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -17,6 +17,7 @@ from random import Random
 from rich.console import Console
 from rich.table import Table
 
+from bench.balance_live import measure_live
 from bench.record import percentile, write_results
 from bench.simulation.sim_replica import ReplicaShape
 from bench.simulation.virtual_time import run_virtual
@@ -74,21 +75,29 @@ class Run:
     awake_replicas: float
 
 
-def run_balance(path: Path | None) -> None:
-    """Every policy at every load; print the table and write one file."""
-    rows: list[dict[str, object]] = []
-    table = Table(title="balance (simulated)")
-    for load in LOADS:
-        for policy in Policy:
-            run = run_virtual(measure(policy, load))
-            row = {name: getattr(run, name) for name in Run.__slots__}
-            if not rows:
-                for name in row:
-                    table.add_column(name)
-            rows.append(row)
-            table.add_row(*map(str, row.values()))
-    console.print(table)
+def run_balance(models: Sequence[Path], seconds: float, rounds: int, path: Path | None) -> None:
+    """On real replicas of each of `models`, and simulated; print the tables and write one file."""
+    simulated = [as_row(run_virtual(measure(policy, load))) for load in LOADS for policy in Policy]
+    show("balance (simulated)", simulated)
+    rows = simulated
+    for model in models:
+        live = asyncio.run(measure_live(model, seconds, rounds))
+        show(f"balance ({model.name}, real replicas)", live)
+        rows = rows + live
     console.print(f"written to {write_results('balance', rows, path)}")
+
+
+def as_row(run: Run) -> dict[str, object]:
+    return {"run": "simulated"} | {name: getattr(run, name) for name in Run.__slots__}
+
+
+def show(title: str, rows: Sequence[dict[str, object]]) -> None:
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    console.print(table)
 
 
 async def measure(policy: Policy, load: float) -> Run:

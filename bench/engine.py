@@ -17,7 +17,8 @@ from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, Rank
 from replicas.errors import RankLost
 from replicas.expert_loads import ExpertLoads
 from replicas.frames import Submit, read_event, write_command
-from replicas.request import EngineReady, GenerationRequest, StepResult
+from replicas.request import EngineReady, GenerationRequest
+from replicas.step_report import StepReport
 from replicas.supervisor.rank_group import RankProcess, SubprocessRankGroup
 
 T = TypeVar("T")
@@ -71,6 +72,17 @@ class EngineUnderTest:
         """Drive the workload to its end. Raises RuntimeError if a request fails, RankLost if a rank dies."""
         return await self._while_alive(self._drive(workload))
 
+    async def submit(self, request: GenerationRequest) -> None:
+        assert self._writer is not None
+        await write_command(self._writer, Submit(request=request))
+
+    async def next_step(self) -> StepReport:
+        """What the engine says next of its requests. Raises RankLost."""
+        while isinstance(event := await read_event(self._reader), ExpertLoads):
+            pass
+        assert isinstance(event, StepReport), event
+        return event
+
     async def _start(self) -> None:
         socket_path = str(Path(self._folder.name) / "rank0.sock")
         attached: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Future()
@@ -103,17 +115,12 @@ class EngineUnderTest:
             dying.cancel()
 
     async def _drive(self, workload: Workload) -> Run:
-        assert self._writer is not None
         assert self.ready is not None, "a workload runs on an engine that is ready"
         streams = Streams(workload)
         while not streams.is_done:
             for one in streams.due():
-                await write_command(self._writer, Submit(request=_request(one, num_lanes=self.ready.lanes)))
-            event = await read_event(self._reader)
-            if isinstance(event, ExpertLoads):
-                continue
-            assert isinstance(event, StepResult), event
-            for delta in event.deltas:
+                await self.submit(_request(one, num_lanes=self.ready.lanes))
+            for delta in (await self.next_step()).all_deltas():
                 if delta.error is not None:
                     raise RuntimeError(f"request {delta.request_id}: {delta.error}")
                 streams.deliver(delta.request_id, delta.token_ids, is_finished=delta.finish is not None)

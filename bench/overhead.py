@@ -22,6 +22,7 @@ from replicas.frames import encode_event
 from replicas.plan import PendingStep, StepOutcome, StepPlan, encode_plan
 from replicas.rank.null_runner import NullRunner
 from replicas.request import GenerationRequest
+from replicas.step_report import report_of
 
 PROMPT_TOKENS = 128
 BLOCK_TOKENS = EngineLimits().block_tokens
@@ -79,7 +80,7 @@ def measure_overhead(batch: int, num_steps: int) -> dict[str, object]:
         start_ns = time.perf_counter_ns()
         result = engine.step()
         committed_ns = time.perf_counter_ns()
-        encode_event(result)
+        encode_event(report_of(result))
         framed_ns = time.perf_counter_ns()
         assert len(result.deltas) == batch
         spent_ns = (

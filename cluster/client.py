@@ -21,7 +21,7 @@ from cluster import replies
 from cluster.access import Access, open_channel
 from cluster.command_error import CommandError
 from cluster.resuming import AnswerStream, countdown, resumed, whole
-from cluster.status_replies import to_model_state, to_request_state
+from cluster.status_replies import to_fleet_event, to_model_state, to_request_state
 from protos import wattline_cluster_pb2 as cluster_pb
 from protos import wattline_cluster_pb2_grpc as cluster_rpc
 from protos import wattline_inference_pb2 as pb
@@ -187,6 +187,7 @@ class Client:
             uptime_s=answer.uptime_s,
             models=tuple(to_model_state(model) for model in answer.models),
             last_requests=tuple(to_request_state(request) for request in answer.last_requests),
+            events=tuple(to_fleet_event(event) for event in answer.events),
         )
 
     def explain(self, request_or_trace_id: str) -> tuple[cluster_pb.RequestStory, ...]:
@@ -243,6 +244,8 @@ class Client:
         code, text = error.code().name, error.details() or ""
         if code == "UNAVAILABLE" and ("failed to connect" in text or "DNS resolution" in text):
             text = f"no router at {self.address}; start one with `wattline up -f wattline.yaml`"
+        elif code == "UNAVAILABLE" and "resolving" in text:
+            text = f"{self.address}: this name is unknown; give the router's address as HOST:PORT"
         kind = RouterAway if code == "UNAVAILABLE" else CallError
         return kind(code=code, text=text or code)
 

@@ -96,8 +96,19 @@ class RankState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FleetEvent:
+    """Something that happened to a replica, and why. `replica_id` empty: to all of the model."""
+
+    model: str
+    replica_id: str
+    kind: str
+    reason: str
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaState:
-    """One attached replica. `state`: ready, draining or stalled."""
+    """One attached replica. `state`: ready, draining or stalled; `last_event`: how it came to be so."""
 
     replica_id: str
     state: str
@@ -123,6 +134,7 @@ class ReplicaState:
     step_ms: float
     decode_tokens_per_s: float
     power_w: float | None
+    last_event: FleetEvent | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +171,19 @@ class PowerState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertState:
+    """How the experts of a model are loaded. Imbalance: busiest rank over the mean; None on one rank."""
+
+    imbalance: float | None
+    imbalance_without_copies: float | None
+    num_copies: int
+    num_ranks: int
+    hottest_load: float
+    hottest_layer: int
+    hottest_expert: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestState:
     """One request that ended. `outcome`: a finish reason, `cancelled`, or the name of a gRPC status."""
 
@@ -177,7 +202,7 @@ class RequestState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelState:
-    """One model as operators see it; `joules_per_output_token` is None before the first answer."""
+    """One model as operators see it; joules per token are None where none ended in the last 30 s."""
 
     name: str
     min_replicas: int
@@ -195,6 +220,7 @@ class ModelState:
     slo_missed: int = 0
     ledger: tuple[LedgerState, ...] = ()
     power: PowerState | None = None
+    experts: ExpertState | None = None
 
     @property
     def num_ready(self) -> int:
@@ -208,3 +234,4 @@ class RouterState:
     uptime_s: float
     models: tuple[ModelState, ...]
     last_requests: tuple[RequestState, ...] = ()
+    events: tuple[FleetEvent, ...] = ()

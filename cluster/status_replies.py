@@ -35,6 +35,7 @@ def to_model_state(model: pb.ModelStatus) -> replies.ModelState:
         slo_missed=model.slo_missed,
         ledger=tuple(to_ledger_state(entry) for entry in model.ledger),
         power=to_power_state(model.power) if model.HasField("power") else None,
+        experts=to_expert_state(model.experts) if model.HasField("experts") else None,
     )
 
 
@@ -67,6 +68,30 @@ def to_replica_state(replica: pb.ReplicaStatus) -> replies.ReplicaState:
         step_ms=load.step_ms,
         decode_tokens_per_s=load.decode_tokens_per_s,
         power_w=load.power_w or None,  # 0 on the wire is what no warm device draws: unknown.
+        last_event=to_fleet_event(replica.last_event) if replica.HasField("last_event") else None,
+    )
+
+
+def to_fleet_event(event: pb.FleetEvent) -> replies.FleetEvent:
+    return replies.FleetEvent(
+        model=event.model,
+        replica_id=event.replica_id,
+        kind=event.kind,
+        reason=event.reason,
+        age_s=event.age_s,
+    )
+
+
+def to_expert_state(experts: pb.ExpertBalance) -> replies.ExpertState:
+    has_bare = experts.HasField("imbalance_without_copies")
+    return replies.ExpertState(
+        imbalance=experts.imbalance if experts.HasField("imbalance") else None,
+        imbalance_without_copies=experts.imbalance_without_copies if has_bare else None,
+        num_copies=experts.num_copies,
+        num_ranks=experts.num_ranks,
+        hottest_load=experts.hottest_load,
+        hottest_layer=experts.hottest_layer,
+        hottest_expert=experts.hottest_expert,
     )
 
 

@@ -68,6 +68,7 @@ class StatusResponse(_message.Message):
     UPTIME_S_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     LAST_REQUESTS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
     version: _builtins.str
     uptime_s: _builtins.float
@@ -77,6 +78,10 @@ class StatusResponse(_message.Message):
     def last_requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestSummary]:
         """Newest first."""
 
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___FleetEvent]:
+        """What happened to replicas, newest first: the last 50 events."""
+
     def __init__(
         self,
         *,
@@ -85,14 +90,49 @@ class StatusResponse(_message.Message):
         uptime_s: _builtins.float = ...,
         models: _abc.Iterable[Global___ModelStatus] | None = ...,
         last_requests: _abc.Iterable[Global___RequestSummary] | None = ...,
+        events: _abc.Iterable[Global___FleetEvent] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_requests", b"last_requests", "models", b"models", "router_id", b"router_id", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "last_requests", b"last_requests", "models", b"models", "router_id", b"router_id", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
+
+@_typing.final
+class FleetEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    replica_id: _builtins.str
+    """Empty: all replicas of the model."""
+    kind: _builtins.str
+    """attached, recovered, draining, silent, frozen, drained, lost."""
+    reason: _builtins.str
+    """In words; for people."""
+    age_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        replica_id: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "kind", b"kind", "model", b"model", "reason", b"reason", "replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FleetEvent: _TypeAlias = FleetEvent  # noqa: Y015
 
 @_typing.final
 class ModelStatus(_message.Message):
@@ -114,6 +154,7 @@ class ModelStatus(_message.Message):
     SLO_MISSED_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
     POWER_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     min_replicas: _builtins.int
     max_replicas: _builtins.int
@@ -122,10 +163,10 @@ class ModelStatus(_message.Message):
     output_tokens_per_s: _builtins.float
     """Over the last ten seconds."""
     joules_per_output_token: _builtins.float
-    """Over the last finished requests; unset before the first."""
+    """Over the last 30 seconds, as the two latencies; unset where nothing ended in them."""
     energy_source: _builtins.str
     joules_per_total_token: _builtins.float
-    """Over the last 30 seconds, as the two latencies; unset where nothing ended in them."""
+    """As joules_per_output_token."""
     slo_met: _builtins.int
     """Answers by whether they kept the model's objective; both 0 without one."""
     slo_missed: _builtins.int
@@ -142,6 +183,10 @@ class ModelStatus(_message.Message):
     @_builtins.property
     def power(self) -> Global___PowerSplit:
         """Unset while no meter spoke."""
+
+    @_builtins.property
+    def experts(self) -> Global___ExpertBalance:
+        """Unset for a model without experts, and until they worked. The cells are not told here."""
 
     def __init__(
         self,
@@ -162,10 +207,11 @@ class ModelStatus(_message.Message):
         slo_missed: _builtins.int = ...,
         ledger: _abc.Iterable[_wattline_link_pb2.LedgerTotals] | None = ...,
         power: Global___PowerSplit | None = ...,
+        experts: Global___ExpertBalance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "power", b"power", "tpot", b"tpot", "ttft", b"ttft"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "experts", b"experts", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "power", b"power", "tpot", b"tpot", "ttft", b"ttft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "active_requests", b"active_requests", "energy_source", b"energy_source", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "ledger", b"ledger", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "name", b"name", "output_tokens_per_s", b"output_tokens_per_s", "power", b"power", "replicas", b"replicas", "slo_met", b"slo_met", "slo_missed", b"slo_missed", "tpot", b"tpot", "ttft", b"ttft", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "active_requests", b"active_requests", "energy_source", b"energy_source", "experts", b"experts", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "ledger", b"ledger", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "name", b"name", "output_tokens_per_s", b"output_tokens_per_s", "power", b"power", "replicas", b"replicas", "slo_met", b"slo_met", "slo_missed", b"slo_missed", "tpot", b"tpot", "ttft", b"ttft", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__joules_per_output_token: _TypeAlias = _typing.Literal["joules_per_output_token"]  # noqa: Y015
     _WhichOneofArgType__joules_per_output_token: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token"]  # noqa: Y015
@@ -177,6 +223,53 @@ class ModelStatus(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__joules_per_total_token) -> _WhichOneofReturnType__joules_per_total_token | None: ...
 
 Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
+
+@_typing.final
+class ExpertBalance(_message.Message):
+    """The most uneven of a model's replicas; see ExpertHeat for the figures."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMBALANCE_FIELD_NUMBER: _builtins.int
+    IMBALANCE_WITHOUT_COPIES_FIELD_NUMBER: _builtins.int
+    NUM_COPIES_FIELD_NUMBER: _builtins.int
+    NUM_RANKS_FIELD_NUMBER: _builtins.int
+    HOTTEST_LOAD_FIELD_NUMBER: _builtins.int
+    HOTTEST_LAYER_FIELD_NUMBER: _builtins.int
+    HOTTEST_EXPERT_FIELD_NUMBER: _builtins.int
+    imbalance: _builtins.float
+    imbalance_without_copies: _builtins.float
+    num_copies: _builtins.int
+    num_ranks: _builtins.int
+    hottest_load: _builtins.float
+    """The hottest cell of the model's heat map: its load over an even share, and where it is."""
+    hottest_layer: _builtins.int
+    hottest_expert: _builtins.int
+    def __init__(
+        self,
+        *,
+        imbalance: _builtins.float | None = ...,
+        imbalance_without_copies: _builtins.float | None = ...,
+        num_copies: _builtins.int = ...,
+        num_ranks: _builtins.int = ...,
+        hottest_load: _builtins.float = ...,
+        hottest_layer: _builtins.int = ...,
+        hottest_expert: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_imbalance", b"_imbalance", "_imbalance_without_copies", b"_imbalance_without_copies", "imbalance", b"imbalance", "imbalance_without_copies", b"imbalance_without_copies"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_imbalance", b"_imbalance", "_imbalance_without_copies", b"_imbalance_without_copies", "hottest_expert", b"hottest_expert", "hottest_layer", b"hottest_layer", "hottest_load", b"hottest_load", "imbalance", b"imbalance", "imbalance_without_copies", b"imbalance_without_copies", "num_copies", b"num_copies", "num_ranks", b"num_ranks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__imbalance: _TypeAlias = _typing.Literal["imbalance"]  # noqa: Y015
+    _WhichOneofArgType__imbalance: _TypeAlias = _typing.Literal["_imbalance", b"_imbalance"]  # noqa: Y015
+    _WhichOneofReturnType__imbalance_without_copies: _TypeAlias = _typing.Literal["imbalance_without_copies"]  # noqa: Y015
+    _WhichOneofArgType__imbalance_without_copies: _TypeAlias = _typing.Literal["_imbalance_without_copies", b"_imbalance_without_copies"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__imbalance) -> _WhichOneofReturnType__imbalance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__imbalance_without_copies) -> _WhichOneofReturnType__imbalance_without_copies | None: ...
+
+Global___ExpertBalance: _TypeAlias = ExpertBalance  # noqa: Y015
 
 @_typing.final
 class Latency(_message.Message):
@@ -306,6 +399,7 @@ class ReplicaStatus(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     REQUESTS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     ATTACHED_S_FIELD_NUMBER: _builtins.int
+    LAST_EVENT_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     state: Global___ReplicaState.ValueType
     epoch: _builtins.int
@@ -315,6 +409,10 @@ class ReplicaStatus(_message.Message):
     def hello(self) -> _wattline_link_pb2.Hello: ...
     @_builtins.property
     def load(self) -> _wattline_link_pb2.LoadSnapshot: ...
+    @_builtins.property
+    def last_event(self) -> Global___FleetEvent:
+        """How it came to be in its state."""
+
     def __init__(
         self,
         *,
@@ -325,10 +423,11 @@ class ReplicaStatus(_message.Message):
         load: _wattline_link_pb2.LoadSnapshot | None = ...,
         requests_in_flight: _builtins.int = ...,
         attached_s: _builtins.float = ...,
+        last_event: Global___FleetEvent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "last_event", b"last_event", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached_s", b"attached_s", "epoch", b"epoch", "hello", b"hello", "load", b"load", "replica_id", b"replica_id", "requests_in_flight", b"requests_in_flight", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached_s", b"attached_s", "epoch", b"epoch", "hello", b"hello", "last_event", b"last_event", "load", b"load", "replica_id", b"replica_id", "requests_in_flight", b"requests_in_flight", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

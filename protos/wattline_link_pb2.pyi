@@ -5,7 +5,7 @@ The replica link: one bidirectional stream per (router, replica), dialled by the
 
 Order per stream: Hello, Welcome, then anything. Entries carry (request_id, attempt, first_offset);
 a receiver drops what belongs to an older epoch or attempt. One StepOutput per engine step holds
-every sequence of that router in the batch, so the cost of the link does not grow with the batch.
+every sequence of that router in the batch, in columns, so the cost of the link hardly grows with the batch.
 """
 
 from collections import abc as _abc
@@ -62,8 +62,12 @@ class FromReplica(_message.Message):
     GOODBYE_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    AGENT_METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts the lives of this replica's rank group; set on every message."""
+    agent_metrics_address: _builtins.str
+    """Where the energy agent of the replica's host shows its /metrics. Along with `ledger`; empty: nowhere."""
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -88,6 +92,12 @@ class FromReplica(_message.Message):
         on a stream brings a snapshot of every lane that holds something.
         """
 
+    @_builtins.property
+    def experts(self) -> Global___ExpertHeat:
+        """How the experts of a mixture-of-experts model were loaded of late. On any message, once a second at most,
+        and only when there is news.
+        """
+
     def __init__(
         self,
         *,
@@ -100,16 +110,90 @@ class FromReplica(_message.Message):
         goodbye: Global___Goodbye | None = ...,
         ledger: _abc.Iterable[Global___LedgerTotals] | None = ...,
         cache: _abc.Iterable[Global___CacheChange] | None = ...,
+        experts: Global___ExpertHeat | None = ...,
+        agent_metrics_address: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "energy", b"energy", "event", b"event", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "energy", b"energy", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metrics_address", b"agent_metrics_address", "cache", b"cache", "draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "step", "heartbeat", "energy", "draining", "goodbye"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___FromReplica: _TypeAlias = FromReplica  # noqa: Y015
+
+@_typing.final
+class ExpertHeat(_message.Message):
+    """Tokens per expert over about the last minute of work, folded so that neither side has more than 64 cells."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    NUM_EXPERTS_FIELD_NUMBER: _builtins.int
+    LAYERS_PER_ROW_FIELD_NUMBER: _builtins.int
+    EXPERTS_PER_COLUMN_FIELD_NUMBER: _builtins.int
+    LOAD_PERCENT_FIELD_NUMBER: _builtins.int
+    COPIED_CELLS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_RANKS_FIELD_NUMBER: _builtins.int
+    NUM_COPIES_FIELD_NUMBER: _builtins.int
+    IMBALANCE_FIELD_NUMBER: _builtins.int
+    IMBALANCE_WITHOUT_COPIES_FIELD_NUMBER: _builtins.int
+    num_layers: _builtins.int
+    num_experts: _builtins.int
+    layers_per_row: _builtins.int
+    """A cell stands for so many layers, added up, and for the hottest of so many experts. The last row and
+    column may stand for fewer.
+    """
+    experts_per_column: _builtins.int
+    tokens: _builtins.float
+    """Tokens times choices that were counted, all layers; the weight of this map beside others."""
+    num_ranks: _builtins.int
+    num_copies: _builtins.int
+    """Copies in spare slots, all layers."""
+    imbalance: _builtins.float
+    """Busiest rank over the mean, mean of the layers: 1 is even. The second: had no expert a copy. Unset on one
+    rank, where there is nothing to balance.
+    """
+    imbalance_without_copies: _builtins.float
+    @_builtins.property
+    def load_percent(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Row by row: load of the cell in percent of an even share; 100 is even."""
+
+    @_builtins.property
+    def copied_cells(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of the cells that hold an expert with a copy in a spare slot."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: _builtins.int = ...,
+        num_experts: _builtins.int = ...,
+        layers_per_row: _builtins.int = ...,
+        experts_per_column: _builtins.int = ...,
+        load_percent: _abc.Iterable[_builtins.int] | None = ...,
+        copied_cells: _abc.Iterable[_builtins.int] | None = ...,
+        tokens: _builtins.float = ...,
+        num_ranks: _builtins.int = ...,
+        num_copies: _builtins.int = ...,
+        imbalance: _builtins.float | None = ...,
+        imbalance_without_copies: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_imbalance", b"_imbalance", "_imbalance_without_copies", b"_imbalance_without_copies", "imbalance", b"imbalance", "imbalance_without_copies", b"imbalance_without_copies"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_imbalance", b"_imbalance", "_imbalance_without_copies", b"_imbalance_without_copies", "copied_cells", b"copied_cells", "experts_per_column", b"experts_per_column", "imbalance", b"imbalance", "imbalance_without_copies", b"imbalance_without_copies", "layers_per_row", b"layers_per_row", "load_percent", b"load_percent", "num_copies", b"num_copies", "num_experts", b"num_experts", "num_layers", b"num_layers", "num_ranks", b"num_ranks", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__imbalance: _TypeAlias = _typing.Literal["imbalance"]  # noqa: Y015
+    _WhichOneofArgType__imbalance: _TypeAlias = _typing.Literal["_imbalance", b"_imbalance"]  # noqa: Y015
+    _WhichOneofReturnType__imbalance_without_copies: _TypeAlias = _typing.Literal["imbalance_without_copies"]  # noqa: Y015
+    _WhichOneofArgType__imbalance_without_copies: _TypeAlias = _typing.Literal["_imbalance_without_copies", b"_imbalance_without_copies"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__imbalance) -> _WhichOneofReturnType__imbalance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__imbalance_without_copies) -> _WhichOneofReturnType__imbalance_without_copies | None: ...
+
+Global___ExpertHeat: _TypeAlias = ExpertHeat  # noqa: Y015
 
 @_typing.final
 class CacheChange(_message.Message):
@@ -532,25 +616,73 @@ class StepOutput(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     DELTAS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     @_builtins.property
-    def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceDelta]: ...
+    def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceDelta]:
+        """Of sequences of which there is more to say than their new tokens. They come after `tokens`."""
+
     @_builtins.property
     def load(self) -> Global___LoadSnapshot: ...
+    @_builtins.property
+    def tokens(self) -> Global___TokenColumns: ...
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         deltas: _abc.Iterable[Global___SequenceDelta] | None = ...,
         load: Global___LoadSnapshot | None = ...,
+        tokens: Global___TokenColumns | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "load", b"load", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "load", b"load", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepOutput: _TypeAlias = StepOutput  # noqa: Y015
+
+@_typing.final
+class TokenColumns(_message.Message):
+    """New tokens of sequences that go on. Lists are parallel, one entry per sequence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    FIRST_OFFSETS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def first_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of the first of its tokens here, as in SequenceDelta."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many of token_ids are of each sequence, in order. Empty: one of each."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        request_ids: _abc.Iterable[_builtins.int] | None = ...,
+        attempts: _abc.Iterable[_builtins.int] | None = ...,
+        first_offsets: _abc.Iterable[_builtins.int] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "counts", b"counts", "first_offsets", b"first_offsets", "request_ids", b"request_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenColumns: _TypeAlias = TokenColumns  # noqa: Y015
 
 @_typing.final
 class SequenceDelta(_message.Message):

@@ -5,7 +5,7 @@ The replica link: one bidirectional stream per (router, replica), dialled by the
 
 Order per stream: Hello, Welcome, then anything. Entries carry (request_id, attempt, first_offset);
 a receiver drops what belongs to an older epoch or attempt. One StepOutput per engine step holds
-every sequence of that router in the batch, so the cost of the link does not grow with the batch.
+every sequence of that router in the batch, in columns, so the cost of the link hardly grows with the batch.
 """
 
 from collections import abc as _abc

@@ -4,7 +4,8 @@ isort:skip_file
 Messages of the Open Inference Protocol v2 with Triton's ModelStreamInfer and ModelConfig, as far as a
 language model needs them. On the wire they are those of package `inference`, which has no names of messages in it.
 The package is ours, so that a process may load a Triton client too: protobuf knows a symbol only once.
-Served as `inference.GRPCInferenceService` by `cluster/oip/service.py`.
+The service is called by the name `inference.GRPCInferenceService`: `cluster/oip/service.py` serves it so, and
+reflection says so.
 """
 
 from collections import abc as _abc

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from protos import wattline_oip_pb2 as protos_dot_wattline__oip__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -22,3 +23,376 @@ if _version_not_supported:
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
+
+
+class GRPCInferenceServiceStub:
+    """Missing associated documentation comment in .proto file."""
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ServerLive = channel.unary_unary(
+                '/wattline.oip.GRPCInferenceService/ServerLive',
+                request_serializer=protos_dot_wattline__oip__pb2.ServerLiveRequest.SerializeToString,
+                response_deserializer=protos_dot_wattline__oip__pb2.ServerLiveResponse.FromString,
+                _registered_method=True)
+        self.ServerReady = channel.unary_unary(
+                '/wattline.oip.GRPCInferenceService/ServerReady',
+                request_serializer=protos_dot_wattline__oip__pb2.ServerReadyRequest.SerializeToString,
+                response_deserializer=protos_dot_wattline__oip__pb2.ServerReadyResponse.FromString,
+                _registered_method=True)
+        self.ModelReady = channel.unary_unary(
+                '/wattline.oip.GRPCInferenceService/ModelReady',
+                request_serializer=protos_dot_wattline__oip__pb2.ModelReadyRequest.SerializeToString,
+                response_deserializer=protos_dot_wattline__oip__pb2.ModelReadyResponse.FromString,
+                _registered_method=True)
+        self.ServerMetadata = channel.unary_unary(
+                '/wattline.oip.GRPCInferenceService/ServerMetadata',
+                request_serializer=protos_dot_wattline__oip__pb2.ServerMetadataRequest.SerializeToString,
+                response_deserializer=protos_dot_wattline__oip__pb2.ServerMetadataResponse.FromString,
+                _registered_method=True)
+        self.ModelMetadata = channel.unary_unary(
+                '/wattline.oip.GRPCInferenceService/ModelMetadata',
+                request_serializer=protos_dot_wattline__oip__pb2.ModelMetadataRequest.SerializeToString,
+                response_deserializer=protos_dot_wattline__oip__pb2.ModelMetadataResponse.FromString,
+                _registered_method=True)
+        self.ModelConfig = channel.unary_unary(
+                '/wattline.oip.GRPCInferenceService/ModelConfig',
+                request_serializer=protos_dot_wattline__oip__pb2.ModelConfigRequest.SerializeToString,
+                response_deserializer=protos_dot_wattline__oip__pb2.ModelConfigResponse.FromString,
+                _registered_method=True)
+        self.ModelInfer = channel.unary_unary(
+                '/wattline.oip.GRPCInferenceService/ModelInfer',
+                request_serializer=protos_dot_wattline__oip__pb2.ModelInferRequest.SerializeToString,
+                response_deserializer=protos_dot_wattline__oip__pb2.ModelInferResponse.FromString,
+                _registered_method=True)
+        self.ModelStreamInfer = channel.stream_stream(
+                '/wattline.oip.GRPCInferenceService/ModelStreamInfer',
+                request_serializer=protos_dot_wattline__oip__pb2.ModelInferRequest.SerializeToString,
+                response_deserializer=protos_dot_wattline__oip__pb2.ModelStreamInferResponse.FromString,
+                _registered_method=True)
+
+
+class GRPCInferenceServiceServicer:
+    """Missing associated documentation comment in .proto file."""
+
+    def ServerLive(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ServerReady(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ModelReady(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ServerMetadata(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ModelMetadata(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ModelConfig(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ModelInfer(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ModelStreamInfer(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_GRPCInferenceServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ServerLive': grpc.unary_unary_rpc_method_handler(
+                    servicer.ServerLive,
+                    request_deserializer=protos_dot_wattline__oip__pb2.ServerLiveRequest.FromString,
+                    response_serializer=protos_dot_wattline__oip__pb2.ServerLiveResponse.SerializeToString,
+            ),
+            'ServerReady': grpc.unary_unary_rpc_method_handler(
+                    servicer.ServerReady,
+                    request_deserializer=protos_dot_wattline__oip__pb2.ServerReadyRequest.FromString,
+                    response_serializer=protos_dot_wattline__oip__pb2.ServerReadyResponse.SerializeToString,
+            ),
+            'ModelReady': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelReady,
+                    request_deserializer=protos_dot_wattline__oip__pb2.ModelReadyRequest.FromString,
+                    response_serializer=protos_dot_wattline__oip__pb2.ModelReadyResponse.SerializeToString,
+            ),
+            'ServerMetadata': grpc.unary_unary_rpc_method_handler(
+                    servicer.ServerMetadata,
+                    request_deserializer=protos_dot_wattline__oip__pb2.ServerMetadataRequest.FromString,
+                    response_serializer=protos_dot_wattline__oip__pb2.ServerMetadataResponse.SerializeToString,
+            ),
+            'ModelMetadata': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelMetadata,
+                    request_deserializer=protos_dot_wattline__oip__pb2.ModelMetadataRequest.FromString,
+                    response_serializer=protos_dot_wattline__oip__pb2.ModelMetadataResponse.SerializeToString,
+            ),
+            'ModelConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelConfig,
+                    request_deserializer=protos_dot_wattline__oip__pb2.ModelConfigRequest.FromString,
+                    response_serializer=protos_dot_wattline__oip__pb2.ModelConfigResponse.SerializeToString,
+            ),
+            'ModelInfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelInfer,
+                    request_deserializer=protos_dot_wattline__oip__pb2.ModelInferRequest.FromString,
+                    response_serializer=protos_dot_wattline__oip__pb2.ModelInferResponse.SerializeToString,
+            ),
+            'ModelStreamInfer': grpc.stream_stream_rpc_method_handler(
+                    servicer.ModelStreamInfer,
+                    request_deserializer=protos_dot_wattline__oip__pb2.ModelInferRequest.FromString,
+                    response_serializer=protos_dot_wattline__oip__pb2.ModelStreamInferResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'wattline.oip.GRPCInferenceService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('wattline.oip.GRPCInferenceService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class GRPCInferenceService:
+    """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def ServerLive(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wattline.oip.GRPCInferenceService/ServerLive',
+            protos_dot_wattline__oip__pb2.ServerLiveRequest.SerializeToString,
+            protos_dot_wattline__oip__pb2.ServerLiveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ServerReady(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wattline.oip.GRPCInferenceService/ServerReady',
+            protos_dot_wattline__oip__pb2.ServerReadyRequest.SerializeToString,
+            protos_dot_wattline__oip__pb2.ServerReadyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelReady(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wattline.oip.GRPCInferenceService/ModelReady',
+            protos_dot_wattline__oip__pb2.ModelReadyRequest.SerializeToString,
+            protos_dot_wattline__oip__pb2.ModelReadyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ServerMetadata(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wattline.oip.GRPCInferenceService/ServerMetadata',
+            protos_dot_wattline__oip__pb2.ServerMetadataRequest.SerializeToString,
+            protos_dot_wattline__oip__pb2.ServerMetadataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelMetadata(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wattline.oip.GRPCInferenceService/ModelMetadata',
+            protos_dot_wattline__oip__pb2.ModelMetadataRequest.SerializeToString,
+            protos_dot_wattline__oip__pb2.ModelMetadataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wattline.oip.GRPCInferenceService/ModelConfig',
+            protos_dot_wattline__oip__pb2.ModelConfigRequest.SerializeToString,
+            protos_dot_wattline__oip__pb2.ModelConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelInfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wattline.oip.GRPCInferenceService/ModelInfer',
+            protos_dot_wattline__oip__pb2.ModelInferRequest.SerializeToString,
+            protos_dot_wattline__oip__pb2.ModelInferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelStreamInfer(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/wattline.oip.GRPCInferenceService/ModelStreamInfer',
+            protos_dot_wattline__oip__pb2.ModelInferRequest.SerializeToString,
+            protos_dot_wattline__oip__pb2.ModelStreamInferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

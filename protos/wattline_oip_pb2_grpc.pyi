@@ -4,14 +4,22 @@ isort:skip_file
 Messages of the Open Inference Protocol v2 with Triton's ModelStreamInfer and ModelConfig, as far as a
 language model needs them. On the wire they are those of package `inference`, which has no names of messages in it.
 The package is ours, so that a process may load a Triton client too: protobuf knows a symbol only once.
-Served as `inference.GRPCInferenceService` by `cluster/oip/service.py`.
+The service is called by the name `inference.GRPCInferenceService`: `cluster/oip/service.py` serves it so, and
+reflection says so.
 """
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from protos import wattline_oip_pb2 as _wattline_oip_pb2
 import abc as _abc_1
 import grpc as _grpc
+import sys
 import typing as _typing
+
+if sys.version_info >= (3, 11):
+    from typing import Self as _Self
+else:
+    from typing_extensions import Self as _Self
 
 _T = _typing.TypeVar("_T")
 
@@ -22,3 +30,88 @@ class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ig
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
+
+class GRPCInferenceServiceStub:
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> GRPCInferenceServiceAsyncStub: ...
+    ServerLive: _grpc.UnaryUnaryMultiCallable[_wattline_oip_pb2.ServerLiveRequest, _wattline_oip_pb2.ServerLiveResponse]
+    ServerReady: _grpc.UnaryUnaryMultiCallable[_wattline_oip_pb2.ServerReadyRequest, _wattline_oip_pb2.ServerReadyResponse]
+    ModelReady: _grpc.UnaryUnaryMultiCallable[_wattline_oip_pb2.ModelReadyRequest, _wattline_oip_pb2.ModelReadyResponse]
+    ServerMetadata: _grpc.UnaryUnaryMultiCallable[_wattline_oip_pb2.ServerMetadataRequest, _wattline_oip_pb2.ServerMetadataResponse]
+    ModelMetadata: _grpc.UnaryUnaryMultiCallable[_wattline_oip_pb2.ModelMetadataRequest, _wattline_oip_pb2.ModelMetadataResponse]
+    ModelConfig: _grpc.UnaryUnaryMultiCallable[_wattline_oip_pb2.ModelConfigRequest, _wattline_oip_pb2.ModelConfigResponse]
+    ModelInfer: _grpc.UnaryUnaryMultiCallable[_wattline_oip_pb2.ModelInferRequest, _wattline_oip_pb2.ModelInferResponse]
+    ModelStreamInfer: _grpc.StreamStreamMultiCallable[_wattline_oip_pb2.ModelInferRequest, _wattline_oip_pb2.ModelStreamInferResponse]
+
+@_typing.type_check_only
+class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ServerLive: _aio.UnaryUnaryMultiCallable[_wattline_oip_pb2.ServerLiveRequest, _wattline_oip_pb2.ServerLiveResponse]  # type: ignore[assignment]
+    ServerReady: _aio.UnaryUnaryMultiCallable[_wattline_oip_pb2.ServerReadyRequest, _wattline_oip_pb2.ServerReadyResponse]  # type: ignore[assignment]
+    ModelReady: _aio.UnaryUnaryMultiCallable[_wattline_oip_pb2.ModelReadyRequest, _wattline_oip_pb2.ModelReadyResponse]  # type: ignore[assignment]
+    ServerMetadata: _aio.UnaryUnaryMultiCallable[_wattline_oip_pb2.ServerMetadataRequest, _wattline_oip_pb2.ServerMetadataResponse]  # type: ignore[assignment]
+    ModelMetadata: _aio.UnaryUnaryMultiCallable[_wattline_oip_pb2.ModelMetadataRequest, _wattline_oip_pb2.ModelMetadataResponse]  # type: ignore[assignment]
+    ModelConfig: _aio.UnaryUnaryMultiCallable[_wattline_oip_pb2.ModelConfigRequest, _wattline_oip_pb2.ModelConfigResponse]  # type: ignore[assignment]
+    ModelInfer: _aio.UnaryUnaryMultiCallable[_wattline_oip_pb2.ModelInferRequest, _wattline_oip_pb2.ModelInferResponse]  # type: ignore[assignment]
+    ModelStreamInfer: _aio.StreamStreamMultiCallable[_wattline_oip_pb2.ModelInferRequest, _wattline_oip_pb2.ModelStreamInferResponse]  # type: ignore[assignment]
+
+class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
+    @_abc_1.abstractmethod
+    def ServerLive(
+        self,
+        request: _wattline_oip_pb2.ServerLiveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_wattline_oip_pb2.ServerLiveResponse, _abc.Awaitable[_wattline_oip_pb2.ServerLiveResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ServerReady(
+        self,
+        request: _wattline_oip_pb2.ServerReadyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_wattline_oip_pb2.ServerReadyResponse, _abc.Awaitable[_wattline_oip_pb2.ServerReadyResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ModelReady(
+        self,
+        request: _wattline_oip_pb2.ModelReadyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_wattline_oip_pb2.ModelReadyResponse, _abc.Awaitable[_wattline_oip_pb2.ModelReadyResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ServerMetadata(
+        self,
+        request: _wattline_oip_pb2.ServerMetadataRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_wattline_oip_pb2.ServerMetadataResponse, _abc.Awaitable[_wattline_oip_pb2.ServerMetadataResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ModelMetadata(
+        self,
+        request: _wattline_oip_pb2.ModelMetadataRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_wattline_oip_pb2.ModelMetadataResponse, _abc.Awaitable[_wattline_oip_pb2.ModelMetadataResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ModelConfig(
+        self,
+        request: _wattline_oip_pb2.ModelConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_wattline_oip_pb2.ModelConfigResponse, _abc.Awaitable[_wattline_oip_pb2.ModelConfigResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ModelInfer(
+        self,
+        request: _wattline_oip_pb2.ModelInferRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_wattline_oip_pb2.ModelInferResponse, _abc.Awaitable[_wattline_oip_pb2.ModelInferResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ModelStreamInfer(
+        self,
+        request_iterator: _MaybeAsyncIterator[_wattline_oip_pb2.ModelInferRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_wattline_oip_pb2.ModelStreamInferResponse], _abc.AsyncIterator[_wattline_oip_pb2.ModelStreamInferResponse]]: ...
+
+def add_GRPCInferenceServiceServicer_to_server(servicer: GRPCInferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

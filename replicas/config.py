@@ -126,8 +126,9 @@ def lookahead_on(device: str) -> int:
 class NullEngineConfig:
     """The engine without a model: token = hash(prompt, position). For tests of everything around it.
 
-    `fail_at_step` raises in a step, `hang_at_step` never returns from it, 0: never. `power_w` is what its
-    fake meter draws while a step runs, `idle_power_w` otherwise.
+    `fail_at_step` raises in a step, `fail_at_token` in the step that is given this token, `hang_at_step`
+    never returns from it, 0: never. `power_w` is what its fake meter draws while a step runs, `idle_power_w`
+    otherwise.
     """
 
     step_ms: float = 5.0
@@ -137,6 +138,7 @@ class NullEngineConfig:
     eos_every: int = 0
     """An end-of-sequence token (id 2) about once in this many tokens; 0: never."""
     fail_at_step: int = 0
+    fail_at_token: int = 0
     hang_at_step: int = 0
     power_w: float = 400.0
     idle_power_w: float = 80.0
@@ -205,6 +207,25 @@ class LinkCredentials:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsAccess:
+    """Where the /metrics of a process listens, and how. Paths are of PEM files; without `cert`: plain text.
+
+    `announced_host` is what scrapers dial; empty: `host`. With `client_ca` they must show a certificate.
+    """
+
+    host: str = "127.0.0.1"
+    announced_host: str = ""
+    cert: str = ""
+    key: str = ""
+    client_ca: str = ""
+
+    def address(self, port: int) -> str:
+        """host:port for scrapers; https://host:port over TLS."""
+        host = self.announced_host or self.host
+        return f"{'https://' if self.cert else ''}{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaConfig:
     """All one supervisor needs to run a replica of `model`.
 
@@ -230,6 +251,7 @@ class ReplicaConfig:
     shared_dir: str = "/dev/shm"
     energy_agent: str = ""
     meter: str = "auto"
+    metrics: MetricsAccess = field(default_factory=MetricsAccess)
     drain_s: float = 30.0
     ready_timeout_s: float = 600.0
     stall_floor_s: float = 2.0

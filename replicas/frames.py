@@ -21,17 +21,12 @@ from protos import wattline_link_pb2 as link_pb2
 from protos import wattline_rank_pb2 as rank_pb2
 from replicas.errors import RankLost
 from replicas.expert_loads import ExpertLoads
-from replicas.request import EngineReady, GenerationRequest, StepResult
-from replicas.wire import (
-    loads_from_wire,
-    loads_to_wire,
-    ready_from_wire,
-    ready_to_wire,
-    request_from_wire,
-    request_to_wire,
-    result_from_wire,
-    result_to_wire,
-)
+from replicas.request import EngineReady, GenerationRequest
+from replicas.step_report import StepReport
+from replicas.wire.engines import ready_from_wire, ready_to_wire
+from replicas.wire.loads import expert_loads_from_wire, expert_loads_to_wire
+from replicas.wire.requests import request_from_wire, request_to_wire
+from replicas.wire.steps import report_from_wire, report_to_wire
 
 HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 16 * 2**20
@@ -87,7 +82,7 @@ class EngineFailure:
 
 
 Command = Submit | Cancel | Stop | Shutdown
-Event = LoadingProgress | EngineReady | StepResult | ExpertLoads | EngineFailure
+Event = LoadingProgress | EngineReady | StepReport | ExpertLoads | EngineFailure
 
 
 async def read_event(reader: asyncio.StreamReader) -> Event:
@@ -100,12 +95,17 @@ async def read_event(reader: asyncio.StreamReader) -> Event:
         raise RankLost("rank 0 closed its socket") from error
 
 
+def send_command(writer: asyncio.StreamWriter, command: Command, *, clock: Clock = time.monotonic_ns) -> None:
+    """Send one command at once; what rank 0 does not read yet stays in the writer's buffer."""
+    writer.write(_frame(encode_command(command, now_ns=clock())))
+
+
 async def write_command(
     writer: asyncio.StreamWriter, command: Command, *, clock: Clock = time.monotonic_ns
 ) -> None:
     """Send one command; waits while rank 0 is slow to read. Raises `RankLost` when it is gone."""
     try:
-        writer.write(_frame(encode_command(command, now_ns=clock())))
+        send_command(writer, command, clock=clock)
         await writer.drain()
     except ConnectionError as error:
         raise RankLost("rank 0 closed its socket") from error
@@ -223,8 +223,8 @@ def decode_command(payload: bytes, *, now_ns: int) -> Command:
 def encode_event(event: Event) -> bytes:
     """The payload of a frame up."""
     match event:
-        case StepResult():
-            message = rank_pb2.FromRank(step=result_to_wire(event))
+        case StepReport():
+            message = rank_pb2.FromRank(step=report_to_wire(event))
         case LoadingProgress():
             message = rank_pb2.FromRank(
                 loading=rank_pb2.LoadingProgress(
@@ -232,7 +232,7 @@ def encode_event(event: Event) -> bytes:
                 )
             )
         case ExpertLoads():
-            message = rank_pb2.FromRank(experts=loads_to_wire(event))
+            message = rank_pb2.FromRank(experts=expert_loads_to_wire(event))
         case EngineReady():
             message = rank_pb2.FromRank(ready=ready_to_wire(event))
         case EngineFailure():
@@ -245,9 +245,9 @@ def decode_event(payload: bytes) -> Event:
     kind = message.WhichOneof("event")
     match kind:
         case "step":
-            return result_from_wire(message.step)
+            return report_from_wire(message.step)
         case "experts":
-            return loads_from_wire(message.experts)
+            return expert_loads_from_wire(message.experts)
         case "loading":
             loading = message.loading
             return LoadingProgress(

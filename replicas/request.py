@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from replicas.record import record
 
@@ -174,12 +175,12 @@ class CacheChange:
     is_snapshot: bool = False
 
 
-@record
-class StepMember:
+class StepMember(NamedTuple):
     """One sequence's part in one forward pass.
 
     `context_tokens` counts the KV tokens read, without the `new_tokens`. `wasted_tokens` is the part of
-    `new_tokens` that was computed before (preemption).
+    `new_tokens` that was computed before (preemption). A tuple: a supervisor makes one of each row of
+    the columns that a step's record travels in.
     """
 
     request_id: int

@@ -34,17 +34,25 @@ _MALFORMED = _Malformed()
 
 
 def add_strictly(
-    register: Callable[[Servicer, aio.Server], None], servicer: Servicer, server: aio.Server
+    register: Callable[[Servicer, aio.Server], None],
+    servicer: Servicer,
+    server: aio.Server,
+    *,
+    name: str | None = None,
 ) -> None:
-    """`register(servicer, server)`, a generated function, with strict reading of what comes in."""
-    register(servicer, cast(aio.Server, _StrictServer(server)))
+    """`register(servicer, server)`, a generated function, with strict reading of what comes in.
+
+    `name`: what callers call the service by, where it is not the one of its `.proto`.
+    """
+    register(servicer, cast(aio.Server, _StrictServer(server, name)))
 
 
 class _StrictServer:
     """What generated code needs of a server."""
 
-    def __init__(self, server: aio.Server) -> None:
+    def __init__(self, server: aio.Server, name: str | None) -> None:
         self._server = server
+        self._name = name
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """The same methods come again below, one by one."""
@@ -52,6 +60,7 @@ class _StrictServer:
     def add_registered_method_handlers(
         self, service: str, methods: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
     ) -> None:
+        service = self._name or service
         strict = {name: _strict(handler) for name, handler in methods.items()}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, strict),))
         self._server.add_registered_method_handlers(service, strict)

@@ -22,6 +22,9 @@ from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
 from replicas.config import LinkCredentials
 from replicas.link.dial import dial
+from replicas.link.messages import PROTOCOL_VERSION
+from replicas.step_report import TokenColumns
+from replicas.wire.steps import columns_to_wire
 
 NUM_SPECIAL = 3
 EOS = 2
@@ -220,7 +223,7 @@ class FakeReplica:
 
     def hello(self) -> link.Hello:
         return link.Hello(
-            protocol=1,
+            protocol=PROTOCOL_VERSION,
             replica_id=self.replica_id,
             model=self.model,
             architecture="NullForCausalLM",
@@ -264,7 +267,7 @@ class FakeReplica:
             if delta.finish:
                 del self._sequences[request_id]
                 ended.append(sequence)
-        output = link.StepOutput(step=self._step, deltas=deltas, load=self.load())
+        output = make_output(self._step, deltas, self.load())
         await self.send(link.FromReplica(step=output))
         if ended and self.energy is not EnergyMode.NEVER:
             await self._bill(ended)
@@ -425,3 +428,15 @@ def _energy(sequence: Sequence, *, is_final: bool) -> link.RequestEnergy:
         confidence_factor=1.0,
         final=is_final,
     )
+
+
+def make_output(
+    step: int, deltas: list[link.SequenceDelta], load: link.LoadSnapshot | None = None
+) -> link.StepOutput:
+    """As a replica says it: in columns where there is nothing to say but tokens."""
+    rich = [one for one in deltas if one.finish or one.logprobs or one.prompt_logprobs]
+    plain = [one for one in deltas if one not in rich]
+    columns = TokenColumns.of(
+        [(one.request_id, one.attempt, one.first_offset, tuple(one.token_ids)) for one in plain]
+    )
+    return link.StepOutput(step=step, tokens=columns_to_wire(columns), deltas=rich, load=load)

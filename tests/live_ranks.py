@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from replicas.config import RankConfig, rank_config_to_json
 from replicas.expert_loads import ExpertLoads
 from replicas.frames import Command, EngineFailure, Event, LoadingProgress, read_event, write_command
-from replicas.request import EngineReady, FinishReason, SequenceDelta, StepResult
+from replicas.request import EngineReady, FinishReason, SequenceDelta
+from replicas.step_report import StepReport
 
 TIMEOUT_S = 60.0
 
@@ -47,14 +48,14 @@ class LiveGroup:
                 return event
             assert isinstance(event, LoadingProgress), event
 
-    async def read_step(self) -> StepResult:
+    async def read_step(self) -> StepReport:
         event = await self.read()
         while isinstance(event, ExpertLoads):
             event = await self.read()
-        assert isinstance(event, StepResult), event
+        assert isinstance(event, StepReport), event
         if event.record is not None:
             self.num_computed += sum(member.new_tokens for member in event.record.members)
-        for delta in event.deltas:
+        for delta in event.all_deltas():
             self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
             if delta.finish is not None:
                 self.last[delta.request_id] = delta

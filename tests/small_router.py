@@ -15,6 +15,8 @@ from grpc import aio
 
 from protos import wattline_link_pb2 as link_pb2
 from protos.wattline_link_pb2_grpc import ReplicaLinkServicer, add_ReplicaLinkServicer_to_server
+from replicas.wire.deltas import delta_to_wire
+from replicas.wire.steps import columns_from_wire
 
 WAIT_S = 20.0
 
@@ -32,6 +34,7 @@ class AttachedReplica:
         self.loads: list[link_pb2.LoadSnapshot] = []
         self.steps: list[int] = []
         self.cache: list[link_pb2.CacheChange] = []
+        self.heats: list[link_pb2.ExpertHeat] = []
         self.num_heartbeats = 0
         self.epochs = {hello.epoch}
         self.draining: str | None = None
@@ -121,11 +124,14 @@ class AttachedReplica:
     def _record(self, message: link_pb2.FromReplica) -> None:
         self.epochs.add(message.epoch)
         self.cache.extend(message.cache)
+        if message.HasField("experts"):
+            self.heats.append(message.experts)
         match message.WhichOneof("event"):
             case "step":
                 self.steps.append(message.step.step)
                 self.loads.append(message.step.load)
-                for delta in message.step.deltas:
+                plain = [delta_to_wire(delta) for delta in columns_from_wire(message.step.tokens).deltas()]
+                for delta in (*plain, *message.step.deltas):
                     self.deltas[delta.request_id].append(delta)
             case "heartbeat":
                 self.num_heartbeats += 1

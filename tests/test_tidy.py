@@ -27,11 +27,13 @@ PROTOBUF_EDGES = {
     "cluster/oip/responses.py",
     "cluster/oip/service.py",
     "cluster/oip/tensors.py",
+    "cluster/oip/wire_name.py",
     "cluster/openai/asks.py",
     "cluster/status_replies.py",
     "cluster/router/cluster_service.py",
     "cluster/router/errors.py",
     "cluster/router/health.py",
+    "cluster/router/reflection.py",
     "cluster/ledger/leases.py",
     "cluster/ledger/process.py",
     "cluster/ledger/reading.py",
@@ -52,7 +54,12 @@ PROTOBUF_EDGES = {
     "replicas/frames.py",
     "replicas/link/link.py",
     "replicas/link/codec.py",
-    "replicas/wire.py",
+    "replicas/wire/caches.py",
+    "replicas/wire/deltas.py",
+    "replicas/wire/engines.py",
+    "replicas/wire/loads.py",
+    "replicas/wire/requests.py",
+    "replicas/wire/steps.py",
 }
 
 

@@ -7,8 +7,10 @@ router coalesces, up to its `stall_buffer_bytes`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import statistics
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import grpc
 import psutil
@@ -43,3 +45,30 @@ async def _read_one_message(flood: Flood, index: int, started: asyncio.Event) ->
 
 def resident_bytes(pid: int) -> int:
     return int(psutil.Process(pid).memory_info().rss)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StalledRound:
+    """Tokens/s of the live streams beside others that read and that do not; what the latter made us hold."""
+
+    reading_tok_s: float
+    stalled_tok_s: float
+    held_bytes: int
+
+
+def stalled_row(rounds: Sequence[StalledRound], *, readers: int) -> dict[str, object]:
+    """The share kept is the median of the rounds' own: what slows the machine for a while slows both halves.
+
+    The memory is the first round's: what it took, the router keeps for the next.
+    """
+    reading_tok_s = statistics.median(one.reading_tok_s for one in rounds)
+    stalled_tok_s = statistics.median(one.stalled_tok_s for one in rounds)
+    share_kept = statistics.median(one.stalled_tok_s / one.reading_tok_s for one in rounds)
+    return {
+        "readers": readers,
+        "rounds": len(rounds),
+        "mib_per_reader": round(rounds[0].held_bytes / readers / 2**20, 3),
+        "live_tok_s_beside_reading": round(reading_tok_s, 1),
+        "live_tok_s_beside_stalled": round(stalled_tok_s, 1),
+        "share_kept": round(share_kept, 3),
+    }

@@ -6,36 +6,40 @@ each number of streams.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 from rich.console import Console
 from rich.table import Table
 
-from bench.closed_loop import run_closed_loop
 from bench.edge.child import Child
+from bench.edge.first_tokens import (
+    OUTPUT_TOKENS,
+    EngineCallers,
+    ask_over_grpc,
+    draw_questions,
+    time_questions,
+    ttft_row,
+)
 from bench.edge.flood import Counts, Flood, flowing, watch_flood
 from bench.edge.line import Line, NullModel, running_line
-from bench.edge.stalled import resident_bytes, stalled_readers
+from bench.edge.stalled import StalledRound, resident_bytes, stalled_readers, stalled_row
 from bench.edge.targets import ECHO, OURS, RAY_SERVE, goals, median_rows, throughput_ratios
 from bench.engine import EngineSetup, EngineUnderTest
-from bench.record import RequestTimes, percentile, write_results
-from bench.rows import SEED, make_workload
-from bench.workload import ModelShape
+from bench.record import write_results
+from bench.rows import SEED
+from protos import wattline_inference_pb2_grpc as pb_grpc
 
 VOCAB_SIZE = 32_000
 CONTEXT_TOKENS = 4096
 FLOOD, PACED = "flood", "paced"
 NUM_STALLED = 64
 LIVE_BESIDE_STALLED = 32
-TTFT_OUTPUT_TOKENS = 16
-TTFT_REQUESTS_PER_STREAM = 8
 ECHO_SERVER = "bench.edge.echo_server"
 RAY_SERVE_SERVER = "bench.edge.ray_serve_server"
-SHAPE = ModelShape(vocab_size=VOCAB_SIZE, context_tokens=CONTEXT_TOKENS)
 
 console = Console()
 
@@ -103,7 +107,7 @@ async def run_edge_suite(plan: EdgePlan, path: Path | None) -> None:
             systems.append(System(name=name, addresses=(child.address,), pids=child.pids))
         rows = await _measure_floods(plan, systems)
         stalled = await _measure_stalled(plan, systems[0])
-        ttft = await _measure_ttft(plan, line.addresses[0])
+        ttft = await _measure_ttft(plan, line, systems[len(OURS)])
     medians, ratios = median_rows(rows), throughput_ratios(rows)
     reached = goals(ratios, medians, ttft, stalled)
     _show(medians, "tokens/s")
@@ -157,64 +161,51 @@ async def _measure_stalled(plan: EdgePlan, one_router: System) -> dict[str, obje
     live = plan.flood(one_router.addresses, LIVE_BESIDE_STALLED)
     others = plan.flood(one_router.addresses, NUM_STALLED)
     router = one_router.pids["router-0"]
-    async with flowing(others, Counts(NUM_STALLED)):
-        reading = await watch_flood(live, one_router.pids)
-    before_bytes = resident_bytes(router)
-    async with stalled_readers(others):
-        stalled = await watch_flood(live, one_router.pids)
-        held_bytes = resident_bytes(router) - before_bytes
-    return {
-        "readers": NUM_STALLED,
-        "live_streams": LIVE_BESIDE_STALLED,
-        "mib_per_reader": round(held_bytes / NUM_STALLED / 2**20, 3),
-        "live_tok_s_beside_reading": round(reading.tok_s, 1),
-        "live_tok_s_beside_stalled": round(stalled.tok_s, 1),
-        "share_kept": round(stalled.tok_s / reading.tok_s, 3),
-    }
+    rounds = []
+    for _ in range(plan.rounds):
+        async with flowing(others, Counts(NUM_STALLED)):
+            reading = await watch_flood(live, one_router.pids)
+        before_bytes = resident_bytes(router)
+        async with stalled_readers(others):
+            stalled = await watch_flood(live, one_router.pids)
+            held_bytes = resident_bytes(router) - before_bytes
+        rounds.append(
+            StalledRound(reading_tok_s=reading.tok_s, stalled_tok_s=stalled.tok_s, held_bytes=held_bytes)
+        )
+    return {"live_streams": LIVE_BESIDE_STALLED, **stalled_row(rounds, readers=NUM_STALLED)}
 
 
-async def _measure_ttft(plan: EdgePlan, address: str) -> list[dict[str, object]]:
-    """Of the line and of the engine alone, whose steps take their time, in turn."""
-    setup = EngineSetup(
-        source="null",
-        null=plan.paced_model.plan(()).engine,
-        limits=plan.paced_model.plan(()).limits,
-    )
+async def _measure_ttft(plan: EdgePlan, line: Line, echo: System) -> list[dict[str, object]]:
+    """Of the line, of the engine alone, whose steps take their time, and of the echo, in turn."""
+    replica = plan.paced_model.plan(())
     rows = []
-    async with EngineUnderTest(setup) as engine:
-        for streams in plan.ttft_streams:
-            line_ms: list[float] = []
-            engine_ms: list[float] = []
+    async with AsyncExitStack() as stack:
+        engine = await stack.enter_async_context(
+            EngineUnderTest(EngineSetup(source="null", null=replica.engine, limits=replica.limits))
+        )
+        asks = {
+            "engine_ms": (await stack.enter_async_context(EngineCallers(engine))).ask,
+            "line_ms": ask_over_grpc(await _stub(line.addresses[0], stack), PACED),
+            "echo_ms": ask_over_grpc(await _stub(echo.addresses[0], stack), PACED),
+        }
+        for callers in plan.ttft_streams:
+            waits_ms: dict[str, list[float]] = {name: [] for name in asks}
             for number in range(plan.rounds):
-                workload = make_workload(
-                    "mix",
-                    SHAPE,
-                    streams,
-                    TTFT_OUTPUT_TOKENS,
-                    SEED + number,
-                    requests_per_stream=TTFT_REQUESTS_PER_STREAM,
+                questions = draw_questions(
+                    callers=callers,
+                    seed=SEED + number,
+                    vocab_size=VOCAB_SIZE,
+                    answer_s=OUTPUT_TOKENS * plan.step_ms / 1e3,
                 )
-                line_ms += _ttft_ms((await run_closed_loop(address, PACED, workload)).times)
-                engine_ms += _ttft_ms((await engine.run(workload)).times)
-            rows.append(_ttft_row(streams, line_ms, engine_ms))
+                for name, ask in asks.items():
+                    waits_ms[name] += await time_questions(questions, ask)
+            rows.append(ttft_row(callers, **waits_ms))
+            console.print(rows[-1])
     return rows
 
 
-def _ttft_ms(times: tuple[RequestTimes, ...]) -> list[float]:
-    return [one.ttft_ms for one in times]
-
-
-def _ttft_row(streams: int, line_ms: list[float], engine_ms: list[float]) -> dict[str, object]:
-    line_p50, engine_p50 = statistics.median(line_ms), statistics.median(engine_ms)
-    line_p99, engine_p99 = percentile(line_ms, 99), percentile(engine_ms, 99)
-    return {
-        "streams": streams,
-        "requests": len(line_ms),
-        "line_ttft_ms_p50": round(line_p50, 3),
-        "engine_ttft_ms_p50": round(engine_p50, 3),
-        "added_ttft_ms_p50": round(line_p50 - engine_p50, 3),
-        "added_ttft_ms_p99": round(line_p99 - engine_p99, 3),
-    }
+async def _stub(address: str, stack: AsyncExitStack) -> pb_grpc.InferenceAsyncStub:
+    return pb_grpc.InferenceStub(await stack.enter_async_context(grpc.aio.insecure_channel(address)))
 
 
 def _show(rows: list[dict[str, object]], title: str) -> None:

@@ -1,8 +1,7 @@
 """`python -m bench.gpu_check`: check and measure one GPU in at most eight minutes, without Ray or network.
 
-Every section runs in a process of its own on a GPU: a kernel that hangs or breaks the device costs that
-section alone, and what it had found is kept. Exit status: 0 all checks hold, 1 one does not or a section
-broke off, 2 there is nothing to run on.
+Every section runs in a process of its own on a GPU (`apart.py`), and what it had found is kept whatever
+happens. Exit status: 0 all checks hold, 1 one does not or a section broke off, 2 there is nothing to run on.
 """
 
 from __future__ import annotations
@@ -10,23 +9,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.gpu_check.apart import BROKEN_STATUS, Apart
 from bench.gpu_check.report import Row, SectionReport
 from bench.gpu_check.sections import SECTIONS, Section, section_named
 
 if TYPE_CHECKING:  # Imports torch, which --help should not wait for.
     from bench.gpu_check.setting import Setting
 
-_TOTAL_S = 480.0
-_GRACE_S = 10.0
-"""A section process that is this much over its budget is killed."""
+_TOTAL_S = 475.0
 
 EPILOG = """sections: {sections}
 
@@ -70,6 +67,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes of seconds; what --device cpu needs")
     parser.add_argument("--section-file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu needs --tiny: the interpreter would take days for the served shapes")
@@ -98,69 +97,73 @@ def _what_is_missing(device: str) -> str:
 def _run_all(options: argparse.Namespace, arguments: list[str]) -> int:
     from bench.gpu_check.outcome import make_outcome
 
-    began_s = time.monotonic()
+    end_s = time.monotonic() + _TOTAL_S
     outcome = make_outcome(_setting(options), options.json, arguments)
-    run = _run_apart if options.device == "cuda" else _run_beside
-    with tempfile.TemporaryDirectory(prefix="wattline-gpu-check-") as folder:
-        for section in SECTIONS:
-            if section.name not in options.only:
-                continue
-            left_s = _TOTAL_S - (time.monotonic() - began_s)
-            print(f"\n{section.name}: {section.answers}", flush=True)
-            outcome.add(run(section, options, Path(folder) / f"{section.name}.json", left_s))
+    with tempfile.TemporaryDirectory(prefix="wattline-gpu-check-") as name:
+        folder = Path(name)
+        passed_on = ["--quick"] * options.quick + ["--tiny"] * options.tiny
+        apart = Apart(folder=folder, options=passed_on, end_s=end_s)
+        for sections in _together(options.only):
+            for section in sections:
+                print(f"\n{section.name}: {section.answers}", flush=True)
+            rows = apart.run(sections) if options.device == "cuda" else _run_beside(sections, options, folder)
+            for row in rows:
+                outcome.add(row)
     print(f"\n{outcome.table()}\n\n{outcome.path}", flush=True)
     return 0 if outcome.is_right else 1
 
 
-def _run_apart(section: Section, options: argparse.Namespace, path: Path, left_s: float) -> Row:
-    """In a process of its own, killed when it is far over its budget."""
-    if left_s < _GRACE_S:
-        return _broken(section, path, "not run: the eight minutes are over")
-    command = [sys.executable, "-m", "bench.gpu_check", "--only", section.name, "--section-file", str(path)]
-    command += ["--quick"] * options.quick + ["--tiny"] * options.tiny
-    try:
-        done = subprocess.run(command, timeout=min(left_s, section.budget_s + _GRACE_S), check=False)
-    except subprocess.TimeoutExpired as error:
-        return _broken(section, path, f"killed after {error.timeout:.0f} s")
-    if not path.exists() or done.returncode not in (0, 1):
-        return _broken(section, path, f"its process ended with status {done.returncode}")
-    return _read(path)
+def _together(names: list[str]) -> Iterator[list[Section]]:
+    """The sections asked for, in their order: those that only compare at once, then one after another."""
+    chosen = [section for section in SECTIONS if section.name in names]
+    beside = [section for section in chosen if not section.is_alone]
+    yield from ([beside] if beside else [])
+    yield from ([section] for section in chosen if section.is_alone)
 
 
-def _run_beside(section: Section, options: argparse.Namespace, path: Path, _left_s: float) -> Row:
-    _run_here(section, options, path)
-    return _read(path)
+def _run_beside(sections: list[Section], options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Here, one after another."""
+    for section in sections:
+        path = folder / f"{section.name}.json"
+        _run_here(section, options, path)
+        row: Row = json.loads(path.read_text())
+        yield row
 
 
 def _run_here(section: Section, options: argparse.Namespace, path: Path) -> int:
-    report = SectionReport(name=section.name, path=path, budget_s=section.budget_s)
+    until_s = time.monotonic() + section.budget_s if options.until is None else options.until
+    setting = _setting(options, section.shape)
+    report = SectionReport(name=section.name, path=path, until_s=until_s, probe=setting.synchronize)
+    if options.resume:
+        report.resume()
     report.save()
+    status = 1
     try:
-        section.load()(_setting(options), report)
+        section.load()(setting, report)
     except Exception as error:  # A section that breaks must not take the others along; it is recorded.
-        traceback.print_exc()
-        report.error = f"{type(error).__name__}: {error}"
+        report.break_off(error)
+        status = BROKEN_STATUS if _is_broken(setting) else 1
     report.save()
-    return 1 if report.failed or report.error else 0
+    return status if report.failed or report.error else 0
 
 
-def _setting(options: argparse.Namespace) -> Setting:
+def _is_broken(setting: Setting) -> bool:
+    """An illegal access stays with the process: nothing runs on the device behind it."""
+    try:
+        setting.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _setting(options: argparse.Namespace, shape: str = "") -> Setting:
     import torch
 
     from bench.gpu_check.setting import Setting
 
-    return Setting(device=torch.device(options.device), is_tiny=options.tiny, is_quick=options.quick)
-
-
-def _broken(section: Section, path: Path, error: str) -> Row:
-    """What the section had saved, with why it ended."""
-    row = _read(path) if path.exists() else {"section": section.name, "seconds": 0, "failed": 0}
-    return {"skipped": [], "rows": []} | row | {"error": error}
-
-
-def _read(path: Path) -> Row:
-    row: Row = json.loads(path.read_text())
-    return row
+    return Setting(
+        device=torch.device(options.device), is_tiny=options.tiny, is_quick=options.quick, shape=shape
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ steps: greedy tokens, positions, lengths and slots all advance there. Shape lett
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,11 @@ class BareModel:
     def device(self) -> torch.device:
         return self.kv.keys[0].device
 
+    def without_fusion(self, weights: ModelWeights) -> BareModel:
+        """The same weights and cache, where one token takes the way of many."""
+        layers = DeviceLayers(self.spec, self.shard, weights, self.kv, fuses_one_token=False)
+        return replace(self, decoder=_decoder(self.spec, self.shard, weights, self.kv, layers), layers=layers)
+
 
 def make_bare_model(
     spec: ModelSpec, shard: Shard, weights: ModelWeights, *, num_blocks: int, block_tokens: int
@@ -61,8 +66,15 @@ def make_bare_model(
         dtype=embedding.dtype,
     )
     layers = DeviceLayers(spec, shard, weights, kv)
-    decoder = Decoder(spec, shard, weights, kv, SoloCollectives(), device_layers=layers)
-    return BareModel(spec=spec, shard=shard, decoder=decoder, kv=kv, layers=layers)
+    return BareModel(
+        spec=spec, shard=shard, decoder=_decoder(spec, shard, weights, kv, layers), kv=kv, layers=layers
+    )
+
+
+def _decoder(
+    spec: ModelSpec, shard: Shard, weights: ModelWeights, kv: PagedKV, layers: DeviceLayers
+) -> Decoder:
+    return Decoder(spec, shard, weights, kv, SoloCollectives(), device_layers=layers)
 
 
 def chunk_batch(model: BareModel, token_ids: torch.Tensor, *, first_block: int, start_pos: int = 0) -> Batch:
@@ -131,9 +143,14 @@ class DecodeLoop:
         self._lengths.fill_(self._start_pos + 1)
 
     @torch.inference_mode()
+    def logits(self) -> torch.Tensor:
+        """Of the next token of every sequence [B, V]; nothing advances."""
+        return self._model.decoder.logits(self._batch())[0]
+
+    @torch.inference_mode()
     def step(self) -> None:
         """One token for every sequence, all on the device."""
-        logits_BV, _ = self._model.decoder.logits(self._batch())
+        logits_BV = self.logits()
         _, index_B = best_tokens(
             logits_BV,
             num_valid=self._model.shard.vocab_valid,

@@ -6,12 +6,15 @@ the device and times the large ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 Tensors = tuple[torch.Tensor, ...]
+
+_FAR_BEYOND_CACHE_BYTES = 256 * 2**20
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 """Largest error, in units of the reference's own largest value: a few roundings of the dtype."""
@@ -60,6 +63,13 @@ def draw(
     generator = torch.Generator(device=device).manual_seed(seed + sum(shape))
     drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
     return drawn.mul_(scale).to(dtype)
+
+
+def rotated(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Equal weights without end: so many that a GPU finds none in its cache when its turn comes again."""
+    size = weight.numel() * weight.element_size()
+    count = 1 if weight.device.type == "cpu" else max(1, -(-_FAR_BEYOND_CACHE_BYTES // size))
+    return itertools.cycle([weight, *(weight.clone() for _ in range(count - 1))])
 
 
 def size_bytes(*tensors: torch.Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -28,14 +29,21 @@ def run(setting: Setting, report: SectionReport) -> None:
             model = make_bare_model(spec, shard, weights, num_blocks=blocks, block_tokens=16)
             ids = torch.arange(3, 3 + batch, device=setting.device)
             loop = DecodeLoop(model, ids, start_pos=_START, max_tokens=num_steps)
-            eager = _tokens(loop, loop.step, num_steps)
-            if not setting.is_cuda:
-                report.check(len(set(eager)) > 1, model=shape.name, batch=batch, path="launched alone")
-                continue
-            captured = _tokens(loop, loop.captured(), num_steps)
-            report.check(eager == captured, model=shape.name, batch=batch, steps=num_steps)
+            what = f"{shape.name} at batch {batch}"
+            report.attempt(what, partial(_compare, shape.name, loop, batch, num_steps, setting, report))
     if not setting.is_cuda:
         report.skip("capture: CUDA graphs need a GPU")
+
+
+def _compare(
+    name: str, loop: DecodeLoop, batch: int, num_steps: int, setting: Setting, report: SectionReport
+) -> None:
+    eager = _tokens(loop, loop.step, num_steps)
+    if not setting.is_cuda:
+        report.check(len(set(eager)) > 1, model=name, batch=batch, path="launched alone")
+        return
+    captured = _tokens(loop, loop.captured(), num_steps)
+    report.check(eager == captured, model=name, batch=batch, steps=num_steps)
 
 
 def _tokens(loop: DecodeLoop, step: Callable[[], object], num_steps: int) -> list[tuple[int, ...]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -30,11 +31,11 @@ def run(setting: Setting, report: SectionReport) -> None:
     meter = setting.open_meter()
     facts = meter.facts()
     report.row(name=facts.name, driver=facts.driver, power_limit_w=facts.power_limit_w or "not told")
-    _call_cost(meter, report)
     seconds = 1.5 if setting.is_quick else 3.0
-    _idle(meter, seconds, report)
-    _load(meter, setting, seconds, report)
-    _product_meter(facts.uuid, setting, report)
+    report.attempt("cost of a call", partial(_call_cost, meter, report))
+    report.attempt("idle", partial(_idle, meter, seconds, report))
+    report.attempt("load", partial(_load, meter, setting, seconds, report))
+    report.attempt("the meter that serves", partial(_product_meter, facts.uuid, setting, report))
     meter.close()
 
 

@@ -11,6 +11,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,13 +39,14 @@ def run(setting: Setting, report: SectionReport) -> None:
         num_tokens = 9 if setting.is_tiny else 150
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(3, shape.config.vocab_size, (num_tokens,), generator=generator).to(setting.device)
-        with tempfile.TemporaryDirectory(prefix="wattline-gpu-check-") as folder:
-            reference.save_pretrained(folder)
-            _check_float32(shape, reference, Path(folder), ids, setting, report)
+        with tempfile.TemporaryDirectory(prefix="wattline-gpu-check-") as name:
+            reference.save_pretrained(name)
+            checked = (shape, reference, Path(name), ids, setting, report)
+            report.attempt(f"{shape.name} in float32", partial(_check_float32, *checked))
             if not setting.is_cuda:
                 report.skip("bfloat16 needs a GPU: Triton's interpreter multiplies no bfloat16 matrices")
                 continue
-            _check_bfloat16(shape, reference, Path(folder), ids, setting, report)
+            report.attempt(f"{shape.name} in bfloat16", partial(_check_bfloat16, *checked))
 
 
 @torch.inference_mode()

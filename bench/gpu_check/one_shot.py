@@ -7,12 +7,13 @@ and is `grouped_mm` faster than the expert kernels for 1 to 256 tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from bench.gpu_check.attention_cases import HeadShape, decode_case, prefill_case
-from bench.gpu_check.case import draw
+from bench.gpu_check.case import KernelCase, draw
 from bench.gpu_check.report import SectionReport
 from bench.gpu_check.setting import Setting
 from replicas.layers.experts import route, run_grouped
@@ -45,10 +46,16 @@ def _page_sizes(setting: Setting, report: SectionReport) -> None:
             "prefill 2048": prefill_case(heads, ((0, 2048),), dtype=setting.dtype, device=setting.device),
         }
         for name, case in cases.items():
-            ours_s = setting.time_s(case.launch, budget_s=0.1)
-            report.row(item=f"pages of {page}", case=name, ours_us=ours_s * 1e6)
-            if attend is not None:
-                _try_varlen(page, name, setting, report)
+            report.attempt(
+                f"pages of {page}, {name}", partial(_time_pages, page, name, case, setting, report)
+            )
+
+
+def _time_pages(page: int, name: str, case: KernelCase, setting: Setting, report: SectionReport) -> None:
+    ours_s = setting.time_s(case.launch, budget_s=0.1)
+    report.row(item=f"pages of {page}", case=name, ours_us=ours_s * 1e6)
+    if find_varlen() is not None:
+        _try_varlen(page, name, setting, report)
 
 
 def _try_varlen(page: int, name: str, setting: Setting, report: SectionReport) -> None:
@@ -123,7 +130,10 @@ def _grouped(setting: Setting, report: SectionReport) -> None:
             chosen, shares = route(x, weights.router_XH, choices)
             return run_grouped(x, weights, chosen, shares, 0)[0]
 
-        _compare(ours, theirs, tokens, setting, report)
+        if not report.has_time():
+            report.skip(f"experts from {tokens} tokens on: out of time")
+            return
+        report.attempt(f"experts, {tokens} tokens", partial(_compare, ours, theirs, tokens, setting, report))
 
 
 def _compare(

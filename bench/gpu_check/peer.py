@@ -22,11 +22,17 @@ def run(setting: Setting, report: SectionReport) -> None:
         if not report.has_time(10.0 if setting.is_cuda else 0.0):
             report.skip(f"{shape.name}: out of time")
             continue
-        model = _make(shape, setting)
-        for batch in _BATCHES.get(shape.name, (2,)):
-            _measure_decode(shape, model, batch, setting, report)
-        _measure_prefill(shape, model, setting, report)
-        del model
+        report.attempt(shape.name, partial(_measure, shape, setting, report))
+
+
+def _measure(shape: Shape, setting: Setting, report: SectionReport) -> None:
+    model = _make(shape, setting)
+    _measure_prefill(shape, model, setting, report)
+    for batch in _BATCHES.get(shape.name, (2,)):
+        if not report.has_time(8.0 if setting.is_cuda else 0.0):
+            report.skip(f"{shape.name} at batch {batch}: out of time")
+            continue
+        _measure_decode(shape, model, batch, setting, report)
 
 
 def _make(shape: Shape, setting: Setting) -> PreTrainedModel:

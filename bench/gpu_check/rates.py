@@ -20,6 +20,11 @@ class Rates:
     triad_b_s: float
     matmul_flop_s: float
 
+    @property
+    def best_b_s(self) -> float:
+        """What the memory gave at most; which of the three it is depends on torch's kernels."""
+        return max(self.read_b_s, self.copy_b_s, self.triad_b_s)
+
 
 def run(setting: Setting, report: SectionReport) -> None:
     rates = measure_rates(setting)

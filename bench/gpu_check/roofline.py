@@ -1,7 +1,7 @@
 """The least time a step can take on a device of given rates, from the model's numbers alone.
 
 Decode: the weights that are read (of a mixture the experts hit) and every sequence's cache, over the measured
-read rate, or the products over the measured matmul rate, whichever is longer. Prefill: products over the
+bandwidth, or the products over the measured matmul rate, whichever is longer. Prefill: products over the
 matmul rate, attention causal.
 """
 
@@ -27,7 +27,7 @@ def decode_floor_s(
     cache_bytes = batch * context * cost.kv_bytes_per_token
     attention_flops = 4 * batch * context * spec.num_layers * cost.attention_dim
     flops = 2 * batch * cost.active_params + attention_flops
-    return max((weight_bytes + cache_bytes) / rates.read_b_s, flops / rates.matmul_flop_s)
+    return max((weight_bytes + cache_bytes) / rates.best_b_s, flops / rates.matmul_flop_s)
 
 
 def prefill_floor_s(spec: ModelSpec, rates: Rates, *, num_tokens: int, itemsize: int) -> float:

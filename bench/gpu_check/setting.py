@@ -14,11 +14,13 @@ from bench.gpu_check.nvml import NvmlGpu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """`is_tiny`: shapes of seconds on a CPU; `is_quick`: fewer batches and shorter windows."""
+    """`is_tiny`: shapes of seconds on a CPU; `is_quick`: fewer batches and shorter windows. `shape`: the one
+    served shape to look at; empty: all."""
 
     device: torch.device
     is_tiny: bool
     is_quick: bool
+    shape: str = ""
 
     @property
     def is_cuda(self) -> bool:

@@ -17,10 +17,14 @@ from replicas.config import EngineLimits, NullEngineConfig
 from replicas.engine.load import LoadAverages
 from replicas.engine.scheduled_step import ScheduledStep
 from replicas.engine.scheduler import Scheduler
+from replicas.link.messages import PROTOCOL_VERSION
 from replicas.plan import StepOutcome
 from replicas.rank.null_runner import NullRunner
 from replicas.request import FinishReason, SequenceDelta, StepMember, StepRecord
-from replicas.wire import cache_to_wire, delta_to_wire, load_to_wire, request_from_wire
+from replicas.wire.caches import cache_to_wire
+from replicas.wire.deltas import delta_to_wire
+from replicas.wire.loads import load_to_wire
+from replicas.wire.requests import request_from_wire
 
 HEARTBEAT_S = 0.25
 LINK_S = 0.0005
@@ -73,7 +77,7 @@ class SimReplica:
     def hello(self, replica_id: str, model: str) -> link.Hello:
         shape = self._runner.shape
         return link.Hello(
-            protocol=1,
+            protocol=PROTOCOL_VERSION,
             replica_id=replica_id,
             model=model,
             lanes=1,

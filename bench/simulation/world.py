@@ -10,6 +10,7 @@ from random import Random
 
 from bench.simulation.sim_replica import ReplicaShape, SimReplica
 from cluster.config import Config, TelemetrySection
+from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router.admission.energy_lease import LocalLeases
@@ -36,7 +37,7 @@ from cluster.telemetry.tracing import Telemetry
 from cluster.text.detokenize_worker import DetokenizeWorker, StreamTokens, deliver, detokenize
 from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_link_pb2 as link
-from replicas.wire import cache_from_wire
+from replicas.wire.caches import cache_from_wire
 
 WATCH_S = 0.1
 
@@ -130,6 +131,7 @@ class World:
             max_waiting=shape.limits.max_waiting,
             freeze_s=self._freeze_s,
             worker=InlineWorker(),
+            pace=ReaderPace(),
             clock_s=self.now_s,
         )
         self.pool.attach(connection)

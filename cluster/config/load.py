@@ -105,6 +105,16 @@ def resolve_paths(config: Config, *, base: Path) -> Config:
             "models": models,
             "runtime_dir": str(base / runtime_dir),
             "router": _with_files(config.router, base),
+            "telemetry": config.telemetry.model_copy(
+                update={
+                    "metrics_tls": _with_absolute(
+                        config.telemetry.metrics_tls,
+                        SECURITY_FILES["tls"],
+                        base,
+                        owner="telemetry.metrics_tls",
+                    )
+                }
+            ),
         }
     )
 

@@ -116,6 +116,7 @@ class NullSection(Section):
     context_tokens: int = Field(8192, ge=16)
     eos_every: int = Field(0, ge=0)
     fail_at_step: int = Field(0, ge=0)
+    fail_at_token: int = Field(0, ge=0)
     hang_at_step: int = Field(0, ge=0)
     power_w: float = Field(400.0, ge=0.0)
     idle_power_w: float = Field(80.0, ge=0.0)

@@ -31,6 +31,8 @@ SERIES = (
     "kv_used_ratio",
     "slo_met",
     "slo_missed",
+    "expert_imbalance",
+    "expert_imbalance_without_copies",
 )
 
 Row = tuple[float | None, ...]
@@ -68,7 +70,7 @@ def point_of(snapshot: dict[str, Any], *, unix_s: float) -> dict[str, Any]:
 
 
 def _row(model: dict[str, Any]) -> Row:
-    power = model["power_w"] or {}
+    power, experts = model["power_w"] or {}, model["experts"] or {}
     values = {
         "output_tokens_per_s": model["output_tokens_per_s"],
         "ttft_p50_ms": model["ttft_ms"]["p50"],
@@ -82,6 +84,8 @@ def _row(model: dict[str, Any]) -> Row:
         "kv_used_ratio": model["kv_used_ratio"],
         "slo_met": model["slo"]["met"],
         "slo_missed": model["slo"]["missed"],
+        "expert_imbalance": experts.get("imbalance"),
+        "expert_imbalance_without_copies": experts.get("imbalance_without_copies"),
         **power,
     }
     return tuple(_short(values.get(name)) for name in SERIES)

@@ -11,8 +11,10 @@ from typing import Any, TypeAlias
 
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
+from cluster.router.fleet_record import FleetEvent, FleetRecord
 from cluster.router.journal import Answers, ClosedRequest, Journal, Spread
 from cluster.router.served_model import ServedModel
+from replicas.expert_heat import ExpertHeat, merge_heat
 
 Json: TypeAlias = dict[str, Any]
 
@@ -20,7 +22,7 @@ Json: TypeAlias = dict[str, Any]
 def take_snapshot(
     *, models: Mapping[str, ServedModel], pool: ReplicaPool, journal: Journal, now_s: float
 ) -> Json:
-    """Models, replicas and the last requests. `now_s` is on the router's monotonic clock."""
+    """Models, replicas and what happened to them, last requests. `now_s`: on the router's monotonic clock."""
     return {
         "models": [
             view_model(
@@ -31,7 +33,8 @@ def take_snapshot(
             )
             for model in models.values()
         ],
-        "replicas": [view_replica(connection) for connection in pool],
+        "replicas": [view_replica(connection, pool.fleet) for connection in pool],
+        "events": [view_event(event) for event in pool.fleet.events],
         "requests": [view_request(closed, now_s=now_s) for closed in journal.last],
     }
 
@@ -73,6 +76,7 @@ def view_model(
                 for name, sums in model.ledger.sums.items()
             ],
         },
+        "experts": view_experts([replica.experts for replica in replicas if replica.experts]),
         "totals": {
             "requests": model.requests_total,
             "refused": model.refused_total,
@@ -87,12 +91,46 @@ def view_spread(spread: Spread | None) -> Json:
     return {"p50": spread.p50 if spread else None, "p95": spread.p95 if spread else None}
 
 
-def view_replica(connection: ReplicaConnection) -> Json:
+def view_experts(heats: list[ExpertHeat]) -> Json | None:
+    """The heat map of a model, and how even its most uneven replica is. None: no experts, or no work yet."""
+    heat = merge_heat(heats)
+    if heat is None:
+        return None
+    load, layer, expert = heat.hottest
+    return {
+        "num_replicas": len(heats),
+        "num_layers": heat.num_layers,
+        "num_experts": heat.num_experts,
+        "layers_per_row": heat.layers_per_row,
+        "experts_per_column": heat.experts_per_column,
+        "load_percent": heat.load_percent,
+        "copied_cells": heat.copied_cells,
+        "num_ranks": heat.num_ranks,
+        "num_copies": heat.num_copies,
+        "imbalance": heat.imbalance,
+        "imbalance_without_copies": heat.imbalance_without_copies,
+        "hottest": {"load": load, "layer": layer, "expert": expert},
+    }
+
+
+def view_event(event: FleetEvent) -> Json:
+    return {
+        "at": round(event.at_unix_s, 3),
+        "model": event.model,
+        "replica": event.replica_id or None,
+        "kind": event.kind,
+        "reason": event.reason,
+    }
+
+
+def view_replica(connection: ReplicaConnection, fleet: FleetRecord) -> Json:
     hello, load = connection.hello, connection.load
+    last = fleet.last_of(connection.replica_id)
     return {
         "id": connection.replica_id,
         "model": hello.model,
         "state": connection.state.name.lower(),
+        "last_event": view_event(last) if last else None,
         "host": hello.host,
         "device": hello.device,
         "dtype": hello.dtype,

@@ -9,45 +9,39 @@ from cluster.router.errors import DeadlinePassed, ReplicaStopped, engine_error
 from cluster.router.failover import LossReason
 from cluster.router.ledger_book import LedgerSums, ReplicaLedger
 from protos import wattline_link_pb2 as link
-from replicas.request import FinishReason, SequenceTiming
-from replicas.wire import sampling_to_wire
-
-MAX_DEADLINE_MS = 2**32 - 1
-"""The most the wire holds, 49 days; a caller may have more time, which no answer needs."""
+from replicas.expert_heat import ExpertHeat
+from replicas.request import GenerationRequest
+from replicas.wire.deltas import FINISH_FROM_WIRE, timing_from_wire
+from replicas.wire.requests import request_to_wire
 
 
 def submit_command(job: EngineJob, *, request_id: int) -> link.ToReplica:
-    """The command that starts a request. A deadline under a millisecond is sent as one: 0 means none."""
-    deadline_ms = (
-        0 if job.deadline_s is None else int(min(max(1.0, job.deadline_s * 1e3), float(MAX_DEADLINE_MS)))
+    """The command that starts a request."""
+    request = GenerationRequest(
+        request_id=request_id,
+        prompt_ids=job.prompt_ids,
+        max_tokens=job.max_tokens,
+        sampling=job.sampling,
+        stop_token_ids=job.stop_token_ids,
+        priority=job.priority,
+        # On a clock that is at 0 now: what is sent is the time left.
+        deadline_ns=None if job.deadline_s is None else round(job.deadline_s * 1e9),
+        lane=job.lane,
+        attempt=job.attempt,
+        first_offset=job.first_offset,
+        cache_salt=job.cache_salt,
+        scores_prompt=job.scores_prompt,
     )
-    return link.ToReplica(
-        submit=link.Submit(
-            request_id=request_id,
-            attempt=job.attempt,
-            first_offset=job.first_offset,
-            prompt_ids=job.prompt_ids,
-            sampling=sampling_to_wire(job.sampling),
-            max_tokens=job.max_tokens,
-            stop_token_ids=sorted(job.stop_token_ids),
-            priority=job.priority,
-            deadline_ms=deadline_ms,
-            lane=job.lane,
-            traceparent=job.traceparent,
-            cache_salt=job.cache_salt,
-            prompt_logprobs=job.scores_prompt,
-        )
-    )
+    submit = request_to_wire(request, now_ns=0)
+    submit.traceparent = job.traceparent
+    return link.ToReplica(submit=submit)
 
 
 def parse_end(delta: link.SequenceDelta) -> End:
     """How a sequence ended. A cancel that this router did not ask for means that the replica gave it up."""
-    timing = _parse_timing(delta.timing) if delta.HasField("timing") else None
     match delta.finish:
-        case link.ENGINE_FINISH_STOP:
-            return Finished(reason=FinishReason.STOP, timing=timing)
-        case link.ENGINE_FINISH_LENGTH:
-            return Finished(reason=FinishReason.LENGTH, timing=timing)
+        case link.ENGINE_FINISH_STOP | link.ENGINE_FINISH_LENGTH:
+            return Finished(reason=FINISH_FROM_WIRE[delta.finish], timing=timing_from_wire(delta))
         case link.ENGINE_FINISH_DEADLINE:
             return DeadlinePassed()
         case link.ENGINE_FINISH_CANCELLED:
@@ -97,12 +91,20 @@ def parse_ledger(message: link.FromReplica, *, replica_id: str) -> ReplicaLedger
     )
 
 
-def _parse_timing(timing: link.SequenceTiming) -> SequenceTiming:
-    return SequenceTiming(
-        queue_us=timing.queue_us,
-        prefill_us=timing.prefill_us,
-        decode_us=timing.decode_us,
-        cached_tokens=timing.cached_tokens,
-        wasted_tokens=timing.wasted_tokens,
-        preemptions=timing.preemptions,
+def parse_heat(message: link.ExpertHeat) -> ExpertHeat:
+    """Raises ValueError if its cells are not those of its shape, or too many."""
+    return ExpertHeat(
+        num_layers=message.num_layers,
+        num_experts=message.num_experts,
+        layers_per_row=message.layers_per_row,
+        experts_per_column=message.experts_per_column,
+        load_percent=tuple(message.load_percent),
+        copied_cells=tuple(message.copied_cells),
+        tokens=message.tokens,
+        num_ranks=message.num_ranks,
+        num_copies=message.num_copies,
+        imbalance=message.imbalance if message.HasField("imbalance") else None,
+        imbalance_without_copies=(
+            message.imbalance_without_copies if message.HasField("imbalance_without_copies") else None
+        ),
     )

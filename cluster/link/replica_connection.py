@@ -13,16 +13,21 @@ from enum import Enum, auto
 
 from cluster.link.engine_job import EngineJob
 from cluster.link.messages import parse_end, parse_energy, submit_command
-from cluster.link.token_stream import End, TokenStream
+from cluster.link.reader_pace import ReaderPace
+from cluster.link.token_stream import TokenStream
 from cluster.router.balancing.lane_view import LaneView
 from cluster.router.balancing.step_fit import StepFit
 from cluster.router.energy_account import EnergyAccount
 from cluster.router.errors import EngineFault, Overloaded, ReplicaStopped
 from cluster.router.failover import LossReason, ReplicaIdentity
-from cluster.text.detokenize_worker import DetokenizeWorker, StreamTokens
+from cluster.router.fleet_record import Stand, Standing
+from cluster.text.detokenize_worker import DetokenizeWorker, StreamNews, StreamTokens
 from protos import wattline_link_pb2 as link
+from replicas.expert_heat import ExpertHeat
+from replicas.strict_messages import MalformedMessage
 from replicas.supervisor.step_watch import StepWatch
-from replicas.wire import logprobs_from_wire
+from replicas.wire.deltas import logprobs_from_wire
+from replicas.wire.steps import columns_from_wire
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +39,8 @@ NEVER_SEEN = 2**63
 """The snapshot number of a request that is not submitted yet."""
 MAX_OPEN_ACCOUNTS = 8192
 """Requests whose final joules are awaited; beyond it the oldest stays at what is known."""
+
+LINK_ENDED = Standing(stand=Stand.LOST, reason="its link ended without a word")
 
 
 class ReplicaState(Enum):
@@ -62,11 +69,15 @@ class ReplicaConnection:
         max_waiting: int,
         freeze_s: float,
         worker: DetokenizeWorker,
+        pace: ReaderPace,
         clock_s: Callable[[], float],
     ) -> None:
         self.hello = hello
+        self.agent_metrics_address = ""
+        """Of the energy agent of its host; empty: none is shown, or not known yet."""
         self.epoch = epoch
         self.load = hello.load
+        self.experts: ExpertHeat | None = None
         self.attached_at_s = clock_s()
         self.commands: asyncio.Queue[link.ToReplica] = asyncio.Queue(maxsize=MAX_OUTGOING)
         """What goes down."""
@@ -74,14 +85,16 @@ class ReplicaConnection:
         self.dropped_deltas = 0
         self._max_waiting = max_waiting
         self._worker = worker
+        self._pace = pace
         self._clock_s = clock_s
         self._heard_at_s = self.attached_at_s
         self._load_at_s = self.attached_at_s
         self._snapshot_count = 0
         self._step_fit = StepFit()
         self._watch = StepWatch(floor_s=freeze_s)
-        self._is_fenced = False
-        self._is_draining = False
+        self._fenced_why = ""
+        self._draining_why: str | None = None
+        self._end: Standing | None = None
         self._last_link_id = 0
         self._last_hold = 0
         self._streams: dict[int, TokenStream] = {}
@@ -94,10 +107,23 @@ class ReplicaConnection:
 
     @property
     def state(self) -> ReplicaState:
-        if self._is_draining:
+        if self._draining_why is not None:
             return ReplicaState.DRAINING
-        is_stalled = self.is_silent or self._is_fenced or self.closed.is_set()
+        is_stalled = self.is_silent or bool(self._fenced_why) or self.closed.is_set()
         return ReplicaState.STALLED if is_stalled else ReplicaState.READY
+
+    @property
+    def standing(self) -> Standing:
+        """The same for operators: finer, and with the reason."""
+        if self._end is not None:
+            return self._end
+        if self._draining_why is not None:
+            return Standing(stand=Stand.DRAINING, reason=self._draining_why)
+        if self._fenced_why:
+            return Standing(stand=Stand.FROZEN, reason=self._fenced_why)
+        if self.is_silent:
+            return Standing(stand=Stand.SILENT, reason=f"nothing heard for {STALL_S:g} s")
+        return Standing(stand=Stand.READY)
 
     @property
     def identity(self) -> ReplicaIdentity:
@@ -138,11 +164,13 @@ class ReplicaConnection:
             text=job.text,
             buffer_bytes=job.buffer_bytes,
             on_overflow=job.on_overflow,
+            pace=self._pace,
             clock_s=self._clock_s,
         )
         try:
             self.commands.put_nowait(submit_command(job, request_id=stream.link_id))
         except asyncio.QueueFull:
+            stream.abandon()
             raise Overloaded("the replica does not take commands", retry_after_ms=250) from None
         account = EnergyAccount()
         self._streams[stream.link_id] = stream
@@ -175,13 +203,13 @@ class ReplicaConnection:
 
     def drain(self, reason: str) -> None:
         """Stop new work here and tell the replica; streams under way finish."""
-        self._is_draining = True
+        self.mark_draining(reason)
         self._send(link.ToReplica(drain=link.Drain(reason=reason)))
 
     def heard(self) -> None:
         """A message came: the replica lives."""
         self._heard_at_s = self._clock_s()
-        self._is_fenced = False
+        self._fenced_why = ""
         self._watch.note_step(self.load.step_ms / 1e3)
 
     def check_progress(self) -> None:
@@ -194,9 +222,10 @@ class ReplicaConnection:
             logger.warning("replica_fenced id=%s streams=%d", self.replica_id, len(self._streams))
             self._fence()
 
-    def mark_draining(self) -> None:
-        """The replica says that it takes no new work."""
-        self._is_draining = True
+    def mark_draining(self, reason: str) -> None:
+        """It takes no new work from now on. The first reason stays."""
+        if self._draining_why is None:
+            self._draining_why = reason
 
     def take_load(self, load: link.LoadSnapshot) -> None:
         """A newer snapshot. It may have crossed a submission; the one after it cannot have."""
@@ -213,38 +242,37 @@ class ReplicaConnection:
                 del self._unseen[key]
 
     def take_step(self, step: link.StepOutput) -> int:
-        """Hand the tokens of one engine step on to their streams. Returns how many there were."""
+        """Hand the tokens of one engine step on to their streams. Returns how many there were.
+
+        Raises MalformedMessage where its columns do not fit together.
+        """
+        try:
+            runs = list(columns_from_wire(step.tokens).runs())
+        except ValueError as error:
+            raise MalformedMessage from error
+        batch_size = max(len(runs) + len(step.deltas), sum(step.load.running))
         entries: list[StreamTokens] = []
-        num_tokens = 0
-        batch_size = max(len(step.deltas), sum(step.load.running))
+        for request_id, attempt, first_offset, token_ids in runs:
+            stream = self._stream_of(request_id, attempt)
+            if stream is not None:
+                entries += self._take(stream, first_offset, (token_ids, (), None), batch_size)
         for delta in step.deltas:
-            stream = self._streams.get(delta.request_id)
-            if stream is None or delta.attempt != stream.attempt:
-                self.dropped_deltas += 1
+            stream = self._stream_of(delta.request_id, delta.attempt)
+            if stream is None:
                 continue
-            token_ids = tuple(delta.token_ids)
-            logprobs = logprobs_from_wire(delta.logprobs) if delta.logprobs else ()
             if delta.prompt_logprobs:
                 stream.prompt_logprobs = logprobs_from_wire(delta.prompt_logprobs)
+            logprobs = logprobs_from_wire(delta.logprobs) if delta.logprobs else ()
             end = parse_end(delta) if delta.finish else None
-            if token_ids and delta.first_offset != stream.next_offset:
-                self.dropped_deltas += 1
-                if delta.first_offset < stream.next_offset and end is None:
-                    continue  # A duplicate.
-                logger.error("link_tokens_lost replica=%s offset=%d", self.replica_id, delta.first_offset)
-                self._send(link.ToReplica(cancel=link.Cancel(request_id=stream.link_id)))
-                token_ids, logprobs, end = (), (), EngineFault("tokens of this answer were lost on the way")
-            stream.next_offset += len(token_ids)
-            if token_ids:
-                stream.batches.add(batch_size)
-            num_tokens += len(token_ids)
-            entries.append((stream, token_ids, logprobs, end))
-            self._note_progress(stream.link_id, end)
+            news = (tuple(delta.token_ids), logprobs, end)
+            entries += self._take(stream, delta.first_offset, news, batch_size)
         if entries:
+            # Each reader's message takes its time: who has none yet comes first, the others hardly notice.
+            entries.sort(key=lambda entry: entry[0].first_token_s is not None)
             self._worker.submit(entries)
         if step.HasField("load"):
             self.take_load(step.load)
-        return num_tokens
+        return sum([len(token_ids) for _, token_ids, _, _ in entries])
 
     def take_energy(self, report: link.EnergyReport) -> None:
         """Newer joules for requests of this router; final ones close their account."""
@@ -260,14 +288,18 @@ class ReplicaConnection:
             if account.is_settled:
                 del self._accounts[entry.request_id]
 
-    def take_goodbye(self) -> None:
+    def take_goodbye(self, reason: str) -> None:
         """The replica leaves. One that drained has done nothing wrong; any other has lost its group."""
-        self.close(LossReason.DRAINED if self._is_draining else LossReason.FAILED)
+        if self._draining_why is None:
+            self.close(LossReason.FAILED, Standing(stand=Stand.LOST, reason=reason))
+        else:
+            self.close(LossReason.DRAINED, Standing(stand=Stand.DRAINED, reason=self._draining_why))
 
-    def close(self, reason: LossReason = LossReason.KILLED) -> None:
+    def close(self, reason: LossReason = LossReason.KILLED, end: Standing = LINK_ENDED) -> None:
         """The link is gone: every stream fails, every account stays at what is known. Safe to call twice."""
         if self.closed.is_set():
             return
+        self._end = end
         self.closed.set()
         self._lose_streams(reason)
         accounts, self._accounts = self._accounts, {}
@@ -287,7 +319,8 @@ class ReplicaConnection:
 
     def _fence(self) -> None:
         """Take every stream away. What the replica still says of them, should it wake up, finds none."""
-        self._is_fenced = True
+        if not self._fenced_why:
+            self._fenced_why = f"silent for {self._watch.waited_s:.1f} s with {len(self._streams)} in flight"
         link_ids = tuple(self._streams)
         self._lose_streams(LossReason.FROZEN)
         for link_id in link_ids:
@@ -299,10 +332,33 @@ class ReplicaConnection:
             # Through the worker, so that tokens which came before are delivered before.
             self._worker.submit([(stream, (), (), ReplicaStopped(reason)) for stream in streams.values()])
 
-    def _note_progress(self, link_id: int, end: End | None) -> None:
-        self._unseen.pop(link_id, None)
+    def _stream_of(self, link_id: int, attempt: int) -> TokenStream | None:
+        """None, and counted: what comes for a stream that is over, or of an attempt that is."""
+        stream = self._streams.get(link_id)
+        if stream is not None and stream.attempt == attempt:
+            return stream
+        self.dropped_deltas += 1
+        return None
+
+    def _take(
+        self, stream: TokenStream, first_offset: int, news: StreamNews, batch_size: int
+    ) -> tuple[StreamTokens, ...]:
+        """What its text is made of: nothing of a duplicate, and an end where tokens are missing."""
+        token_ids, logprobs, end = news
+        if token_ids and first_offset != stream.next_offset:
+            self.dropped_deltas += 1
+            if first_offset < stream.next_offset and end is None:
+                return ()
+            logger.error("link_tokens_lost replica=%s offset=%d", self.replica_id, first_offset)
+            self._send(link.ToReplica(cancel=link.Cancel(request_id=stream.link_id)))
+            token_ids, logprobs, end = (), (), EngineFault("tokens of this answer were lost on the way")
+        if token_ids:
+            stream.next_offset += len(token_ids)
+            stream.batches.add(batch_size)
+        self._unseen.pop(stream.link_id, None)
         if end is not None:
-            del self._streams[link_id]
+            del self._streams[stream.link_id]
+        return ((stream, token_ids, logprobs, end),)
 
     def _open_account(self, link_id: int, account: EnergyAccount) -> None:
         self._accounts[link_id] = account

@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 import grpc
 
-from cluster.link.messages import parse_ledger
+from cluster.link.messages import parse_heat, parse_ledger
+from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router.served_model import ServedModel
@@ -23,11 +24,11 @@ from cluster.text.detokenize_worker import DetokenizeWorker
 from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
 from replicas.strict_messages import MalformedMessage
-from replicas.wire import cache_from_wire
+from replicas.wire.caches import cache_from_wire
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_REPLICAS = 1024
 MAX_LANES = 1024
 MAX_ID_CHARS = 256
@@ -38,7 +39,7 @@ LinkContext: TypeAlias = "grpc.aio.ServicerContext[link.FromReplica, link.ToRepl
 
 
 class LinkServicer(link_grpc.ReplicaLinkServicer):
-    """Owns no state: connections live in the pool as long as their Attach call."""
+    """Owns the pace of all readers; connections live in the pool as long as their Attach call."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
         self._models = models
         self._pool = pool
         self._worker = worker
+        self._pace = ReaderPace()
         self._metrics = metrics
         self._freeze_s = freeze_s
 
@@ -71,7 +73,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             asyncio.create_task(self._read(connection, request_iterator)),
             asyncio.create_task(self._write(connection, context)),
             asyncio.create_task(connection.closed.wait()),
-            asyncio.create_task(_watch(connection)),
+            asyncio.create_task(self._watch(connection)),
         )
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -109,6 +111,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             max_waiting=model.section.limits.max_waiting,
             freeze_s=self._freeze_s,
             worker=self._worker,
+            pace=self._pace,
             clock_s=monotonic,
         )
 
@@ -144,6 +147,8 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             self._book_ledger(connection, message)
             if message.cache:
                 self._note_cache(connection, message)
+            if message.HasField("experts"):
+                _note_experts(connection, message.experts)
             event = message.WhichOneof("event")
             self._metrics.count_link_message("up", event or "none")
             match event:
@@ -158,11 +163,12 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                 case "energy":
                     connection.take_energy(message.energy)
                 case "draining":
-                    connection.mark_draining()
-                    self._pool.changed()
+                    connection.mark_draining(message.draining.reason)
+                    self._pool.changed(connection)
                 case "goodbye":
-                    logger.info("replica_goodbye id=%s", connection.replica_id)
-                    connection.take_goodbye()
+                    reason = message.goodbye.reason
+                    logger.info("replica_goodbye id=%s reason=%s", connection.replica_id, reason)
+                    connection.take_goodbye(reason)
                     return
                 case _:
                     logger.warning("link_message_unexpected id=%s event=%s", connection.replica_id, event)
@@ -170,6 +176,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
     def _book_ledger(self, connection: ReplicaConnection, message: link.FromReplica) -> None:
         ledger = parse_ledger(message, replica_id=connection.replica_id)
         if ledger is not None:
+            connection.agent_metrics_address = message.agent_metrics_address
             self._models[connection.hello.model].ledger.add(ledger, now_s=monotonic())
 
     def _note_cache(self, connection: ReplicaConnection, message: link.FromReplica) -> None:
@@ -188,8 +195,15 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             self._metrics.count_link_message("down", command.WhichOneof("command") or "none")
             await context.write(command)
 
+    async def _watch(self, connection: ReplicaConnection) -> None:
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            connection.check_progress()
+            self._pool.observe(connection)
 
-async def _watch(connection: ReplicaConnection) -> None:
-    while True:
-        await asyncio.sleep(WATCH_PERIOD_S)
-        connection.check_progress()
+
+def _note_experts(connection: ReplicaConnection, heat: link.ExpertHeat) -> None:
+    try:
+        connection.experts = parse_heat(heat)
+    except ValueError as error:
+        logger.warning("expert_heat_refused id=%s problem=%s", connection.replica_id, error)

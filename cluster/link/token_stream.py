@@ -1,8 +1,8 @@
 """One answer on its way through the router: filled by the link, drained by the caller's handler.
 
-Lives on the event loop, but for `text`, which only the detokenising thread touches. What a slow reader leaves
-unread is coalesced here into four bytes a token and its text in UTF-8, and it is bounded: as lists of numbers
-and strings the same would take some twenty times as much.
+Lives on the event loop, but for `text`, which belongs to the detokenising thread while that has jobs. What a
+slow reader leaves unread is coalesced here into four bytes a token and its text in UTF-8, and it is bounded:
+as lists of numbers and strings the same would take some twenty times as much.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.link.batch_sizes import BatchSizes
+from cluster.link.reader_pace import ReaderPace
 from cluster.router.errors import RouterError
 from cluster.text.answer_text import AnswerText, Piece
 from replicas.request import FinishReason, SequenceTiming, TokenLogprobs
@@ -61,6 +62,7 @@ class TokenStream:
         text: AnswerText,
         buffer_bytes: int,
         on_overflow: Callable[[], None],
+        pace: ReaderPace,
         clock_s: Callable[[], float],
     ) -> None:
         self.link_id = link_id
@@ -78,7 +80,9 @@ class TokenStream:
         self.last_token_s: float | None = None
         self._buffer_bytes = buffer_bytes
         self._on_overflow = on_overflow
+        self._pace = pace
         self._clock_s = clock_s
+        self._taken_s = float("-inf")
         self._text = bytearray()
         self._token_ids = array("I")
         self._logprobs: list[TokenLogprobs] = []
@@ -86,6 +90,7 @@ class TokenStream:
         self._is_abandoned = False
         self._end: End | None = None
         self._wakeup: asyncio.Future[None] | None = None
+        pace.num_streams += 1
 
     def deliver(self, piece: Piece, end: End | None, logprobs: tuple[TokenLogprobs, ...] = ()) -> None:
         """Add what a step gave. After the end, nothing is added any more."""
@@ -107,15 +112,20 @@ class TokenStream:
             self._on_overflow()
 
     def abandon(self) -> None:
-        """Nobody reads it any more."""
+        """Nobody reads it any more. Safe to call twice."""
+        self._pace.num_streams -= not self._is_abandoned
         self._is_abandoned = True
 
     async def next(self) -> Batch:
-        """Wait for something new, and take all of it. One reader."""
+        """Wait for something new, and take all of it, at the router's pace. One reader."""
         if not (self._text or self._token_ids or self._end):
             self._wakeup = asyncio.get_running_loop().create_future()
             await self._wakeup
             self._wakeup = None
+        early_s = self._taken_s + self._pace.gap_s - self._clock_s()
+        if early_s > 0.0 and self._end is None and not self._is_stopped:
+            await asyncio.sleep(early_s)
+        self._taken_s = self._clock_s()
         text, self._text = self._text, bytearray()
         token_ids, self._token_ids = self._token_ids, array("I")
         logprobs, self._logprobs = self._logprobs, []

@@ -12,15 +12,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from dataclasses import replace
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
-from google.protobuf.message import Message
 
 from cluster.link.replica_pool import ReplicaPool
 from cluster.oip.asks import InferAsk, infer_ask
 from cluster.oip.descriptions import MODEL_VERSION, model_config, model_metadata, server_metadata
 from cluster.oip.responses import Choices
+from cluster.oip.wire_name import SERVICE
 from cluster.router.answer import Completed
 from cluster.router.auth import Identity
 from cluster.router.caller import Caller
@@ -31,8 +31,8 @@ from cluster.router.served_model import ServedModel, find_model
 from cluster.router.streams import Streams
 from cluster.router.wire import energy_trailers
 from protos import wattline_oip_pb2 as pb
+from protos import wattline_oip_pb2_grpc as pb_grpc
 
-SERVICE = "inference.GRPCInferenceService"
 MAX_REQUESTS_PER_STREAM = 256
 """Under way at once; more wait unread, which the caller feels."""
 
@@ -42,7 +42,7 @@ AnyContext: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 Responses: TypeAlias = AsyncGenerator[tuple[pb.ModelInferResponse, Completed | None], None]
 
 
-class OipServicer:
+class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
     """Holds no state of its own."""
 
     def __init__(
@@ -58,39 +58,37 @@ class OipServicer:
         self._pool = pool
         self._streams = streams
 
-    async def server_live(self, _: pb.ServerLiveRequest, context: AnyContext) -> pb.ServerLiveResponse:
+    async def ServerLive(self, _: pb.ServerLiveRequest, context: AnyContext) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
-    async def server_ready(self, _: pb.ServerReadyRequest, context: AnyContext) -> pb.ServerReadyResponse:
+    async def ServerReady(self, _: pb.ServerReadyRequest, context: AnyContext) -> pb.ServerReadyResponse:
         """Whether any model can answer now."""
         return pb.ServerReadyResponse(ready=any(self._is_ready(name) for name in self._models))
 
-    async def model_ready(self, request: pb.ModelReadyRequest, context: AnyContext) -> pb.ModelReadyResponse:
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: AnyContext) -> pb.ModelReadyResponse:
         async with self._guard.call(context, f"{SERVICE}/ModelReady") as rpc:
             model = self._find(request.name, request.version, rpc)
             return pb.ModelReadyResponse(ready=self._is_ready(model.name))
 
-    async def server_metadata(
+    async def ServerMetadata(
         self, _: pb.ServerMetadataRequest, context: AnyContext
     ) -> pb.ServerMetadataResponse:
         async with self._guard.call(context, f"{SERVICE}/ServerMetadata"):
             return server_metadata()
 
-    async def model_metadata(
+    async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: AnyContext
     ) -> pb.ModelMetadataResponse:
         async with self._guard.call(context, f"{SERVICE}/ModelMetadata") as rpc:
             return model_metadata(self._find(request.name, request.version, rpc).name)
 
-    async def model_config(
+    async def ModelConfig(
         self, request: pb.ModelConfigRequest, context: AnyContext
     ) -> pb.ModelConfigResponse:
         async with self._guard.call(context, f"{SERVICE}/ModelConfig") as rpc:
             return model_config(self._find(request.name, request.version, rpc).name)
 
-    async def model_infer(
-        self, request: pb.ModelInferRequest, context: InferContext
-    ) -> pb.ModelInferResponse:
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: InferContext) -> pb.ModelInferResponse:
         """One response, `stream` or not."""
         async with self._guard.call(context, f"{SERVICE}/ModelInfer", is_inference=True) as rpc:
             model = self._find(request.model_name, request.model_version, rpc)
@@ -104,7 +102,7 @@ class OipServicer:
                     whole = response
         return whole
 
-    async def model_stream_infer(
+    async def ModelStreamInfer(  # type: ignore[override]  # As in `cluster/router/service.py`.
         self, requests: AsyncIterator[pb.ModelInferRequest], context: StreamContext
     ) -> None:
         """Answer requests side by side until the caller has no more."""
@@ -174,33 +172,6 @@ class OipServicer:
         return bool(self._pool.ready(name))
 
 
-def add_oip(servicer: OipServicer, server: grpc.aio.Server) -> None:
-    """Serve it under the name its clients call, which is not the name of the messages' package."""
-    unary: dict[str, tuple[Any, type[Message]]] = {
-        "ServerLive": (servicer.server_live, pb.ServerLiveRequest),
-        "ServerReady": (servicer.server_ready, pb.ServerReadyRequest),
-        "ModelReady": (servicer.model_ready, pb.ModelReadyRequest),
-        "ServerMetadata": (servicer.server_metadata, pb.ServerMetadataRequest),
-        "ModelMetadata": (servicer.model_metadata, pb.ModelMetadataRequest),
-        "ModelConfig": (servicer.model_config, pb.ModelConfigRequest),
-        "ModelInfer": (servicer.model_infer, pb.ModelInferRequest),
-    }
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        name: grpc.unary_unary_rpc_method_handler(
-            method,
-            request_deserializer=request.FromString,
-            response_serializer=_serialize,
-        )
-        for name, (method, request) in unary.items()
-    }
-    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-        servicer.model_stream_infer,
-        request_deserializer=pb.ModelInferRequest.FromString,
-        response_serializer=pb.ModelStreamInferResponse.SerializeToString,
-    )
-    server.add_registered_method_handlers(SERVICE, handlers)
-
-
 def _caller(ask: InferAsk, rpc: Rpc) -> Caller:
     """The request's own time limit counts beside that of the call."""
     arrived_s = monotonic()
@@ -222,10 +193,6 @@ def _caller(ask: InferAsk, rpc: Rpc) -> Caller:
         accept=accept,
         interrupt=rpc.interrupt,
     )
-
-
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()
 
 
 def _draw_seed() -> int:

@@ -64,7 +64,10 @@ class Answer:
         decode = self.model.tokenizer.decode
         # Logprobs are many small texts.
         written = await self._off_loop(
-            lambda: [self.shape.whole(index, choices[index], decode) for index in sorted(choices)]
+            lambda: [
+                self.shape.whole(index, choices[index], decode) | self._tokens(choices[index])
+                for index in sorted(choices)
+            ]
         )
         document = {
             **self._head(self.shape.whole_name),
@@ -93,7 +96,7 @@ class Answer:
             sent_chars[index] = sent_chars.get(index, 0) + len(piece.text)
             if not reply.has_begun:
                 await reply.begin_events()
-            await reply.send_event({**head, "choices": [chunk]})
+            await reply.send_event({**head, "choices": [chunk | self._tokens(piece)]})
         figures = self._figures(ended)
         if self.ask.has_usage:
             await reply.send_event({**head, "choices": [], "usage": figures.usage_document()})
@@ -134,6 +137,9 @@ class Answer:
         echo = ChoiceText(text=text, token_ids=list(token_ids), logprobs=[None] * len(token_ids))
         return replace(completion, prompt=TokenPrompt(ids=token_ids)), echo
 
+    def _tokens(self, choice: ChoiceText) -> dict[str, Any]:
+        return choice.tokens_document() if self.ask.has_token_ids else {}
+
     async def _off_loop(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.executor, work)
 
@@ -163,4 +169,5 @@ def _piece(delta: TextDelta) -> ChoiceText:
         token_ids=list(delta.token_ids),
         logprobs=[*delta.logprobs, *unsaid],
         finish=delta.finish,
+        resume_token=delta.resume_token,
     )

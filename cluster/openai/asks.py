@@ -5,11 +5,13 @@ What differs is said here: names of fields in errors, the default length of a co
 
 from __future__ import annotations
 
+import binascii
+from base64 import b64decode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.foreign.sampling_body import check_best_of, generate_request, in_their_words, seed_of
-from cluster.openai.bodies import ChatBody, CompletionBody, MessageBody
+from cluster.openai.bodies import AnswerBody, ChatBody, CompletionBody, MessageBody
 from cluster.router.completion import Completion
 from cluster.router.errors import InvalidRequest
 from cluster.router.validation import RequestBounds, parse_chat, parse_generate
@@ -28,7 +30,8 @@ class Ask:
     """One HTTP request: a completion per prompt, and how the answer is written.
 
     `num_logprobs` None: none are wanted. `echo`: the prompt comes first in the answer. `has_answer` False:
-    nothing but the prompt is wanted; one token is drawn all the same.
+    nothing but the prompt is wanted; one token is drawn all the same. `has_token_ids`: choices say their
+    tokens, and how to go on elsewhere.
     """
 
     completions: tuple[Completion, ...]
@@ -37,6 +40,7 @@ class Ask:
     num_logprobs: int | None = None
     echo: bool = False
     has_answer: bool = True
+    has_token_ids: bool = False
 
     @property
     def num_choices(self) -> int:
@@ -62,6 +66,11 @@ def completion_ask(body: CompletionBody, bounds: RequestBounds, draw_seed: Calla
     request = generate_request(body.model, body, max_tokens=max_tokens if has_answer else 1, seed=seed)
     if body.logprobs is not None:
         request.sampling.logprobs = body.logprobs
+    if body.resume is not None and (echo or len(prompts) > 1):
+        raise InvalidRequest(
+            field="resume", got="echo, or several prompts", limit="one, without echo", fix="leave it out"
+        )
+    _resume(request, body)
     completions = []
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, str):
@@ -79,6 +88,7 @@ def completion_ask(body: CompletionBody, bounds: RequestBounds, draw_seed: Calla
         num_logprobs=body.logprobs,
         echo=echo,
         has_answer=has_answer,
+        has_token_ids=body.return_token_ids or False,
     )
 
 
@@ -106,13 +116,31 @@ def chat_ask(body: ChatBody, bounds: RequestBounds, draw_seed: Callable[[], int]
         request.energy_wait_ms = generate.energy_wait_ms
     if num_logprobs is not None:
         request.sampling.logprobs = num_logprobs
+    _resume(request, body)
     completion = in_their_words(lambda: parse_chat(request, bounds, draw_seed), prompt="messages")
     return Ask(
         completions=(completion,),
         is_stream=body.stream or False,
         has_usage=bool(body.stream_options and body.stream_options.include_usage),
         num_logprobs=num_logprobs,
+        has_token_ids=body.return_token_ids or False,
     )
+
+
+def _resume(request: pb.GenerateRequest | pb.ChatRequest, body: AnswerBody) -> None:
+    """Where the answer goes on, if it has begun. Raises InvalidRequest."""
+    if body.resume is None:
+        return
+    try:
+        token = b64decode(body.resume.token, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest(
+            field="resume.token",
+            got="no base64",
+            limit="the resume_token of a choice",
+            fix="send it as it was",
+        ) from None
+    request.resume.CopyFrom(pb.Resume(token=token, token_ids=body.resume.token_ids))
 
 
 def _prompts(body: CompletionBody) -> Sequence[str | list[int]]:

@@ -10,12 +10,21 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+class ResumeBody(Body):
+    """An answer that goes on: what its first choice said, in base64, and the tokens that came."""
+
+    token: str
+    token_ids: TokenIds
+
+
 class AnswerBody(SamplingBody):
     """What both kinds of request have."""
 
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    resume: ResumeBody | None = None
 
 
 class CompletionBody(AnswerBody):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,18 +17,27 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(slots=True, kw_only=True)
 class ChoiceText:
-    """A choice as far as it came, or a piece of one. `logprobs` is parallel to `token_ids`. Mutable."""
+    """A choice as far as it came, or a piece of one. `logprobs` is parallel to `token_ids`. Mutable.
+
+    `resume_token`: on the first piece of an answer that could go on elsewhere.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish: FinishReason | None = None
+    resume_token: bytes = b""
 
     def add(self, piece: ChoiceText) -> None:
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.logprobs += piece.logprobs
         self.finish = piece.finish or self.finish
+
+    def tokens_document(self) -> dict[str, Any]:
+        """Its tokens, and how to go on behind them at another router."""
+        resume = {"resume_token": b64encode(self.resume_token).decode()} if self.resume_token else {}
+        return {"token_ids": self.token_ids, **resume}
 
     @property
     def finish_reason(self) -> str | None:

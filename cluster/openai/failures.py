@@ -15,8 +15,9 @@ HTTP_STATUSES = {
     grpc.StatusCode.UNAUTHENTICATED: 401,
     grpc.StatusCode.PERMISSION_DENIED: 403,
     grpc.StatusCode.NOT_FOUND: 404,
-    # Their client tries again after 409, and a quarantined prompt stays refused.
+    # Their client tries again after 409; a quarantined prompt stays refused, and an answer does not go on.
     grpc.StatusCode.ABORTED: 422,
+    grpc.StatusCode.FAILED_PRECONDITION: 412,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
     grpc.StatusCode.INTERNAL: 500,
     grpc.StatusCode.UNAVAILABLE: 503,

@@ -14,6 +14,7 @@ from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
 from cluster.router.auth import Need
 from cluster.router.errors import UnknownRequest
+from cluster.router.fleet_record import FleetEvent
 from cluster.router.journal import ClosedRequest, Journal, Spread
 from cluster.router.rpc import RpcGuard
 from cluster.router.served_model import ServedModel
@@ -23,6 +24,7 @@ from cluster.router.story_wire import story_message
 from protos import wattline_cluster_pb2 as pb
 from protos import wattline_cluster_pb2_grpc as pb_grpc
 from protos import wattline_link_pb2 as link
+from replicas.expert_heat import merge_heat
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Cluster"].full_name
 SIGNALS_PERIOD_S = 1.0
@@ -82,7 +84,7 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         self, request: pb.DrainReplicaRequest, context: DrainContext
     ) -> pb.DrainReplicaResponse:
         async with self._guard.call(context, f"{SERVICE}/DrainReplica", need=Need.OPERATOR):
-            self._pool.drain(request.replica_id, reason="asked for by DrainReplica")
+            self._pool.drain(request.replica_id, reason="an operator asked for it (DrainReplica)")
             return pb.DrainReplicaResponse()
 
     async def Explain(self, request: pb.ExplainRequest, context: ExplainContext) -> pb.ExplainResponse:
@@ -109,12 +111,14 @@ class ClusterServicer(pb_grpc.ClusterServicer):
             last_requests=[
                 _summary(closed, now_s=now_s) for closed in self._journal.last[: min(last_requests, 50)]
             ],
+            events=[_event(event, now_s=now_s) for event in self._pool.fleet.events],
         )
 
     def _model_status(self, model: ServedModel) -> pb.ModelStatus:
         attached = self._pool.of_model(model.name)
         now_s = monotonic()
         answers = self._journal.of_model(model.name)
+        by_output, by_total = answers.joules_per_token(now_s=now_s)
         power = model.ledger.power(model.energy_source, now_s=now_s)
         return pb.ModelStatus(
             name=model.name,
@@ -123,10 +127,10 @@ class ClusterServicer(pb_grpc.ClusterServicer):
             active_requests=model.active_requests,
             waiting_requests=sum(sum(connection.load.waiting) for connection in attached),
             output_tokens_per_s=model.token_rate.per_second(now_s=now_s),
-            joules_per_output_token=model.energy_rate.joules_per_output_token,
+            joules_per_output_token=by_output,
             energy_source=model.energy_source or next((c.hello.energy_source for c in attached), ""),
-            replicas=[_replica_status(connection, now_s=now_s) for connection in attached],
-            joules_per_total_token=answers.joules_per_token(now_s=now_s)[1],
+            replicas=[self._replica_status(connection, now_s=now_s) for connection in attached],
+            joules_per_total_token=by_total,
             ttft=_latency(answers.ttft_ms(now_s=now_s)),
             tpot=_latency(answers.tpot_ms(now_s=now_s)),
             slo_met=answers.num_met,
@@ -140,6 +144,20 @@ class ClusterServicer(pb_grpc.ClusterServicer):
                 for source, sums in model.ledger.sums.items()
             ],
             power=pb.PowerSplit(**asdict(power)) if power else None,
+            experts=_balance(attached),
+        )
+
+    def _replica_status(self, connection: ReplicaConnection, *, now_s: float) -> pb.ReplicaStatus:
+        last = self._pool.fleet.last_of(connection.replica_id)
+        return pb.ReplicaStatus(
+            replica_id=connection.replica_id,
+            state=STATES[connection.state],
+            epoch=connection.epoch,
+            hello=connection.hello,
+            load=connection.load,
+            requests_in_flight=connection.in_flight,
+            attached_s=now_s - connection.attached_at_s,
+            last_event=_event(last, now_s=now_s) if last else None,
         )
 
     def _signals(self, model: ServedModel) -> pb.ModelSignals:
@@ -181,13 +199,27 @@ def _summary(closed: ClosedRequest, *, now_s: float) -> pb.RequestSummary:
     )
 
 
-def _replica_status(connection: ReplicaConnection, *, now_s: float) -> pb.ReplicaStatus:
-    return pb.ReplicaStatus(
-        replica_id=connection.replica_id,
-        state=STATES[connection.state],
-        epoch=connection.epoch,
-        hello=connection.hello,
-        load=connection.load,
-        requests_in_flight=connection.in_flight,
-        attached_s=now_s - connection.attached_at_s,
+def _event(event: FleetEvent, *, now_s: float) -> pb.FleetEvent:
+    return pb.FleetEvent(
+        model=event.model,
+        replica_id=event.replica_id,
+        kind=event.kind,
+        reason=event.reason,
+        age_s=now_s - event.at_s,
+    )
+
+
+def _balance(attached: list[ReplicaConnection]) -> pb.ExpertBalance | None:
+    heat = merge_heat([connection.experts for connection in attached if connection.experts])
+    if heat is None:
+        return None
+    load, layer, expert = heat.hottest
+    return pb.ExpertBalance(
+        imbalance=heat.imbalance,
+        imbalance_without_copies=heat.imbalance_without_copies,
+        num_copies=heat.num_copies,
+        num_ranks=heat.num_ranks,
+        hottest_load=load,
+        hottest_layer=layer,
+        hottest_expert=expert,
     )

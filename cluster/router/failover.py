@@ -1,7 +1,7 @@
 """Whether an interrupted stream goes on at another replica: the decision, its budget, its quarantine. Pure.
 
 A stream is worth a second try, not an endless one: two resumptions a request, a tenth of the traffic, and
-none for a request that was there when two replicas died.
+none for a request that a second replica died of (`suspicion.py` says which one that is).
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from hashlib import blake2b
 
-KILLS_TO_QUARANTINE = 2
-"""A request that was under way at this many deaths is taken for their cause."""
 QUARANTINE_S = 600.0
 MAX_QUARANTINED = 1024
 
@@ -54,11 +52,11 @@ class Verdict(Enum):
     BUDGET_SPENT = auto()
 
 
-def decide(losses: Sequence[LossReason], *, per_request: int, has_budget: bool) -> Verdict:
-    """What becomes of a stream that has lost these replicas, the newest loss last."""
-    if sum(loss.is_kill for loss in losses) >= KILLS_TO_QUARANTINE:
+def decide(num_losses: int, *, is_culprit: bool, per_request: int, has_budget: bool) -> Verdict:
+    """What becomes of a stream that has lost so many replicas, and whether the last one died of it."""
+    if is_culprit:
         return Verdict.QUARANTINE
-    if len(losses) > per_request:
+    if num_losses > per_request:
         return Verdict.REQUEST_SPENT
     return Verdict.RESUME if has_budget else Verdict.BUDGET_SPENT
 

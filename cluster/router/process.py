@@ -21,7 +21,6 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from starlette.routing import BaseRoute
 
 from cluster.addresses import RouterAddresses, join_host_port
@@ -34,7 +33,8 @@ from cluster.ledger.recorder import LedgerRecorder
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.server import LinkServicer
 from cluster.monitoring.targets import target_routes
-from cluster.oip.service import OipServicer, add_oip
+from cluster.oip.service import OipServicer
+from cluster.oip.wire_name import SERVICE as OIP_SERVICE
 from cluster.openai.exchange import ExchangeGuard
 from cluster.openai.routes import OpenAIRoutes
 from cluster.router import cluster_service, service
@@ -67,6 +67,7 @@ from cluster.router.parts import (
     secret_of,
     serve_models,
 )
+from cluster.router.reflection import enable_reflection
 from cluster.router.refusal import Refusals
 from cluster.router.resume_token import ResumeSeal
 from cluster.router.resumption import Resumption
@@ -81,7 +82,12 @@ from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from cluster.text.detokenize_worker import DetokenizeWorker
 from cluster.text.tokenizer import Tokenizer
-from protos import wattline_cluster_pb2_grpc, wattline_inference_pb2_grpc, wattline_link_pb2_grpc
+from protos import (
+    wattline_cluster_pb2_grpc,
+    wattline_inference_pb2_grpc,
+    wattline_link_pb2_grpc,
+    wattline_oip_pb2_grpc,
+)
 from replicas.strict_messages import add_strictly
 
 logger = logging.getLogger(__name__)
@@ -354,10 +360,12 @@ class Router:
         server = client_server(self._config.router)
         add_strictly(wattline_inference_pb2_grpc.add_InferenceServicer_to_server, self._inference, server)
         add_strictly(wattline_cluster_pb2_grpc.add_ClusterServicer_to_server, self._cluster, server)
-        if self._config.router.protocols.oip:
-            add_strictly(add_oip, self._oip, server)
         add_strictly(health_pb2_grpc.add_HealthServicer_to_server, self._health.servicer, server)
-        names = (service.SERVICE, cluster_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = [service.SERVICE, cluster_service.SERVICE, health.SERVICE_NAME]
+        if self._config.router.protocols.oip:
+            add_oip = wattline_oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
+            add_strictly(add_oip, self._oip, server, name=OIP_SERVICE)
+            names.append(OIP_SERVICE)
         if self._config.router.has_reflection:
-            reflection.enable_server_reflection(names, server)
+            enable_reflection(server, names)
         return server

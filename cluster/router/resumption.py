@@ -9,17 +9,23 @@ import asyncio
 from collections.abc import Callable
 from time import monotonic
 from typing import NoReturn
+from weakref import WeakKeyDictionary
 
 from cluster.config import FailoverSection
+from cluster.link.replica_connection import ReplicaConnection
 from cluster.router.caller import Caller
 from cluster.router.errors import FailoverSpent, Overloaded, Quarantined, ReplicaStopped, RouterError
 from cluster.router.failover import FailoverBudget, LossReason, Quarantine, Verdict, decide
 from cluster.router.route_finder import Errand, Place, RouteFinder
 from cluster.router.run import Attempt, Run
+from cluster.router.suspicion import Probation, Standing, standing_of
 from cluster.telemetry.metrics import RouterMetrics
 
 LOOK_AGAIN_S = 0.05
 """How often a stream that waits looks for a replica: room comes without an event."""
+LOOK_FOR_A_TURN_S = 0.01
+PROBATION_S = 10.0
+"""How long a stream keeps away from others that have to prove themselves; then it goes on beside them."""
 
 
 class Resumption:
@@ -39,6 +45,7 @@ class Resumption:
         self._clock_s = clock_s
         self._budget = FailoverBudget(ratio=section.budget_ratio, burst=section.burst)
         self._quarantine = Quarantine()
+        self._probations: WeakKeyDictionary[ReplicaConnection, Probation] = WeakKeyDictionary()
 
     def admit(self, model: str, prompt_ids: tuple[int, ...]) -> None:
         """A request came in. Raises Quarantined for one that replicas died of."""
@@ -51,12 +58,14 @@ class Resumption:
 
         Raises an error, mostly this one, where the stream does not go on.
         """
-        run.losses.append(_loss_of(run, error))
-        self._judge(run)
-        place = await self._find_place(run, caller, error)
+        lost, loss = run.attempt, _loss_of(run, error)
+        run.losses.append(loss)
+        self._judge(run, is_culprit=loss.is_kill and self._probation(lost.connection).is_culprit(lost))
+        standing = standing_of(run.attempts, run.losses)
+        place = await self._find_place(run, caller, error, standing)
         self._judge(run)  # Others may have spent the budget while this one waited.
-        lost, offset = run.attempt, len(run.delivered_ids)
-        lost.connection.release(lost.stream)
+        offset = len(run.delivered_ids)
+        lost.release()
         job = run.job.resumed(
             run.delivered_ids,
             attempt=len(run.attempts),
@@ -69,17 +78,17 @@ class Resumption:
         except Overloaded:
             raise error from None
         self._budget.spend()
-        run.attempts.append(
-            Attempt(
-                connection=place.connection,
-                stream=stream,
-                account=account,
-                lane=place.lane,
-                first_offset=offset,
-                prompt_tokens=len(job.prompt_ids),
-                decision=place.decision,
-            )
+        attempt = Attempt(
+            connection=place.connection,
+            stream=stream,
+            account=account,
+            lane=place.lane,
+            first_offset=offset,
+            prompt_tokens=len(job.prompt_ids),
+            decision=place.decision,
         )
+        self._probation(place.connection).join(attempt, standing)
+        run.attempts.append(attempt)
         reason = run.losses[-1].value
         self._metrics.count_failover(run.model.name, reason)
         run.span.add_failover(
@@ -89,8 +98,16 @@ class Resumption:
             to_replica=place.connection.replica_id,
         )
 
-    def _judge(self, run: Run) -> None:
-        verdict = decide(run.losses, per_request=self._section.per_request, has_budget=self._budget.has_token)
+    def _probation(self, connection: ReplicaConnection) -> Probation:
+        return self._probations.setdefault(connection, Probation())
+
+    def _judge(self, run: Run, *, is_culprit: bool = False) -> None:
+        verdict = decide(
+            len(run.losses),
+            is_culprit=is_culprit,
+            per_request=self._section.per_request,
+            has_budget=self._budget.has_token,
+        )
         if verdict is not Verdict.RESUME:
             self._refuse(run, verdict)
 
@@ -104,7 +121,7 @@ class Resumption:
             case _:
                 raise FailoverSpent("this router moves no more streams for now")
 
-    async def _find_place(self, run: Run, caller: Caller, error: RouterError) -> Place:
+    async def _find_place(self, run: Run, caller: Caller, error: RouterError, standing: Standing) -> Place:
         """Where it may go on. Raises `error` if there is no such place in time."""
         job, lost = run.job, run.attempt.connection
         context_tokens = len(job.prompt_ids) + job.max_tokens
@@ -117,20 +134,26 @@ class Resumption:
             ),
             cache_salt=job.cache_salt,
         )
-        give_up_s = self._clock_s() + self._section.wait_s
+        now_s = self._clock_s()
+        give_up_s, in_company_s = now_s + self._section.wait_s, now_s + PROBATION_S
         while True:
-            place = self._finder.find(
-                run.model.section,
-                errand,
-                identity=lost.identity,
-                accepts=lambda one: one is not excluded and one.hello.context_tokens >= context_tokens,
-            )
+            has_to_wait = False
+
+            def accepts(one: ReplicaConnection) -> bool:
+                nonlocal has_to_wait
+                if one is excluded or one.hello.context_tokens < context_tokens:
+                    return False
+                is_its_turn = self._clock_s() >= in_company_s or self._probation(one).admits(standing)
+                has_to_wait = has_to_wait or not is_its_turn
+                return is_its_turn
+
+            place = self._finder.find(run.model.section, errand, identity=lost.identity, accepts=accepts)
             if place is not None:
                 return place
             caller.deadline_s()
-            if self._clock_s() >= give_up_s:
+            if not has_to_wait and self._clock_s() >= give_up_s:
                 raise error
-            await asyncio.sleep(LOOK_AGAIN_S)
+            await asyncio.sleep(LOOK_FOR_A_TURN_S if has_to_wait else LOOK_AGAIN_S)
 
 
 def _loss_of(run: Run, error: RouterError) -> LossReason:

@@ -34,12 +34,24 @@ class Attempt:
     prompt_tokens: int
     decision: RecordedDecision | None = None
     timing: SequenceTiming | None = None
+    is_over: bool = False
+    """The request is not there any more: it ended, or went on elsewhere."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Given by this replica, read or not."""
+        return self.stream.next_offset - self.first_offset
 
     @property
     def wasted_tokens(self) -> int:
         """Computed, but not sent: over-run, recomputation, and the prompt of a resumed attempt."""
         engine_wasted = self.timing.wasted_tokens if self.timing else 0
         return self.stream.wasted_tokens + engine_wasted + self._repeated_tokens
+
+    def release(self) -> None:
+        """Nobody reads what this replica says any more."""
+        self.is_over = True
+        self.connection.release(self.stream)
 
     @property
     def is_repeated(self) -> bool:
@@ -113,4 +125,4 @@ class Run:
     def release(self) -> None:
         """Nobody reads any more."""
         for attempt in self.attempts:
-            attempt.connection.release(attempt.stream)
+            attempt.release()

@@ -140,7 +140,7 @@ class Streams:
                 deliver=lambda run: self._deliver(run, caller),
             )
             try:
-                await caller.accept()
+                await _accept(caller)
                 async with aclosing(deltas):
                     async for delta in deltas:
                         yield replace(delta, resume_token=token) if token else delta
@@ -314,8 +314,15 @@ class Streams:
         await _await_end(run.attempt)
 
 
+async def _accept(caller: Caller) -> None:
+    """The submission leaves first: the task that writes it to the link is woken, and runs at the pause."""
+    await asyncio.sleep(0)
+    await caller.accept()
+
+
 async def _await_end(attempt: Attempt) -> None:
     """The answer is complete: the engine ends the sequence, if it has not, and says what it took."""
+    attempt.is_over = True
     attempt.connection.stop(attempt.stream)
     try:
         async with asyncio.timeout(STOP_WAIT_S):

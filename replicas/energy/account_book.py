@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 
 from replicas.energy.bill import Account, Cashier, RequestJoules
+from replicas.energy.claims import Claims
 from replicas.energy.meter import Source
 from replicas.energy.window import Step
 
@@ -28,6 +29,9 @@ class AccountBook:
         self._cashier = cashier
         self._max_requests = max_requests
         self.accounts: dict[int, Account] = {}
+        self._started: set[int] = set()
+        self._checked_ids: tuple[int, ...] = ()
+        """Members of the newest step, if all of them have started and none has ended since."""
         self._ended: dict[int, Account] = {}
         self._final: dict[int, None] = {}
         self._closed: deque[RequestJoules] = deque(maxlen=max_results)
@@ -55,12 +59,43 @@ class AccountBook:
                 self._finish(self.accounts[oldest_id])
         return account
 
+    def start(self, step: Step, *, is_newest: bool) -> None:
+        """A step came: open the accounts of those that never ran, keep those open that ended before it."""
+        request_ids, started = step.rows.request_ids, self._started
+        if is_newest and request_ids == self._checked_ids:
+            return
+        self._checked_ids = request_ids
+        for request_id in [one for one in request_ids if one not in started] if is_newest else request_ids:
+            account = self.account(request_id)
+            started.add(request_id)
+            if account.first_ns is None or step.start_ns < account.first_ns:
+                account.first_ns = step.start_ns
+        if not self._ended.keys().isdisjoint(request_ids):
+            for request_id in request_ids:
+                if request_id in self._ended:
+                    account = self._ended[request_id]
+                    account.last_ns = max(account.last_ns, step.end_ns)
+            self._checked_ids = ()
+
     def claim(self, request_id: int) -> Account:
         """The account that a window bills; one that fell out of the bounds comes back for it."""
         return self.accounts.get(request_id) or self.accounts.setdefault(request_id, Account(request_id))
 
+    def note_window(self, claims: Claims) -> list[Account]:
+        """A window closed: the accounts of its claims, which now know what ended there."""
+        accounts = [self.claim(request_id) for request_id in claims.request_ids]
+        for account, ended_ns in zip(accounts, claims.ended_ns, strict=True):
+            account.step_ns += ended_ns
+        return accounts
+
+    def miss(self, step: Step) -> None:
+        """A step that ran in no closed window: it is on nobody's bill, and known to be missing there."""
+        for request_id in step.rows.request_ids:
+            self.claim(request_id).step_ns += step.duration_ns
+
     def end(self, account: Account) -> None:
         self._ended[account.request_id] = account
+        self._checked_ids = ()
 
     def settle(self, closed_until_ns: int) -> None:
         """Bill the ended requests whose windows are all divided."""
@@ -72,8 +107,8 @@ class AccountBook:
 
     def is_continued(self, step: Step) -> bool:
         """Whether a member of `step` ran in an earlier one."""
-        for member in step.weights:
-            account = self.accounts.get(member.request_id)
+        for request_id in step.rows.request_ids:
+            account = self.accounts.get(request_id)
             if account is not None and account.first_ns is not None and account.first_ns < step.start_ns:
                 return True
         return False
@@ -93,6 +128,8 @@ class AccountBook:
     def _finish(self, account: Account) -> None:
         """Turn an account into its final bill, or admit that its energy is unknown."""
         del self.accounts[account.request_id]
+        self._started.discard(account.request_id)
+        self._checked_ids = ()
         self._ended.pop(account.request_id, None)
         self._final[account.request_id] = None
         if len(self._final) > self._max_requests:

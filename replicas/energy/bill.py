@@ -7,16 +7,18 @@ rounds once, when a bill closes, and carries the remainder into the next bill. N
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from replicas.energy.meter import CONFIDENCE_FACTORS, Source
-from replicas.energy.window import Share
+import numpy as np
+from numpy.typing import NDArray
 
-METHOD = "step-ledger/1"
+from replicas.energy.claims import Claims
+from replicas.energy.meter import CONFIDENCE_FACTORS, Source
+from replicas.energy.window import Window
+
+METHOD = "step-ledger/2"
 NJ_PER_MJ = 1_000_000
 _WIDTHS_KEPT = 64
 _LEAST_COVERAGE = 1e-3
@@ -47,41 +49,11 @@ class RequestJoules:
         return self.prefill_mj + self.decode_mj
 
 
-@dataclass(slots=True)
-class Claim:
-    """What one request did in one window, in weights; `static` and `wasted` are parts of the other two."""
-
-    prefill: float = 0.0
-    decode: float = 0.0
-    static: float = 0.0
-    wasted: float = 0.0
-    ran_ns: int = 0
-
-
-def claims_of(shares: Iterable[Share]) -> dict[int, Claim]:
-    """Add up by request what the steps of one window weigh, each by the part of its time in the window."""
-    claims: dict[int, Claim] = {}
-    for share in shares:
-        ran_ns = share.ran_ns
-        fraction = (ran_ns + share.waited_ns) / share.step.duration_ns
-        for request_id, weight, static, wasted, is_prefill in share.step.weights:
-            claim = claims.get(request_id)
-            if claim is None:
-                claim = claims[request_id] = Claim()
-            if is_prefill:
-                claim.prefill += fraction * weight
-            else:
-                claim.decode += fraction * weight
-            claim.static += fraction * static
-            claim.wasted += fraction * wasted
-            claim.ran_ns += ran_ns
-    return claims
-
-
 class Account:
     """Running sums of one request, mutated by the ledger and the cashier only. Times are monotonic ns.
 
-    `step_ns` is how long steps with this request ran; `covered_ns` the part inside windows that were billed.
+    `first_ns` is the start of its first step; None: none yet. `last_ns`, once it has ended: no step of it
+    runs later. `step_ns` is how long its steps in closed windows ran; `covered_ns` the part in billed ones.
     """
 
     __slots__ = (
@@ -124,18 +96,18 @@ class Account:
     def coverage(self) -> float:
         return min(1.0, self.covered_ns / self.step_ns) if self.step_ns else 1.0
 
-    def note_step(self, start_ns: int, end_ns: int, duration_ns: int) -> None:
-        self.step_ns += duration_ns
-        if self.first_ns is None or start_ns < self.first_ns:
-            self.first_ns = start_ns
-        if end_ns > self.last_ns:
-            self.last_ns = end_ns
-
-    def note_window(self, *, width_ns: int, ran_ns: int, source: Source) -> None:
+    def note_window(
+        self, window: Window, ran_ns: int, prefill_nj: int, decode_nj: int, static_nj: int, wasted_nj: int
+    ) -> None:
         """A billed window saw `ran_ns` of this account's steps; of two sources the worse label stays."""
-        self.widths_ns.append(width_ns)
+        self.prefill_nj += prefill_nj
+        self.decode_nj += decode_nj
+        self.static_nj += static_nj
+        self.wasted_nj += wasted_nj
         self.covered_ns += ran_ns
-        if self.source is None or _RANK[source] > _RANK[self.source]:
+        self.widths_ns.append(window.end_ns - window.start_ns)
+        source = window.source
+        if source is not self.source and (self.source is None or _RANK[source] > _RANK[self.source]):
             self.source = source
 
     def joules(
@@ -162,7 +134,7 @@ class Account:
             wasted_mj=min(total_mj, round(self.wasted_nj * scale)),
             source=source,
             method=METHOD,
-            window_ms=statistics.median(self.widths_ns) / 1e6 if self.widths_ns else 0.0,
+            window_ms=_median(self.widths_ns) / 1e6 if self.widths_ns else 0.0,
             confidence_factor=CONFIDENCE_FACTORS[source] / max(coverage, _LEAST_COVERAGE),
             final=final,
         )
@@ -185,31 +157,30 @@ class Cashier:
         self._prefill_carry_nj = 0
 
     def take(
-        self, busy_mj: int, static_nj: int, claims: Mapping[int, Claim], accounts: Mapping[int, Account]
+        self, window: Window, *, busy_mj: int, static_nj: int, claims: Claims, accounts: Sequence[Account]
     ) -> None:
-        """Share `busy_mj` among the accounts of `claims`, by weight; `static_nj` of it is the static part."""
+        """Share `busy_mj` of a window among `accounts`, those of `claims`; `static_nj` of it is static."""
         self.taken_mj += busy_mj
         pool_nj = busy_mj * NJ_PER_MJ + self._dust_nj
-        weight = math.fsum(claim.prefill + claim.decode for claim in claims.values())
-        static_weight = math.fsum(claim.static for claim in claims.values())
+        weight, static_weight = float(claims.weight.sum()), float(claims.static.sum())
         assert weight > 0.0, "busy energy without anybody to bill"
         price = max(pool_nj, 0) / weight
         static_price = min(static_nj, max(pool_nj, 0)) / static_weight if static_weight else 0.0
-        given_nj = given_prefill_nj = 0
-        for request_id, claim in claims.items():
-            account = accounts[request_id]
-            prefill_nj = int(price * claim.prefill)
-            decode_nj = int(price * claim.decode)
-            account.prefill_nj += prefill_nj
-            account.decode_nj += decode_nj
-            claim_static_nj = min(int(static_price * claim.static), prefill_nj + decode_nj)
-            account.static_nj += claim_static_nj
-            wasted_nj = int(price * claim.wasted)
-            account.wasted_nj += wasted_nj
-            given_nj += prefill_nj + decode_nj
-            given_prefill_nj += prefill_nj
-            self.static_nj += claim_static_nj
-            self.wasted_nj += wasted_nj
+        total_nj = _whole(price * claims.weight)
+        prefill_nj = np.minimum(_whole(price * claims.prefill), total_nj)
+        owed_nj = (
+            prefill_nj,
+            total_nj - prefill_nj,
+            np.minimum(_whole(static_price * claims.static), total_nj),
+            _whole(price * claims.wasted),
+        )
+        for account, ran_ns, *parts_nj in zip(
+            accounts, claims.ran_ns, *(column.tolist() for column in owed_nj), strict=True
+        ):
+            account.note_window(window, ran_ns, *parts_nj)
+        given_nj, given_prefill_nj = int(total_nj.sum()), int(prefill_nj.sum())
+        self.static_nj += int(owed_nj[2].sum())
+        self.wasted_nj += int(owed_nj[3].sum())
         self._note_prefill(given_prefill_nj, busy_mj)
         self._dust_nj = pool_nj - given_nj
         self.open_nj += given_nj
@@ -237,3 +208,11 @@ class Cashier:
         kept_nj = self._rounding_nj + self._dust_nj + self.open_nj
         assert self.taken_mj * NJ_PER_MJ == self.billed_mj * NJ_PER_MJ + kept_nj
         assert self.open_nj >= 0
+
+
+def _median(values: Collection[int]) -> int:
+    return sorted(values)[len(values) // 2]
+
+
+def _whole(amounts: NDArray[np.float64]) -> NDArray[np.int64]:
+    return amounts.astype(np.int64)

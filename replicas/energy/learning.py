@@ -10,17 +10,19 @@ which is one model, device, precision and layout.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from replicas.energy.weights import DeviceCoefficients, StepWork
 
-WINDOWS_TO_TRUST = 50
+WINDOWS_TO_TRUST = 20
 TRUSTED_ERROR = 0.25
 _KEEP = 0.995
 """Of what was known, per window: 200 windows, 20 s of a GPU's counter."""
 _KEEP_RATIO = 0.95
 _PRIOR_WINDOWS = 0.5
 _SWEEPS = 12
+_SETTLED = 1e-6
 _REFRESH_WINDOWS = 10
 _LEAST_MJ = 20
 _LEAST_FACTOR = 0.01
@@ -91,36 +93,53 @@ class CoefficientLearner:
 
     def observe(self, work: StepWork, energy_mj: int) -> None:
         """A window billed `energy_mj` for `work`. Windows of a few millijoules are all rounding: skipped."""
-        joules = tuple(unit * amount for unit, amount in zip(self._units, work, strict=True))
-        expected_j = math.fsum(one * prior for one, prior in zip(joules, self._prior, strict=True))
+        joules = (
+            self._units[0] * work.seconds,
+            self._units[1] * work.flops,
+            self._units[2] * work.traffic_bytes,
+        )
+        expected_j = _dot(joules, self._prior)
         if energy_mj < _LEAST_MJ or expected_j <= 0.0:
             return
-        row = [one / expected_j for one in joules]
+        row = (joules[0] / expected_j, joules[1] / expected_j, joules[2] / expected_j)
         self._note_prediction(row, energy_mj / 1e3 / expected_j, energy_mj / 1e3)
         self._learn(row, energy_mj / 1e3 / expected_j)
         self._num_windows += 1
         if self._num_windows % _REFRESH_WINDOWS == 0:
+            self._solve()
             self._refresh()
 
-    def _note_prediction(self, row: list[float], value: float, energy_j: float) -> None:
-        predicted = math.fsum(one * factor for one, factor in zip(row, self._factors, strict=True))
+    def _note_prediction(self, row: Triple, value: float, energy_j: float) -> None:
+        predicted = _dot(row, self._factors)
         _fade(self._ratio_sums, _KEEP_RATIO, energy_j * predicted / value, energy_j)
         _fade(self._error_sums, _KEEP_RATIO, abs(predicted - value) / value, 1.0)
 
-    def _learn(self, row: list[float], value: float) -> None:
-        """Add a window to the normal equations; solve them without negative factors, from the last answer."""
+    def _learn(self, row: Triple, value: float) -> None:
+        """Add a window to the normal equations."""
         for i, one in enumerate(row):
-            _fade(self._normal[i], _KEEP, *(one * other for other in row))
-        _fade(self._moments, _KEEP, *(one * value for one in row))
+            _fade(self._normal[i], _KEEP, *[one * other for other in row])
+        _fade(self._moments, _KEEP, *[one * value for one in row])
         _fade(self._scale_sums, _KEEP, value, 1.0)
         _fade(self._mean_row, _KEEP, *row)
+
+    def _solve(self) -> None:
+        """The factors of the normal equations, none below zero, found from the last ones on."""
         scale = self._scale_sums[0] / self._scale_sums[1]
         factors = list(self._factors)
         for _ in range(_SWEEPS):
-            for i in range(3):
-                others = math.fsum(self._normal[i][j] * factors[j] for j in range(3) if j != i)
-                pull = self._moments[i] - others + _PRIOR_WINDOWS * scale * self._prior[i]
-                factors[i] = max(0.0, pull / (self._normal[i][i] + _PRIOR_WINDOWS))
+            change = 0.0
+            for i, normal in enumerate(self._normal):
+                own = normal[i]
+                pull = (
+                    self._moments[i]
+                    - _dot(normal, factors)
+                    + own * factors[i]
+                    + _PRIOR_WINDOWS * scale * self._prior[i]
+                )
+                new = max(0.0, pull / (own + _PRIOR_WINDOWS))
+                change, factors[i] = change + abs(new - factors[i]), new
+            if change < _SETTLED:
+                break
         self._factors = (factors[0], factors[1], factors[2])
 
     def _refresh(self) -> None:
@@ -128,8 +147,8 @@ class CoefficientLearner:
         if not self.is_trusted:
             self.coefficients = self._shipped
             return
-        mean = math.fsum(one * factor for one, factor in zip(self._mean_row, self._factors, strict=True))
-        whole = math.fsum(one * prior for one, prior in zip(self._mean_row, self._prior, strict=True))
+        mean = _dot(self._mean_row, self._factors)
+        whole = _dot(self._mean_row, self._prior)
         scale = whole / mean if mean > 0.0 else 1.0
         time, flop, octet = (scale * one for one in self._factors)
         self.coefficients = replace(
@@ -157,6 +176,9 @@ def _units(shipped: DeviceCoefficients) -> Triple:
     )
 
 
+def _dot(one: Sequence[float], other: Sequence[float]) -> float:
+    return one[0] * other[0] + one[1] * other[1] + one[2] * other[2]
+
+
 def _fade(sums: list[float], keep: float, *news: float) -> None:
-    for i, new in enumerate(news):
-        sums[i] = keep * sums[i] + new
+    sums[:] = [keep * one + new for one, new in zip(sums, news, strict=True)]

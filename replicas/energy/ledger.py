@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from replicas.energy.account_book import AccountBook
-from replicas.energy.bill import METHOD, NJ_PER_MJ, Account, Cashier, RequestJoules, claims_of
+from replicas.energy.bill import METHOD, NJ_PER_MJ, Account, Cashier, RequestJoules
+from replicas.energy.claims import claims_of, weigh_member
 from replicas.energy.learning import CoefficientLearner
 from replicas.energy.meter import Reading
 from replicas.energy.warm_power import PJ_PER_MJ, WarmPower
-from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients, weigh_step
-from replicas.energy.window import LastStep, Partition, Step, Window, partition, window_between, work_of
+from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients, MemberCosts, price_step, rows_of
+from replicas.energy.window import LastStep, Step, Window, partition, window_between, work_of
 from replicas.request import EngineCosts, StepRecord
 
 __all__ = ["METHOD", "Ledger", "LedgerLimits", "LedgerTotals", "RequestJoules"]
@@ -95,7 +96,7 @@ class Ledger:
         `learner`: corrects `coefficients` by the meter; None: they stay as they are. `lookahead`: steps the
         engine launches ahead; as many may land after a request has ended.
         """
-        self._costs = costs
+        self._costs = MemberCosts(costs)
         self._coefficients = coefficients
         self._learner = learner
         self._lookahead = lookahead
@@ -117,7 +118,7 @@ class Ledger:
         self._closed_until_ns = 0
         self._idle_carry_pj = 0
         self._seen_mj = self._meter_mj = self._idle_mj = self._unattributed_mj = self._pending_mj = 0
-        self._num_windows = 0
+        self.num_windows = 0
         self._num_late_steps = self._num_dropped_steps = self._num_dropped_readings = 0
 
     def begin_request(self, request_id: int) -> None:
@@ -132,22 +133,21 @@ class Ledger:
         start_ns, end_ns = record.start_ns, record.end_ns
         assert end_ns >= start_ns, f"step {record.step} ends before it starts"
         coefficients = self._learner.coefficients if self._learner else self._coefficients
-        weights, work = weigh_step(record, self._costs, coefficients)
-        if not weights:
+        if not record.members:
             return
-        step = Step(start_ns, end_ns, record.step, weights, work)
-        duration_ns = step.duration_ns
-        for member in weights:
-            account = self._book.accounts.get(member.request_id) or self._book.account(member.request_id)
-            account.note_step(start_ns, end_ns, duration_ns)
+        rows = rows_of(record.members)
+        step = Step(start_ns, end_ns, record.step, rows, *price_step(record, rows, self._costs, coefficients))
+        is_newest = not self._steps or start_ns >= self._steps[-1].start_ns
+        self._book.start(step, is_newest=is_newest)
         if end_ns > self._newest_step_end_ns:
             self._newest_step_end_ns = end_ns
         if self._last_reading is not None and start_ns < self._closed_until_ns:
             self._num_late_steps += 1
             if end_ns <= self._closed_until_ns:
+                self._book.miss(step)
                 self._note_passed(step)
                 return
-        if not self._steps or start_ns >= self._steps[-1].start_ns:
+        if is_newest:
             self._steps.append(step)
         else:
             insort(self._steps, step, key=attrgetter("start_ns"))
@@ -200,7 +200,7 @@ class Ledger:
         same bill, or on a second one of the same id if the first is final, which then adds to it.
         """
         account = self._book.account(request_id)
-        account.last_ns = max(account.last_ns, end_ns)
+        account.last_ns = max(account.last_ns, end_ns, self._last_step_end_ns(request_id, after_ns=end_ns))
         if self._lookahead and self._steps:
             step_ns = self._steps[-1].duration_ns
             self._overrun_ns = max(self._overrun_ns, account.last_ns + 2 * self._lookahead * step_ns)
@@ -251,7 +251,7 @@ class Ledger:
             static_mj=self._cashier.static_nj // NJ_PER_MJ,
             wasted_mj=self._cashier.wasted_nj // NJ_PER_MJ,
             closed_until_ns=self._closed_until_ns,
-            closed_windows=self._num_windows,
+            closed_windows=self.num_windows,
             low_confidence=self._book.num_low_confidence,
             unmeasured=self._book.num_unmeasured,
             late_steps=self._num_late_steps,
@@ -276,6 +276,10 @@ class Ledger:
         """Divide one window. Not `is_known`: it was closed for want of room, before its steps were in."""
         part = partition(window, self._steps, before=self._last_step, is_continued=self._book.is_continued)
         lost_ns = sum(window.overlap_ns(start_ns, end_ns) for start_ns, end_ns in self._lost)
+        claims = claims_of(part.shares, self._costs, end_ns=window.end_ns)
+        accounts = self._book.note_window(claims)
+        for share in part.shares:
+            share.step.is_seen = True
         idle_mj = unattributed_mj = 0
         if window.gap or not is_known:
             unattributed_mj = window.delta_mj
@@ -287,12 +291,18 @@ class Ledger:
             if part.hole_ns or lost_ns:
                 unattributed_mj = window.delta_mj - idle_mj
             else:
-                self._bill(window, part, window.delta_mj - idle_mj)
+                busy_mj = window.delta_mj - idle_mj
+                static_nj = self._warm.drawn_pj(window, part.busy_ns) // 1000
+                self._cashier.take(
+                    window, busy_mj=busy_mj, static_nj=static_nj, claims=claims, accounts=accounts
+                )
+                if self._learner is not None:
+                    self._learner.observe(work_of(part.shares), busy_mj)
         self._idle_mj += idle_mj
         self._unattributed_mj += unattributed_mj
         self._meter_mj += window.delta_mj
         self._pending_mj -= window.delta_mj
-        self._num_windows += 1
+        self.num_windows += 1
         self._pass(window.end_ns)
 
     def _pass(self, t_ns: int) -> None:
@@ -304,6 +314,8 @@ class Ledger:
                 break
             num_passed += 1
             self._note_passed(step)
+            if not step.is_seen:
+                self._book.miss(step)
         del self._steps[:num_passed]
         if self._lost:
             self._lost = [span for span in self._lost if span[1] > t_ns]
@@ -319,34 +331,35 @@ class Ledger:
         self._idle_carry_pj = min(drawn_pj - idle_mj * PJ_PER_MJ, PJ_PER_MJ - 1)
         return idle_mj
 
-    def _bill(self, window: Window, part: Partition, busy_mj: int) -> None:
-        claims = claims_of(part.shares)
-        accounts = {request_id: self._book.claim(request_id) for request_id in claims}
-        static_nj = self._warm.drawn_pj(window, part.busy_ns) // 1000
-        self._cashier.take(busy_mj, static_nj, claims, accounts)
-        for request_id, claim in claims.items():
-            accounts[request_id].note_window(
-                width_ns=window.width_ns, ran_ns=claim.ran_ns, source=window.source
-            )
-        if self._learner is not None:
-            self._learner.observe(work_of(part.shares), busy_mj)
-
     # Requests.
 
     def _open_weights(self, account: Account) -> tuple[float, float]:
         """Prefill and decode weight of `account` in steps that are not fully billed, newest first."""
         prefill = decode = 0.0
         for step in reversed(self._steps[-_STEPS_ESTIMATED:]):
+            if account.request_id not in step.rows.request_ids:
+                continue
             open_ns = step.end_ns - max(step.start_ns, self._closed_until_ns)
-            for member in step.weights:
-                if member.request_id == account.request_id:
-                    weight = member.weight * open_ns / step.duration_ns
-                    prefill += weight if member.is_prefill else 0.0
-                    decode += 0.0 if member.is_prefill else weight
+            weight, is_prefill = weigh_member(step, account.request_id, self._costs)
+            weight *= open_ns / step.duration_ns
+            prefill += weight if is_prefill else 0.0
+            decode += 0.0 if is_prefill else weight
         return prefill, decode
+
+    def _last_step_end_ns(self, request_id: int, *, after_ns: int) -> int:
+        """The end of the newest open step with this request in it; 0 if none ends later than `after_ns`."""
+        last_ns = 0
+        for step in reversed(self._steps):
+            if step.end_ns <= after_ns:
+                break
+            if request_id in step.rows.request_ids:
+                last_ns = max(last_ns, step.end_ns)
+        return last_ns
 
     def _drop_oldest_step(self) -> None:
         step = self._steps.pop(0)
+        if not step.is_seen:
+            self._book.miss(step)
         self._num_dropped_steps += 1
         self.lose_steps(start_ns=step.start_ns, end_ns=step.end_ns)
 

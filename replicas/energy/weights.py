@@ -1,17 +1,24 @@
 """How much of one forward pass each member caused: pure arithmetic, no meter, no state.
 
 The model has a pool that every member shares equally (the weights a step reads, its fixed overhead), a part
-that grows with the arithmetic of a member and a part that grows with the bytes it reads. Only ratios matter:
-the ledger scales them to what the meter counted. Called by `ledger.py`, once per step.
+that grows with the arithmetic of a member and a part that grows with the bytes it reads. So a step has three
+prices, and what a member weighs is linear in its own work. Only ratios matter: the ledger scales them to what
+the meter counted.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from operator import mul
+from typing import NamedTuple, TypeVar
 
-from replicas.request import EngineCosts, StepRecord
+import numpy as np
+from numpy.typing import NDArray
+
+from replicas.request import EngineCosts, StepMember, StepRecord
+
+Tokens = TypeVar("Tokens", int, NDArray[np.float64])
+"""Of one member, or of one in each row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,24 +68,41 @@ class StepWork(NamedTuple):
     traffic_bytes: float
 
 
-class MemberWeight(NamedTuple):
-    """Modelled joules of one member in one step; `static` and `wasted` are parts of `weight`."""
-
-    request_id: int
-    weight: float
-    static: float
-    wasted: float
-    is_prefill: bool
-
-
-class WeighedStep(NamedTuple):
-    """A step's members in the order of its record, and its work as a whole."""
-
-    members: tuple[MemberWeight, ...]
-    work: StepWork
-
-
 NO_WORK = StepWork(0.0, 0.0, 0.0)
+
+
+class StepPrice(NamedTuple):
+    """Modelled joules of a member of one step by its own FLOP, by its own KV bytes, and for being in it.
+
+    The `static_` ones are the part of each that the device draws whatever it computes.
+    """
+
+    flop: float
+    octet: float
+    each: float
+    static_flop: float
+    static_octet: float
+    static_each: float
+
+
+FREE = StepPrice(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+class StepRows(NamedTuple):
+    """The members of a step by column, in the order of its record."""
+
+    request_ids: tuple[int, ...]
+    new_tokens: tuple[int, ...]
+    context_tokens: tuple[int, ...]
+    is_prefill: tuple[bool, ...]
+    wasted_tokens: tuple[int, ...]
+
+    @property
+    def has_a_token_each(self) -> bool:
+        return sum(self.new_tokens) == len(self.new_tokens)
+
+
+NO_ROWS = StepRows((), (), (), (), ())
 
 
 def coefficients_for(device: str) -> DeviceCoefficients:
@@ -86,41 +110,70 @@ def coefficients_for(device: str) -> DeviceCoefficients:
     return CPU_COEFFICIENTS if device.partition(":")[0] == "cpu" else GPU_COEFFICIENTS
 
 
-def weigh_step(record: StepRecord, costs: EngineCosts, device: DeviceCoefficients) -> WeighedStep:
-    """Weights of the members of `record`; all above zero, so a step is never unowned.
+def rows_of(members: tuple[StepMember, ...]) -> StepRows:
+    """`members` are tuples with the fields of a row, in that order; at least one."""
+    return StepRows(*zip(*members, strict=True))
 
-    The time of the step is the measured one. Inside it, arithmetic and memory traffic share by the square of
-    the time each alone would take: the larger one rules, and nothing jumps where they change places.
+
+class MemberCosts:
+    """The work of a member from its tokens: FLOP, and bytes of KV."""
+
+    def __init__(self, costs: EngineCosts) -> None:
+        self.engine = costs
+        self._flop_base = 2 * costs.active_params
+        self._flop_context = 4 * costs.num_layers * costs.attention_dim
+        self._kv_bytes = costs.kv_bytes_per_token
+
+    def flops(self, new: Tokens, context: Tokens) -> Tokens:
+        """Every new token meets all parameters, and attends to what is before it."""
+        return new * self._flop_base + new * (2 * context + new) * (self._flop_context // 2)
+
+    def octets(self, new: Tokens, context: Tokens) -> Tokens:
+        return (context + new) * self._kv_bytes
+
+    def sums(self, rows: StepRows) -> tuple[int, int]:
+        """FLOP and KV bytes of all members of a step, exactly."""
+        new, context = sum(rows.new_tokens), sum(rows.context_tokens)
+        if new == len(rows.new_tokens):
+            pairs = 2 * context + new
+        else:
+            pairs = 2 * sum(map(mul, rows.new_tokens, rows.context_tokens))
+            pairs += sum(map(mul, rows.new_tokens, rows.new_tokens))
+        return new * self._flop_base + pairs * (self._flop_context // 2), (context + new) * self._kv_bytes
+
+
+def price_step(
+    record: StepRecord, rows: StepRows, costs: MemberCosts, device: DeviceCoefficients
+) -> tuple[StepPrice, StepWork]:
+    """Prices that add up to the step's modelled joules over its members; `each` is above zero.
+
+    The time of the step is the measured one. Inside it, the slower of arithmetic and memory traffic rules.
+    Grow all members together from nothing: weights are read first, so memory rules until arithmetic catches
+    up with it, at the part `memory` of the whole batch (1: never). What one more FLOP or byte costs on the
+    way is its Aumann-Shapley price; it is continuous where the two change places, and whole batches of a
+    decode are divided as if memory alone were there.
     """
-    members = record.members
-    if not members:
-        return WeighedStep((), NO_WORK)
-    member_count = len(members)
-    weight_bytes = costs.shared_weight_bytes + costs.expert_bytes * record.experts_hit
-    bytes_each = weight_bytes / member_count
-    flop_base = 2 * costs.active_params
-    flop_context = 4 * costs.num_layers * costs.attention_dim
-    kv_bytes = costs.kv_bytes_per_token
-    flops = [
-        m.new_tokens * (flop_base + flop_context * (m.context_tokens + m.new_tokens / 2)) for m in members
-    ]
-    traffic = [kv_bytes * (m.context_tokens + m.new_tokens) + bytes_each for m in members]
-
+    member_count = len(rows.request_ids)
+    own_flops, own_octets = costs.sums(rows)
+    weight_bytes = costs.engine.shared_weight_bytes + costs.engine.expert_bytes * record.experts_hit
     seconds = max(record.end_ns - record.start_ns, 1) * 1e-9
-    work = StepWork(seconds, sum(flops), sum(traffic))
-    flop_s = work.flops / device.flops_per_s
-    byte_s = work.traffic_bytes / device.bytes_per_s
-    bound_s = math.hypot(flop_s, byte_s)
+    work = StepWork(seconds, own_flops, own_octets + weight_bytes)
+
+    flop_s, byte_s = 1.0 / device.flops_per_s, 1.0 / device.bytes_per_s
+    lead_s, pool_s = flop_s * own_flops - byte_s * own_octets, byte_s * weight_bytes
+    memory = pool_s / lead_s if lead_s > pool_s else 1.0
+    bound_s = max(flop_s * own_flops, byte_s * work.traffic_bytes)
     model_s = bound_s + device.step_s + member_count * device.sequence_s
     watts = device.static_w * seconds / model_s
-    static_flop = watts * flop_s / (bound_s * device.flops_per_s) if bound_s else 0.0
-    static_byte = watts * byte_s / (bound_s * device.bytes_per_s) if bound_s else 0.0
-    static_each = watts * (device.step_s / member_count + device.sequence_s)
-
-    weights = []
-    for member, flop, octets in zip(members, flops, traffic, strict=True):
-        static = static_flop * flop + static_byte * octets + static_each
-        weight = static + device.joules_per_flop * flop + device.joules_per_byte * octets
-        wasted = weight * member.wasted_tokens / member.new_tokens if member.wasted_tokens else 0.0
-        weights.append(MemberWeight(member.request_id, weight, static, wasted, member.is_prefill))
-    return WeighedStep(tuple(weights), work)
+    static_flop = watts * (1.0 - memory) * flop_s
+    static_octet = watts * memory * byte_s
+    static_each = watts * ((pool_s + device.step_s) / member_count + device.sequence_s)
+    price = StepPrice(
+        static_flop + device.joules_per_flop,
+        static_octet + device.joules_per_byte,
+        static_each + device.joules_per_byte * weight_bytes / member_count,
+        static_flop,
+        static_octet,
+        static_each,
+    )
+    return price, work

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from replicas.energy.meter import Reading, Source
-from replicas.energy.weights import NO_WORK, MemberWeight, StepWork
+from replicas.energy.weights import FREE, NO_ROWS, NO_WORK, StepPrice, StepRows, StepWork
+
+MOST_MJ = 10**12
+"""Of one window: a gigajoule is no meter's. Up to there nanojoules fit into 64 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +36,7 @@ class Window:
 
 
 def window_between(last: Reading, reading: Reading) -> Window:
-    """A counter that fell has lost count: nothing is known of this window, and it is never negative."""
+    """A counter that fell or ran away has lost count: its window is a gap, and never negative."""
     delta_mj = reading.energy_mj - last.energy_mj
     static_mj = None
     if reading.static_mj is not None and last.static_mj is not None:
@@ -43,40 +47,48 @@ def window_between(last: Reading, reading: Reading) -> Window:
         delta_mj=max(0, delta_mj),
         source=reading.source,
         static_mj=static_mj,
-        gap=reading.gap or delta_mj < 0,
+        gap=reading.gap or not 0 <= delta_mj <= MOST_MJ,
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
-    """A forward pass that waits for its windows to close."""
+    """A forward pass that waits for its windows to close: who was in it, and what it charges them.
+
+    `is_seen`: the ledger found it in a window that has closed.
+    """
 
     start_ns: int
     end_ns: int
     number: int
-    weights: tuple[MemberWeight, ...]
+    rows: StepRows = NO_ROWS
+    price: StepPrice = FREE
     work: StepWork = NO_WORK
+    is_seen: bool = False
 
     @property
     def duration_ns(self) -> int:
         return max(self.end_ns - self.start_ns, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """A step's part in a window: time it ran there, and time it was waited for there."""
 
     step: Step
     ran_ns: int
     waited_ns: int
 
+    @property
+    def fraction(self) -> float:
+        """The part of the step that this window pays for."""
+        return (self.ran_ns + self.waited_ns) / self.step.duration_ns
+
 
 def work_of(shares: Iterable[Share]) -> StepWork:
     """The work done in one window: of each step, the part of its time that is there."""
     seconds = flops = traffic_bytes = 0.0
     for share in shares:
-        fraction = (share.ran_ns + share.waited_ns) / share.step.duration_ns
-        work = share.step.work
+        fraction, work = share.fraction, share.step.work
         seconds += fraction * work.seconds
         flops += fraction * work.flops
         traffic_bytes += fraction * work.traffic_bytes
@@ -93,8 +105,7 @@ class Partition:
     hole_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class LastStep:
+class LastStep(NamedTuple):
     """End and number of the newest step before a window."""
 
     end_ns: int
@@ -116,12 +127,13 @@ def partition(
     steps each get their time; busy time counts the overlap once.
     """
     shares: list[Share] = []
-    cursor_ns = window.start_ns
+    cursor_ns, window_end_ns = window.start_ns, window.end_ns
     busy_ns = idle_ns = hole_ns = 0
     for step in steps:
-        pause_ns = max(0, min(step.start_ns, window.end_ns) - cursor_ns)
+        start_ns, end_ns = min(step.start_ns, window_end_ns), min(step.end_ns, window_end_ns)
         waited_ns = 0
-        if pause_ns:
+        if start_ns > cursor_ns:
+            pause_ns = start_ns - cursor_ns
             if before is not None and step.number > before.number + 1:
                 hole_ns += pause_ns
             elif before is not None and is_continued(step):
@@ -129,16 +141,16 @@ def partition(
                 busy_ns += pause_ns
             else:
                 idle_ns += pause_ns
-            cursor_ns += pause_ns
-        ran_ns = window.overlap_ns(step.start_ns, step.end_ns)
-        if ran_ns or waited_ns:
-            shares.append(Share(step, ran_ns, waited_ns))
-        reached_ns = max(cursor_ns, min(step.end_ns, window.end_ns))
-        busy_ns += reached_ns - cursor_ns
-        cursor_ns = reached_ns
+            cursor_ns = start_ns
+        ran_ns = end_ns - max(start_ns, window.start_ns)
+        if ran_ns > 0 or waited_ns:
+            shares.append(Share(step, max(ran_ns, 0), waited_ns))
+        if end_ns > cursor_ns:
+            busy_ns += end_ns - cursor_ns
+            cursor_ns = end_ns
         if before is None or step.end_ns >= before.end_ns:
             before = LastStep(step.end_ns, step.number)
-        if step.start_ns >= window.end_ns:
+        if step.start_ns >= window_end_ns:
             break
-    idle_ns += window.end_ns - cursor_ns
+    idle_ns += window_end_ns - cursor_ns
     return Partition(shares=tuple(shares), busy_ns=busy_ns, idle_ns=idle_ns, hole_ns=hole_ns)

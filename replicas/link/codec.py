@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from protos import wattline_link_pb2 as link_pb2
 from replicas.energy.meter import CONFIDENCE_FACTORS
+from replicas.expert_heat import ExpertHeat
 from replicas.frames import Cancel, Stop, Submit
 from replicas.link.messages import (
     PROTOCOL_VERSION,
@@ -17,7 +18,10 @@ from replicas.link.messages import (
     RouterCommand,
 )
 from replicas.link.outbox import Parcel
-from replicas.wire import delta_to_wire, load_to_wire, request_from_wire
+from replicas.wire.deltas import delta_to_wire
+from replicas.wire.loads import load_to_wire
+from replicas.wire.requests import request_from_wire
+from replicas.wire.steps import columns_to_wire
 
 
 def encode_hello(card: ReplicaCard, load: ReplicaLoad) -> link_pb2.FromReplica:
@@ -60,9 +64,13 @@ def encode_heartbeat(epoch: int, load: ReplicaLoad) -> link_pb2.FromReplica:
 def encode_parcel(epoch: int, parcel: Parcel, load: ReplicaLoad) -> list[link_pb2.FromReplica]:
     """The messages of a parcel, in the order they have to go."""
     messages = []
-    if parcel.deltas:
-        deltas = [delta_to_wire(delta) for delta in parcel.deltas]
-        step = link_pb2.StepOutput(step=parcel.step, deltas=deltas, load=encode_load(load))
+    if parcel.tokens or parcel.deltas:
+        step = link_pb2.StepOutput(
+            step=parcel.step,
+            tokens=columns_to_wire(parcel.tokens),
+            deltas=[delta_to_wire(delta) for delta in parcel.deltas],
+            load=encode_load(load),
+        )
         messages.append(link_pb2.FromReplica(epoch=epoch, step=step))
     if parcel.energy:
         messages.append(link_pb2.FromReplica(epoch=epoch, energy=_encode_energy(parcel.energy)))
@@ -74,11 +82,12 @@ def encode_parcel(epoch: int, parcel: Parcel, load: ReplicaLoad) -> list[link_pb
     return messages
 
 
-def encode_ledger(ledger: LedgerState | None) -> list[link_pb2.LedgerTotals]:
+def add_ledger(message: link_pb2.FromReplica, ledger: LedgerState | None) -> None:
     """One entry per source; none while no meter spoke."""
     if ledger is None:
-        return []
-    return [
+        return
+    message.agent_metrics_address = ledger.agent_metrics_address
+    message.ledger.extend(
         link_pb2.LedgerTotals(
             until_ns=ledger.until_ns,
             source=source.value,
@@ -92,7 +101,23 @@ def encode_ledger(ledger: LedgerState | None) -> list[link_pb2.LedgerTotals]:
             wasted_mj=sums.wasted_mj,
         )
         for source, sums in ledger.sums.items()
-    ]
+    )
+
+
+def encode_heat(heat: ExpertHeat) -> link_pb2.ExpertHeat:
+    return link_pb2.ExpertHeat(
+        num_layers=heat.num_layers,
+        num_experts=heat.num_experts,
+        layers_per_row=heat.layers_per_row,
+        experts_per_column=heat.experts_per_column,
+        load_percent=heat.load_percent,
+        copied_cells=heat.copied_cells,
+        tokens=heat.tokens,
+        num_ranks=heat.num_ranks,
+        num_copies=heat.num_copies,
+        imbalance=heat.imbalance,
+        imbalance_without_copies=heat.imbalance_without_copies,
+    )
 
 
 def encode_load(load: ReplicaLoad) -> link_pb2.LoadSnapshot:

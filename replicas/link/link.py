@@ -21,21 +21,22 @@ from protos.wattline_link_pb2 import FromReplica, ToReplica
 from protos.wattline_link_pb2_grpc import ReplicaLinkStub
 from replicas.config import LinkCredentials
 from replicas.link.codec import (
+    add_ledger,
     decode_command,
     encode_heartbeat,
+    encode_heat,
     encode_hello,
-    encode_ledger,
     encode_parcel,
 )
 from replicas.link.dial import dial
 from replicas.link.messages import ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
 from replicas.request import CacheChange
-from replicas.wire import cache_to_wire
+from replicas.wire.caches import cache_to_wire
 
 HEARTBEAT_S = 0.25
 LEDGER_S = 1.0
-"""The ledger's sums go along with whatever is sent, this often."""
+"""The ledger's sums, and the experts' heat if it is new, go along with whatever is sent, this often."""
 WELCOME_TIMEOUT_S = 5.0
 SEND_STALL_S = 10.0
 """A message that the transport does not take for this long ends the link."""
@@ -227,6 +228,7 @@ class RouterLink:
         handler = self._handler
         epoch = handler.card.epoch
         ledger_due_s = 0.0
+        told = None
         while True:
             parcel = await session.outbox.take(HEARTBEAT_S)
             load = handler.load()
@@ -235,8 +237,11 @@ class RouterLink:
             )
             is_last = parcel is not None and parcel.goodbye is not None
             if is_last or time.monotonic() >= ledger_due_s:
-                messages[0].ledger.extend(encode_ledger(load.ledger))
+                add_ledger(messages[0], load.ledger)
                 ledger_due_s = time.monotonic() + LEDGER_S
+                if load.experts is not None and load.experts is not told:
+                    messages[0].experts.CopyFrom(encode_heat(load.experts))
+                    told = load.experts
             news = session.outbox.cache.take()
             messages[0].cache.extend(cache_to_wire(handler.cache() if news is None else news))
             for message in messages:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from replicas.config import ReplicaConfig
 from replicas.energy.bill import RequestJoules
 from replicas.energy.meter import Source
+from replicas.expert_heat import ExpertHeat
 from replicas.frames import Cancel, Stop, Submit
 from replicas.request import EngineReady, LoadSnapshot
 from replicas.supervisor.energy_account import EnergySums
 from replicas.supervisor.rank_group import RankProcess
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,10 @@ class ReplicaCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLoad:
-    """The engine's load and what its work costs now; empty and None while no meter is known."""
+    """The engine's load and what its work costs now; empty and None while no meter is known.
+
+    `experts` is None of a model without, and until they worked.
+    """
 
     engine: LoadSnapshot
     energy_source: str = ""
@@ -45,6 +49,7 @@ class ReplicaLoad:
     idle_power_w: float | None = None
     active_power_w: float | None = None
     ledger: LedgerState | None = None
+    experts: ExpertHeat | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +58,8 @@ class LedgerState:
 
     until_ns: int
     sums: Mapping[Source, EnergySums] = field(default_factory=dict)
+    agent_metrics_address: str = ""
+    """Of the energy agent that reads the meter; empty: it shows none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What is waiting to go up one link, merged per request, so a slow router costs memory by the request only.
+"""What is waiting to go up one link, merged per request: a slow router costs memory by requests and tokens.
 
 The step path adds and never waits; the link's writer takes all there is and sends it. While the writer keeps
 up a parcel is one step; when it falls behind, the steps it missed travel as one.
@@ -9,23 +9,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from replicas.link.cache_news import CacheNews
 from replicas.link.messages import EnergyStatement
 from replicas.request import SequenceDelta
+from replicas.step_report import TokenColumns, TokenRun
 
 MAX_PENDING_TOKENS = 1 << 18
 MAX_PENDING_ENTRIES = 1 << 16
+MIN_GAP_S = 0.001
+"""Between two parcels: a message has its price, and only a toy engine steps faster than this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parcel:
     """Everything that was waiting; it goes in the order of the fields.
 
-    `step` is that of the newest delta, `goodbye` the last word on the stream.
+    `step` is that of the newest token or delta, `goodbye` the last word on the stream.
     """
 
     step: int
+    tokens: TokenColumns
     deltas: tuple[SequenceDelta, ...]
     energy: tuple[EnergyStatement, ...]
     draining: str | None
@@ -43,13 +48,33 @@ class Outbox:
         self.cache = CacheNews()
         """Goes along with whatever is sent next; wakes nobody."""
         self._step = 0
+        self._first_offsets: dict[tuple[int, int], int] = {}
+        self._token_ids: dict[tuple[int, int], list[int]] = {}
+        """Of the same requests, in the same order."""
         self._deltas: dict[tuple[int, int], SequenceDelta] = {}
         self._pending_tokens = 0
         self._energy: dict[tuple[int, int], EnergyStatement] = {}
         self._draining: str | None = None
         self._goodbye: str | None = None
+        self._taken_s = float("-inf")
         self._wake = asyncio.Event()
         self._overflow = asyncio.Event()
+
+    def add_tokens(self, step: int, runs: Iterable[TokenRun]) -> None:
+        """Of requests that go on. Runs once per token of a step: it makes one list of each request."""
+        self._step = step
+        waiting = self._token_ids
+        for request_id, attempt, first_offset, token_ids in runs:
+            key = (request_id, attempt)
+            self._pending_tokens += len(token_ids)
+            if key in waiting:
+                waiting[key].extend(token_ids)
+            elif key in self._deltas:
+                self._join(key, first_offset, token_ids)
+            else:
+                self._first_offsets[key] = first_offset
+                waiting[key] = list(token_ids)
+        self._note_added()
 
     def add_deltas(self, step: int, deltas: Iterable[SequenceDelta]) -> None:
         self._step = step
@@ -83,8 +108,13 @@ class Outbox:
                     await self._wake.wait()
             except TimeoutError:
                 return None
+        now_s = asyncio.get_running_loop().time
+        if (early_s := self._taken_s + MIN_GAP_S - now_s()) > 0.0:
+            await asyncio.sleep(early_s)
+        self._taken_s = now_s()
         parcel = Parcel(
             step=self._step,
+            tokens=self._take_tokens(),
             deltas=tuple(self._deltas.values()),
             energy=tuple(self._energy.values()),
             draining=self._draining,
@@ -101,8 +131,29 @@ class Outbox:
         """Return when more waits than may: the router reads too slowly to be served."""
         await self._overflow.wait()
 
+    def _join(self, key: tuple[int, int], first_offset: int, token_ids: tuple[int, ...]) -> None:
+        """Behind a delta that waits, so that the tokens of a request stay in their order."""
+        request_id, attempt = key
+        later = SequenceDelta(
+            request_id=request_id, attempt=attempt, first_offset=first_offset, token_ids=token_ids
+        )
+        self._deltas[key] = _joined(self._deltas[key], later)
+
+    def _take_tokens(self) -> TokenColumns:
+        counts = [len(token_ids) for token_ids in self._token_ids.values()]
+        tokens = TokenColumns(
+            request_ids=[request_id for request_id, _ in self._token_ids],
+            attempts=[attempt for _, attempt in self._token_ids],
+            first_offsets=list(self._first_offsets.values()),
+            counts=[] if all(count == 1 for count in counts) else counts,
+            token_ids=list(chain.from_iterable(self._token_ids.values())),
+        )
+        self._first_offsets.clear()
+        self._token_ids.clear()
+        return tokens
+
     def _note_added(self) -> None:
-        num_entries = len(self._deltas) + len(self._energy)
+        num_entries = len(self._token_ids) + len(self._deltas) + len(self._energy)
         if self._pending_tokens > self._max_pending_tokens or num_entries > self._max_pending_entries:
             self._overflow.set()
         self._wake.set()

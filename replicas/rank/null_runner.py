@@ -98,6 +98,7 @@ class NullRunner:
         )
         self._config = config
         self._clock = clock
+        self._poison = config.fail_at_token or None
         self._block_tokens = limits.block_tokens
         self._lane_tokens = num_blocks * limits.block_tokens
         self._lane_rows = limits.max_sequences
@@ -147,8 +148,11 @@ class NullRunner:
         """Put the row's tokens into the cache; says whether the row samples."""
         row = self._rows[planned.row]
         row.blocks += planned.new_blocks
-        for pos, token_id in enumerate(planned.token_ids, planned.start_pos):
-            self._kv[self._slot(row, pos)] = row.last_sampled if token_id == LAST_SAMPLED else token_id
+        for pos, planned_id in enumerate(planned.token_ids, planned.start_pos):
+            token_id = row.last_sampled if planned_id == LAST_SAMPLED else planned_id
+            if token_id == self._poison:
+                raise RuntimeError(f"the null engine was told to fail at token {token_id}")
+            self._kv[self._slot(row, pos)] = token_id
         return planned.samples
 
     def _run_row(self, planned: PlannedRow) -> int:

@@ -38,6 +38,7 @@ from replicas.plan import BuiltRunner, EngineShape, PendingStep, Progress, Runne
 from replicas.rank.expert_report import ExpertReport
 from replicas.rank.group_runner import GroupRunner
 from replicas.request import EngineReady, FinishReason, GenerationRequest
+from replicas.step_report import report_of
 
 RunnerFactory = Callable[[RankConfig, Progress], BuiltRunner]
 
@@ -96,7 +97,7 @@ def _step_until_shutdown(engine: Engine, supervisor: RankSocket, report: ExpertR
                 return
             _apply(engine, command)
         if engine.has_work:
-            supervisor.send(engine.step())
+            supervisor.send(report_of(engine.step()))
             report.note_step()
         if (loads := report.take()) is not None:
             supervisor.send(loads)

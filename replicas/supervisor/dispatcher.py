@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
 from replicas.energy.bill import RequestJoules
+from replicas.expert_heat import ExpertHeat
 from replicas.frames import Cancel, Command, Stop, Submit
 from replicas.link.link import LinkSession
 from replicas.link.messages import (
@@ -23,7 +25,8 @@ from replicas.link.messages import (
     ReplicaLoad,
     RouterCommand,
 )
-from replicas.request import CacheChange, FinishReason, GenerationRequest, SequenceDelta, StepResult
+from replicas.request import CacheChange, FinishReason, GenerationRequest, SequenceDelta
+from replicas.step_report import StepReport, TokenRun
 from replicas.supervisor.cache_mirror import CacheMirror
 from replicas.supervisor.energy_account import EnergyAccount
 from replicas.supervisor.in_flight import Flight, InFlight
@@ -58,6 +61,8 @@ class Dispatcher:
         self._draining: str | None = None
         self._is_fenced = False
         self.wasted_tokens = 0
+        self.experts: ExpertHeat | None = None
+        """How they were loaded of late, as the links tell it."""
         self.first_link = asyncio.Event()
         self.idle = asyncio.Event()
         """Set while the engine holds no request."""
@@ -81,7 +86,7 @@ class Dispatcher:
     def load(self) -> ReplicaLoad:
         energy = self._energy
         if energy is None or energy.source is None:
-            return ReplicaLoad(engine=self._load)
+            return ReplicaLoad(engine=self._load, experts=self.experts)
         return ReplicaLoad(
             engine=self._load,
             energy_source=energy.source.value,
@@ -89,7 +94,12 @@ class Dispatcher:
             power_w=energy.power_w,
             idle_power_w=energy.idle_power_w,
             active_power_w=energy.active_power_w,
-            ledger=LedgerState(until_ns=energy.divided_until_ns, sums=energy.sums),
+            ledger=LedgerState(
+                until_ns=energy.divided_until_ns,
+                sums=energy.sums,
+                agent_metrics_address=energy.agent_metrics_address,
+            ),
+            experts=self.experts,
         )
 
     def cache(self) -> tuple[CacheChange, ...]:
@@ -129,17 +139,18 @@ class Dispatcher:
 
     # From the engine and the meter.
 
-    def on_step(self, result: StepResult) -> None:
+    def on_step(self, report: StepReport) -> None:
         if self._is_fenced:
             return
-        self._load = result.load
-        if result.cache:
-            self._mirror.apply(result.cache)
+        self._load = report.load
+        if report.cache:
+            self._mirror.apply(report.cache)
             for session in self._sessions:
-                session.outbox.cache.add(result.cache)
+                session.outbox.cache.add(report.cache)
         if self._energy is not None:
-            self._energy.add_step(result)
-        ended = self._deliver(result)
+            self._energy.add_step(report)
+        self._deliver_tokens(report)
+        ended = self._deliver_deltas(report) if report.deltas else []
         for flight in ended:
             self._report_provisional(flight)
         self.settle_energy()
@@ -222,14 +233,25 @@ class Dispatcher:
         self._in_flight.mute(flight)
         self._send(Cancel(request_id=flight.engine_id))
 
-    def _deliver(self, result: StepResult) -> list[Flight[LinkSession]]:
+    def _deliver_tokens(self, report: StepReport) -> None:
+        """One bundle of runs per link, in its numbering."""
+        bundles: dict[LinkSession, list[TokenRun]] = defaultdict(list)
+        listener = self._in_flight.listener
+        for engine_id, attempt, first_offset, token_ids in report.tokens.runs():
+            flight = listener(engine_id)
+            if flight is not None:
+                bundles[flight.link].append((flight.request_id, attempt, first_offset, token_ids))
+        for session, runs in bundles.items():
+            session.outbox.add_tokens(report.step, runs)
+
+    def _deliver_deltas(self, report: StepReport) -> list[Flight[LinkSession]]:
         """One bundle of deltas per link. Returns the live flights that ended."""
-        bundles: dict[LinkSession, list[SequenceDelta]] = {}
+        bundles: dict[LinkSession, list[SequenceDelta]] = defaultdict(list)
         ended = []
-        for delta in result.deltas:
+        for delta in report.deltas:
             flight = self._in_flight.listener(delta.request_id)
             if flight is not None:
-                bundles.setdefault(flight.link, []).append(_renumbered(delta, flight.request_id))
+                bundles[flight.link].append(replace(delta, request_id=flight.request_id))
             if delta.finish is None:
                 continue
             if delta.timing is not None:
@@ -238,7 +260,7 @@ class Dispatcher:
                 ended.append(flight)
             self._land(delta.request_id)
         for session, deltas in bundles.items():
-            session.outbox.add_deltas(result.step, deltas)
+            session.outbox.add_deltas(report.step, deltas)
         return ended
 
     def _land(self, engine_id: int) -> None:
@@ -264,21 +286,6 @@ class Dispatcher:
         joules = None if self._energy is None else self._energy.provisional(flight.engine_id)
         if joules is not None:
             self._state_energy(flight, joules)
-
-
-def _renumbered(delta: SequenceDelta, request_id: int) -> SequenceDelta:
-    """As `replace`, at half its price: this runs for every token."""
-    return SequenceDelta(
-        request_id=request_id,
-        attempt=delta.attempt,
-        first_offset=delta.first_offset,
-        token_ids=delta.token_ids,
-        finish=delta.finish,
-        timing=delta.timing,
-        error=delta.error,
-        logprobs=delta.logprobs,
-        prompt_logprobs=delta.prompt_logprobs,
-    )
 
 
 def _refused(request: GenerationRequest, code: str, message: str) -> SequenceDelta:

@@ -14,7 +14,7 @@ from replicas.energy.bill import RequestJoules
 from replicas.energy.learning import LearnedFactors
 from replicas.energy.ledger import Ledger
 from replicas.energy.meter import Reading, Source
-from replicas.request import StepResult
+from replicas.step_report import StepReport
 
 POWER_TIME_CONSTANT_S = 1.0
 COST_WINDOW_NS = 1_000_000_000
@@ -89,11 +89,14 @@ class EnergyAccount:
         self._ledger = ledger
         self._clock = clock
         self._last_reading: Reading | None = None
+        self._num_windows = 0
         self._sums: dict[Source, EnergySums] = {}
         self._generated_tokens = 0
         self._cost_since: tuple[int, int, int] | None = None
         self._busy_ns = 0
         self._power_since: tuple[int, int, int] | None = None
+        self.agent_metrics_address = ""
+        """Of whoever reads the meter; told with the sums."""
         self.divided_until_ns = 0
         """Up to here the meter's energy is in `sums`, on the host's monotonic clock."""
         self.power_w: float | None = None
@@ -133,14 +136,14 @@ class EnergyAccount:
         """A request went down to the engine."""
         self._ledger.begin_request(engine_id)
 
-    def add_step(self, result: StepResult) -> None:
+    def add_step(self, report: StepReport) -> None:
         """A step came up, with the requests it ended."""
-        if result.record is not None:
-            self._ledger.add_step(result.record)
-            self._busy_ns += result.record.end_ns - result.record.start_ns
+        if report.record is not None:
+            self._ledger.add_step(report.record)
+            self._busy_ns += report.record.end_ns - report.record.start_ns
+        self._generated_tokens += report.num_tokens
         now_ns = self._clock()
-        for delta in result.deltas:
-            self._generated_tokens += len(delta.token_ids)
+        for delta in report.deltas:
             if delta.finish is not None:
                 self._ledger.end_request(delta.request_id, now_ns)
         self._advance()
@@ -174,8 +177,9 @@ class EnergyAccount:
 
     def _advance(self) -> None:
         self._ledger.advance(self._clock())
-        if self._last_reading is None:
+        if self._last_reading is None or self._ledger.num_windows == self._num_windows:
             return
+        self._num_windows = self._ledger.num_windows
         totals = self._ledger.totals()
         closed = EnergySums(
             request_mj=totals.requests_mj,

@@ -37,6 +37,7 @@ class InFlight(Generic[LinkT]):
     def __init__(self) -> None:
         self._last_engine_id = 0
         self._in_engine: dict[int, Flight[LinkT]] = {}
+        self._heard: dict[int, Flight[LinkT]] = {}
         self._live: dict[tuple[LinkT, int], Flight[LinkT]] = {}
         self._stopped: set[int] = set()
         self._unbilled: OrderedDict[int, Flight[LinkT]] = OrderedDict()
@@ -55,7 +56,7 @@ class InFlight(Generic[LinkT]):
         assert (link, request_id) not in self._live
         self._last_engine_id += 1
         flight = Flight(engine_id=self._last_engine_id, link=link, request_id=request_id, attempt=attempt)
-        self._in_engine[flight.engine_id] = flight
+        self._in_engine[flight.engine_id] = self._heard[flight.engine_id] = flight
         self._live[link, request_id] = flight
         return flight
 
@@ -77,15 +78,12 @@ class InFlight(Generic[LinkT]):
 
     def mute(self, flight: Flight[LinkT]) -> None:
         """Nobody waits for its tokens any more. It stays in the engine until the engine ends it."""
-        if self._live.get((flight.link, flight.request_id)) is flight:
+        if self._heard.pop(flight.engine_id, None) is not None:
             del self._live[flight.link, flight.request_id]
 
     def listener(self, engine_id: int) -> Flight[LinkT] | None:
-        """The live flight with this number; None if muted or unknown."""
-        flight = self._in_engine.get(engine_id)
-        if flight is None or self._live.get((flight.link, flight.request_id)) is not flight:
-            return None
-        return flight
+        """The live flight with this number; None if muted or unknown. Asked for every token."""
+        return self._heard.get(engine_id)
 
     def land(self, engine_id: int) -> None:
         """The engine ended it: from now on it only waits for its energy."""

@@ -15,11 +15,12 @@ from replicas.energy.learning import CoefficientLearner
 from replicas.energy.ledger import Ledger
 from replicas.energy.weights import coefficients_for
 from replicas.errors import MeterUnavailable, RankLost
+from replicas.expert_heat import heat_of
 from replicas.expert_loads import ExpertLoads
 from replicas.frames import EngineFailure, Event
 from replicas.link.links import LinkPool
 from replicas.link.messages import ReplicaCard
-from replicas.request import StepResult
+from replicas.step_report import StepReport
 from replicas.supervisor.dispatcher import Dispatcher
 from replicas.supervisor.energy_account import EnergyAccount
 from replicas.supervisor.engine_socket import EngineSocket
@@ -87,6 +88,7 @@ class LiveGroup:
         self._first_reading = asyncio.Event()
         self._links_task: asyncio.Task[None] | None = None
         self._num_steps = 0
+        self._published_until_ns = 0
         self._experts: ExpertSnapshot | None = None
 
     async def run(self) -> None:
@@ -94,7 +96,6 @@ class LiveGroup:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read_steps(), name="steps")
-                tasks.create_task(self._write_commands(), name="commands")
                 tasks.create_task(self._watch_death(), name="death")
                 tasks.create_task(self._tick(), name="tick")
                 tasks.create_task(self._follow_meter(), name="meter")
@@ -126,8 +127,9 @@ class LiveGroup:
             event = await next_event(self._socket, self._ranks)
             if isinstance(event, ExpertLoads):
                 self._experts = next_snapshot(self._experts, event)
+                self.dispatcher.experts = heat_of(event, self._experts.recent)
                 self._publish()
-            if not isinstance(event, StepResult):
+            if not isinstance(event, StepReport):
                 continue
             record = event.record
             self._watch.note_step(None if record is None else (record.end_ns - record.start_ns) / 1e9)
@@ -137,13 +139,8 @@ class LiveGroup:
                 if self._feed is not None:
                     self._feed.note_step(record)
             self.dispatcher.on_step(event)
-            self._publish()
-
-    async def _write_commands(self) -> None:
-        try:
-            await self._socket.pump()
-        except RankLost as error:
-            raise RankLost(await _death_reason(self._ranks, otherwise=str(error))) from error
+            if event.deltas or self._has_divided_more():
+                self._publish()
 
     async def _watch_death(self) -> None:
         raise RankLost(await self._ranks.wait_death())
@@ -166,6 +163,7 @@ class LiveGroup:
         try:
             async with aclosing(self._feed.readings()) as readings:
                 async for reading in readings:
+                    self._energy.agent_metrics_address = self._feed.metrics_address
                     self._energy.add_reading(reading)
                     self.dispatcher.settle_energy()
                     self._publish()
@@ -183,9 +181,16 @@ class LiveGroup:
         self._links_task = asyncio.create_task(self._links.run(), name="link pool")
         await asyncio.shield(self._links_task)
 
+    def _has_divided_more(self) -> bool:
+        return self._energy is not None and self._energy.divided_until_ns != self._published_until_ns
+
     def _publish(self) -> None:
-        """In the same breath as bills are sent: no router holds joules that /metrics does not show."""
+        """In the same breath as bills are sent: no router holds joules that /metrics does not show.
+
+        A step without either is shown at the next tick.
+        """
         dispatcher = self.dispatcher
+        self._published_until_ns = self._energy.divided_until_ns if self._energy else 0
         self._metrics.publish(
             MetricsSnapshot(
                 load=dispatcher.load().engine,

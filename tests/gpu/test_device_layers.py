@@ -129,6 +129,27 @@ def test_half_the_experts_give_the_partial_sums_and_the_counts_of_the_torch_path
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_one_token_alone_gives_the_logits_and_the_cache_of_the_torch_path(
+    tmp_path: Path, device: torch.device, num_experts: int
+) -> None:
+    folder = (
+        make_granite_moe(tmp_path, vocab_size=515, num_experts=num_experts)
+        if num_experts
+        else make_granite(tmp_path)
+    )
+    paths = TwoPaths(folder, device)
+    first, _, third = make_plans()
+    paths.step(first)
+    row = third.rows[0]
+    for step, start_pos in enumerate((11, 12, 13)):
+        planned = replace(row, start_pos=start_pos, new_blocks=row.new_blocks if start_pos == 12 else ())
+        expected, actual, hits = paths.step(replace(third, step=step, rows=(planned,)))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        assert hits[0] == hits[1]
+
+
+@torch.inference_mode()
 def test_a_broken_padding_row_touches_no_other(tmp_path: Path, device: torch.device) -> None:
     """Rows that pad a graph share scratch slot 0; whatever lies there stays theirs."""
     paths = TwoPaths(make_granite_moe(tmp_path, vocab_size=515, num_experts=4), device)

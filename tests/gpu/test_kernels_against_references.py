@@ -11,7 +11,7 @@ from bench.gpu_check.case import KernelCase
 from bench.gpu_check.cases import tiny_cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = list(tiny_cases(DEVICE))
+CASES = [make() for make in tiny_cases(DEVICE)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

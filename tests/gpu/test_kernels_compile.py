@@ -24,6 +24,10 @@ KERNELS = {
     "_combine",
     "_best_of_tiles",
     "_best_of_rows",
+    "_norm_linear",
+    "_norm_gated",
+    "_add_product",
+    "_norm_router",
 }
 
 

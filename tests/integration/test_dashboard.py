@@ -168,11 +168,59 @@ async def test_the_ledger_adds_up_and_requests_are_listed_without_their_text(rou
     assert SECRET not in str(status)
 
 
+async def test_what_happened_to_replicas_is_told_with_its_reason(router: TestRouter) -> None:
+    async with router.replica() as replica:
+        await router.cluster.DrainReplica(cluster_pb.DrainReplicaRequest(replica_id=replica.replica_id))
+        status = await router.cluster.Status(cluster_pb.StatusRequest())
+        _, _, body = await get(router, "/dash/snapshot.json")
+    snapshot = json.loads(body)
+    told = [(event["kind"], event["reason"]) for event in snapshot["events"]]
+    assert told == [
+        ("draining", "an operator asked for it (DrainReplica)"),
+        ("attached", "tp 1, ep 1 on cpu, float32"),
+    ]
+    assert snapshot["replicas"][0]["last_event"] == snapshot["events"][0]
+    assert [(event.kind, event.reason) for event in status.events] == told
+    assert status.models[0].replicas[0].last_event.kind == "draining"
+
+
+async def test_the_heat_of_experts_is_drawn_and_a_map_that_cannot_be_is_not(router: TestRouter) -> None:
+    heat = link.ExpertHeat(
+        num_layers=2,
+        num_experts=2,
+        layers_per_row=1,
+        experts_per_column=1,
+        load_percent=(150, 50, 20, 180),
+        copied_cells=(3,),
+        tokens=400,
+        num_ranks=2,
+        num_copies=1,
+        imbalance=1.25,
+        imbalance_without_copies=1.65,
+    )
+    async with router.replica() as replica:
+        for experts in (heat, link.ExpertHeat(num_layers=9)):
+            await replica.send(
+                link.FromReplica(heartbeat=link.Heartbeat(load=replica.load()), experts=experts)
+            )
+        await collect(router.inference.Generate(make_request()))
+        status = await router.cluster.Status(cluster_pb.StatusRequest())
+        _, _, body = await get(router, "/dash/snapshot.json")
+    routed, absent = (model["experts"] for model in json.loads(body)["models"])
+    assert absent is None
+    assert routed["load_percent"] == [150, 50, 20, 180]
+    assert (routed["imbalance"], routed["imbalance_without_copies"]) == (1.25, 1.65)
+    assert routed["hottest"] == {"load": 1.8, "layer": 1, "expert": 1}
+    assert status.models[0].experts.imbalance == 1.25
+    assert not status.models[1].HasField("experts")
+
+
 def assert_same(status: cluster_pb.StatusResponse, snapshot: dict[str, Any]) -> None:
     """What `wattline top` gets is what the page gets."""
     told, shown = status.models[0], snapshot["models"][0]
     assert (told.slo_met, told.slo_missed) == (shown["slo"]["met"], shown["slo"]["missed"])
     assert (told.ttft.p50_ms, told.tpot.p95_ms) == (shown["ttft_ms"]["p50"], shown["tpot_ms"]["p95"])
+    assert told.joules_per_output_token == shown["j_per_output_token"]
     assert told.joules_per_total_token == shown["j_per_total_token"]
     assert told.power.meter_w == shown["power_w"]["meter_w"]
     for name in ("meter_mj", "prefill_mj", "decode_mj", "idle_mj", "unattributed_mj", "static_mj"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.link.messages import parse_heat
 from replicas.config import EngineLimits, ParallelConfig, ReplicaConfig
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
@@ -66,9 +67,16 @@ async def test_lanes_answer_and_the_load_of_the_experts_is_shown(tmp_path: Path)
             while expert_tokens(values) < 2 * 2 * 3 * (3 + NUM_TOKENS - 1):
                 await asyncio.sleep(0.05)
                 values = await scrape(link.hello.metrics_address)
+            await link.wait(
+                lambda: link.heats and link.heats[-1].tokens >= 0.9 * expert_tokens(values),
+                "the heat map of all tokens",
+            )
         finally:
             await supervisor.stop()
     assert lost == []
+    heat = parse_heat(link.heats[-1])
+    assert (heat.num_layers, heat.num_ranks, len(heat.load_percent)) == (2, 2, 2 * heat.num_experts)
+    assert heat.imbalance is not None and heat.num_copies > 0
     for layer in ("0", "1"):
         assert values[f'wattline_expert_copies{{layer="{layer}"}}'] > 0
         ours = values[f'wattline_expert_imbalance{{layer="{layer}"}}']

@@ -10,11 +10,13 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster.router.suspicion import PROOF_TOKENS
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_link_pb2 as link
 from tests.fake_replica import MJ_PER_TOKEN, FakeReplica, Fate, hash_token
 from tests.router_fixture import (
     VOCAB_SIZE,
+    Answer,
     TestRouter,
     collect,
     decode,
@@ -269,3 +271,32 @@ async def test_a_prompt_that_two_replicas_died_of_is_quarantined(router: TestRou
     for each in (error, again):
         assert each.code() is grpc.StatusCode.ABORTED
         assert each.details() == ("replicas stopped while serving this prompt; it is refused for ten minutes")
+
+
+async def test_a_second_death_is_one_request_s_fault_and_the_others_go_on(router: TestRouter) -> None:
+    """Three requests died before a token: they go on one at a time, each behind a few tokens of the last."""
+    texts = ["a", "b", "c"]
+    old, new, third = (router.replica(replica_id=name) for name in ("old", "new", "third"))
+    async with asyncio.timeout(WAIT_S):
+        await old.attach()
+        old.running.clear()
+        calls = [router.inference.Generate(make_request(text, max_tokens=LONG)) for text in texts]
+        await old.wait_command("submit", count=3)
+        await new.attach()
+        new.running.clear()
+        await old.end(Fate.FAILED)
+        await new.wait_command("submit")
+        for _ in range(PROOF_TOKENS):
+            assert len(new.received("submit")) == 1
+            await new.step()
+        culprit = (await new.wait_command("submit", count=2)).submit
+        assert len(new.received("submit")) == 2
+        await third.attach()
+        await new.end(Fate.KILLED)
+        endings = await asyncio.gather(*(collect(call) for call in calls), return_exceptions=True)
+        await third.leave()
+    for text, ending in zip(texts, endings, strict=True):
+        if list(culprit.prompt_ids) == list(spell(text)):
+            assert isinstance(ending, grpc.aio.AioRpcError) and ending.code() is grpc.StatusCode.ABORTED
+        else:
+            assert isinstance(ending, Answer) and ending.token_ids == expected(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -403,3 +404,37 @@ async def test_other_addresses_and_a_switched_off_protocol_are_not_found(router:
     assert (status, json.loads(text)["error"]["type"]) == (404, "not_found_error")
     async with run_test_router(make_config(router={"protocols": {"openai": False}})) as silent:
         assert (await post(silent, "/v1/completions", {}))[0] == 404
+
+
+async def test_an_answer_goes_on_at_another_router(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s" * 64)
+    config = make_config(router={"secret_file": str(tmp_path / "secret")})
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, "stream": True}
+    body |= {"return_token_ids": True}
+    async with run_test_router(config) as first, run_test_router(config) as second:
+        async with first.replica():
+            whole = events(await post(first, "/v1/chat/completions", body))
+        (token,) = [choice["resume_token"] for choice in whole if "resume_token" in choice]
+        ids = [token_id for choice in whole for token_id in choice["token_ids"]]
+        async with second.replica() as new:
+            rest = body | {"resume": {"token": token, "token_ids": ids[:5]}}
+            resumed = events(await post(second, "/v1/chat/completions", rest))
+            assert ids[:5] + [token_id for choice in resumed for token_id in choice["token_ids"]] == ids
+            assert decode(ids[:5]) + said(resumed) == said(whole)
+            assert new.received("submit")[0].submit.first_offset == 5
+            for wrong, status in (
+                ({"token": "?", "token_ids": []}, 400),
+                ({"token": token, "token_ids": ids}, 412),
+            ):
+                answered = await post(second, "/v1/chat/completions", body | {"resume": wrong})
+                assert answered[0] == status, answered
+
+
+def events(answered: tuple[int, dict[str, str], str]) -> list[dict[str, Any]]:
+    """The choice of every event that has one."""
+    lines = [line.removeprefix("data: ") for line in answered[2].splitlines() if line.startswith("data: {")]
+    return [choice for line in lines for choice in json.loads(line)["choices"]]
+
+
+def said(choices: list[dict[str, Any]]) -> str:
+    return "".join(choice["delta"].get("content", "") for choice in choices)

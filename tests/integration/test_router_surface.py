@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
@@ -61,6 +62,28 @@ async def get(router: TestRouter, path: str, **headers: str) -> tuple[int, str]:
     return await asyncio.to_thread(fetch)
 
 
+def reflected(method: Any, kind: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
+    """A method of a descriptor, to be called with the fields of its request."""
+    request_class = message_factory.GetMessageClass(method.input_type)
+    response_class = message_factory.GetMessageClass(method.output_type)
+    call = kind(
+        f"/{method.containing_service.full_name}/{method.name}",
+        request_serializer=lambda message: message.SerializeToString(),
+        response_deserializer=response_class.FromString,
+    )
+    return lambda fields: call(json_format.ParseDict(fields, request_class()), timeout=10)
+
+
+def infer_by_reflection(address: str) -> Any:
+    """The same for the open inference protocol."""
+    with grpc.insecure_channel(address) as channel:
+        pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+        method = pool.FindServiceByName("inference.GRPCInferenceService").FindMethodByName("ModelInfer")
+        prompt = {"name": "text_input", "datatype": "BYTES", "shape": [1]}
+        contents = {"contents": {"bytesContents": [base64.b64encode(b"hi").decode()]}}
+        return reflected(method, channel.unary_unary)({"modelName": MODEL, "inputs": [prompt | contents]})
+
+
 def call_by_reflection(address: str, models: Callable[[Any], str]) -> tuple[list[str], list[str]]:
     """A client that knows no proto of ours: lists services, asks for the models, and chats with one."""
     with grpc.insecure_channel(address) as channel:
@@ -69,15 +92,7 @@ def call_by_reflection(address: str, models: Callable[[Any], str]) -> tuple[list
         service = pool.FindServiceByName("wattline.v1.Inference")
 
         def stub(method_name: str, kind: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
-            method = service.FindMethodByName(method_name)
-            request_class = message_factory.GetMessageClass(method.input_type)
-            response_class = message_factory.GetMessageClass(method.output_type)
-            call = kind(
-                f"/{service.full_name}/{method.name}",
-                request_serializer=lambda message: message.SerializeToString(),
-                response_deserializer=response_class.FromString,
-            )
-            return lambda fields: call(json_format.ParseDict(fields, request_class()), timeout=10)
+            return reflected(service.FindMethodByName(method_name), kind)
 
         model = models(stub("ListModels", channel.unary_unary)({}))
         request = {
@@ -97,11 +112,19 @@ async def test_a_client_made_from_reflection_alone_can_chat(router: TestRouter) 
     assert services == [
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
+        "inference.GRPCInferenceService",
         "wattline.v1.Cluster",
         "wattline.v1.Inference",
     ]
     assert events[-1] == "final"
     assert set(events[:-1]) == {"delta"}
+
+
+async def test_a_client_made_from_reflection_alone_can_infer(router: TestRouter) -> None:
+    async with router.replica():
+        answer = await asyncio.to_thread(infer_by_reflection, router.addresses.grpc)
+    assert answer.DESCRIPTOR.full_name == "inference.ModelInferResponse"
+    assert [output.name for output in answer.outputs] == ["text_output"]
 
 
 async def test_a_time_leads_to_its_trace_in_the_openmetrics_format(router: TestRouter) -> None:

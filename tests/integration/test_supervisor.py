@@ -20,6 +20,7 @@ import pytest
 from protos import wattline_link_pb2 as link_pb2
 from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, ReplicaConfig
 from replicas.errors import RankLost
+from replicas.link.messages import PROTOCOL_VERSION
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
 from tests.small_router import WAIT_S, AttachedReplica, SmallRouter
@@ -127,7 +128,11 @@ async def scrape(address: str) -> dict[str, float]:
 async def test_an_answer_streams_in_order_and_is_billed(tmp_path: Path) -> None:
     async with SmallRouter() as router, running(make_config(tmp_path, router)) as replica:
         link = await router.attached()
-        assert (link.hello.protocol, link.hello.model, link.hello.replica_id) == (1, "null", "replica/1")
+        assert (link.hello.protocol, link.hello.model, link.hello.replica_id) == (
+            PROTOCOL_VERSION,
+            "null",
+            "replica/1",
+        )
         assert (link.epoch, link.hello.energy_source, link.hello.tensor_parallel) == (7, "fake", 2)
         assert [rank.pid for rank in link.hello.ranks] == replica.pids
         assert link.hello.supervisor_pid == os.getpid()

@@ -28,6 +28,7 @@ from protos import wattline_inference_pb2 as pb
 from protos import wattline_link_pb2 as link
 from replicas.config import EngineLimits, NullEngineConfig, ReplicaConfig
 from replicas.energy.agent import EnergyAgent
+from replicas.link.messages import PROTOCOL_VERSION
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
 from tests.fuzzing import changed, messages, mutated
@@ -55,7 +56,7 @@ CHAT = pb.ChatRequest(
 HELLO = link.FromReplica(
     epoch=7,
     hello=link.Hello(
-        protocol=1,
+        protocol=PROTOCOL_VERSION,
         replica_id="fuzz",
         model="absent",
         lanes=1,

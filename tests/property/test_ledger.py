@@ -48,7 +48,7 @@ def test_p3_equal_work_costs_equal_joules(seed: int) -> None:
     world = make_world(random)
     steps = []
     for step in world.steps:
-        twins = [replace(step.members[0], request_id=request_id) for request_id in (100, 101)]
+        twins = [step.members[0]._replace(request_id=request_id) for request_id in (100, 101)]
         random.shuffle(twins)
         steps.append(replace(step, members=(*step.members, *twins)))
     twin_world = replace(world, steps=tuple(steps))
@@ -121,7 +121,7 @@ def test_p8_names_and_order_do_not_matter(seed: int) -> None:
 
 
 def relabel(random: Random, step: StepRecord, names: Mapping[int, int]) -> StepRecord:
-    members = [replace(member, request_id=names[member.request_id]) for member in step.members]
+    members = [member._replace(request_id=names[member.request_id]) for member in step.members]
     random.shuffle(members)
     return replace(step, members=tuple(members))
 
@@ -168,7 +168,7 @@ def test_p12_busy_idle_and_holes_cover_every_instant_once(seed: int) -> None:
     random = Random(seed)
     steps = sorted(
         (
-            Step(start_ns, start_ns + random.randint(0, 60), number, ())
+            Step(start_ns, start_ns + random.randint(0, 60), number)
             for number, start_ns in enumerate(sorted(random.randint(0, 400) for _ in range(12)))
             if random.random() < 0.8
         ),

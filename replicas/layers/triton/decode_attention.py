@@ -100,7 +100,8 @@ def num_splits(num_programs: int, num_tiles: int, processors: int) -> int:
     return power_of_two(max(1, min(wanted, num_tiles, _MAX_SPLITS)))
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+# A kernel for every alignment of the tables would be compiled while requests wait.
+@triton.jit(do_not_specialize=["tables_ptr", "lengths_ptr", "table_stride"])
 def _attend_part(
     q_ptr,
     keys_ptr,

@@ -1,7 +1,8 @@
 """A rank's decoder layers on a CUDA device: Triton kernels between the matrix products of torch.
 
 Per half layer: residual sum and norm in one kernel; the fused product; rotation and cache write in one;
-attention over pages; the output product. Nothing here waits for the device or looks at a value on it, so that
+attention over pages; the output product. A step with one token on one rank goes through the shorter chain of
+`one_token.py`. Nothing here waits for the device or looks at a value on it, so that
 a decode step can be captured in a CUDA graph; kernels are chosen by host integers alone. Partial sums come
 back as the torch path gives them: the decoder adds up ranks. The weights are the rank's own, not copied.
 Shape letters: T tokens, H hidden, S sampled tokens, V local vocabulary rows, X all experts.
@@ -19,6 +20,7 @@ from replicas.layers.triton.combine import combine_experts
 from replicas.layers.triton.decode_attention import decode_attention
 from replicas.layers.triton.expert_lists import list_pairs
 from replicas.layers.triton.grouped_linear import PairLists, down_experts, gated_experts
+from replicas.layers.triton.one_token import OneToken
 from replicas.layers.triton.prefill_attention import prefill_attention
 from replicas.layers.triton.rope_cache import rope_to_cache
 from replicas.layers.triton.router import choose_experts
@@ -33,10 +35,18 @@ class DeviceLayers:
     """Runs the layers of one rank. Not reentrant: one step at a time, between `begin` calls.
 
     `attention` and `ffn` first add what the half layer before gave, `delta_TH`, to `x_TH` in place (times the
-    residual multiplier); None: there was none.
+    residual multiplier); None: there was none. `fuses_one_token` False: one token takes the way of many.
     """
 
-    def __init__(self, spec: ModelSpec, shard: Shard, weights: ModelWeights, kv: PagedKV) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shard: Shard,
+        weights: ModelWeights,
+        kv: PagedKV,
+        *,
+        fuses_one_token: bool = True,
+    ) -> None:
         self._spec = spec
         self._shard = shard
         self._weights = weights
@@ -46,6 +56,8 @@ class DeviceLayers:
             (spec.num_layers, spec.num_experts), device=weights.embedding_VH.device, dtype=torch.int32
         )
         """Pairs of every expert in the last step, per layer."""
+        is_whole = not (shard.is_attention_split or shard.is_ffn_split or shard.is_dispatched)
+        self._one_token = OneToken(spec, weights) if fuses_one_token and is_whole else None
 
     def begin(self, rotation: Rotation, slots_T: torch.Tensor, sequences: DeviceSequences) -> None:
         """Where the tokens of the next calls are: angles, slots to write, pages to read."""
@@ -56,26 +68,37 @@ class DeviceLayers:
         assert self._step is not None, "begin() comes before the layers"
         rotation, slots_T, sequences = self._step
         layer, keys, values = self._weights.layers[index], self._kv.keys[index], self._kv.values[index]
-        normed_TH = self._add_norm(x_TH, delta_TH, layer.attention_norm_H)
-        qkv_TC = linear(normed_TH, layer.qkv_QH)
+        one_token = self._one_token if len(x_TH) == 1 else None
+        if one_token is not None:
+            qkv_TC = one_token.project(x_TH, delta_TH, layer)
+        else:
+            qkv_TC = linear(self._add_norm(x_TH, delta_TH, layer.attention_norm_H), layer.qkv_QH)
         q_TND = rope_to_cache(qkv_TC, rotation, slots_T, keys, values, num_heads=self._shard.num_heads)
         mixed_TND = attend_pages(q_TND, keys, values, sequences, scale=self._spec.attention_scale)
+        if one_token is not None:
+            return one_token.add_mixed(x_TH, mixed_TND, layer)
         return linear(mixed_TND.flatten(1), layer.out_HA)
 
     def ffn(
         self, index: int, x_TH: torch.Tensor, delta_TH: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | int]:
         """This rank's part of the MLP or the experts [T, H]; with the last layer the experts hit in all."""
-        layer = self._weights.layers[index]
-        normed_TH = self._add_norm(x_TH, delta_TH, layer.ffn_norm_H)
-        if isinstance(layer.ffn, MlpWeights):
-            return linear(swiglu(linear(normed_TH, layer.ffn.gate_up_2FH)), layer.ffn.down_HF), 0
-        out_TH = self._mix_experts(normed_TH, layer.ffn, self.expert_counts_LX[index])
-        is_last = index == self._spec.num_layers - 1
-        return out_TH, (self.expert_counts_LX > 0).sum() if is_last else 0
+        layer, counts_X = self._weights.layers[index], self.expert_counts_LX[index]
+        if self._one_token is not None and len(x_TH) == 1:
+            out_TH = self._one_token.add_ffn(x_TH, delta_TH, layer, counts_X)
+        else:
+            normed_TH = self._add_norm(x_TH, delta_TH, layer.ffn_norm_H)
+            if isinstance(layer.ffn, MlpWeights):
+                out_TH = linear(swiglu(linear(normed_TH, layer.ffn.gate_up_2FH)), layer.ffn.down_HF)
+            else:
+                out_TH = self._mix_experts(normed_TH, layer.ffn, counts_X)
+        has_counts = self._spec.num_experts > 0 and index == self._spec.num_layers - 1
+        return out_TH, (self.expert_counts_LX > 0).sum() if has_counts else 0
 
     def head(self, x_SH: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] of this rank's vocabulary rows over normed `x_SH`, neither divided nor masked."""
+        if self._one_token is not None and len(x_SH) == 1:
+            return self._one_token.head(x_SH)
         return linear(self._add_norm(x_SH, None, self._weights.final_norm_H), self._weights.head_VH)
 
     def close(self) -> None:

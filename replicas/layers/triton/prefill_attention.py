@@ -70,7 +70,9 @@ def prefill_attention(
     )
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+# Tables and lengths are parts of larger tensors: their alignment changes from step to step, and a kernel for
+# each would be compiled while requests wait.
+@triton.jit(do_not_specialize=["tables_ptr", "lengths_ptr", "starts_ptr", "table_stride"])
 def _attend_chunk(
     q_ptr,
     keys_ptr,
@@ -112,10 +114,9 @@ def _attend_chunk(
     q = tl.load(q_ptr + flat * q_stride + place, mask=is_out, other=0.0)
     # Tiles that every row sees whole need no mask; the rest end at the last row's own token.
     first_position = length - num_tokens + query_start
-    position = first_position + row // GROUP
     whole_end = (first_position + 1) // TILE_L * TILE_L
     end = tl.minimum(length, first_position + TILE_QUERIES)
-    position = length - num_tokens + query
+    position = first_position + row // GROUP
     best = tl.full([TILE_M], float("-inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     summed = tl.zeros([TILE_M, TILE_D], tl.float32)

@@ -41,6 +41,33 @@ def choose_experts(logits_TX: torch.Tensor, num_choices: int) -> tuple[torch.Ten
     return choices_TC, shares_TC
 
 
+@triton.jit
+def best_choices(
+    left,  # [T, X] float32 logits
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_X: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """Choices and shares [T, C], and what is left of the logits, -inf where an expert was taken."""
+    expert = tl.arange(0, TILE_X)
+    choice = tl.arange(0, TILE_C)
+    # The lowest number stands for NaN and -inf; -inf for what is taken or does not exist.
+    left = tl.where(left > -3.4e38, left, -3.4e38)
+    left = tl.where(expert[None, :] < EXPERTS, left, float("-inf"))
+    chosen = tl.zeros([TILE_T, TILE_C], tl.int32)
+    logit = tl.full([TILE_T, TILE_C], float("-inf"), tl.float32)
+    for index in tl.static_range(CHOICES):
+        best = tl.max(left, 1)
+        at = tl.argmax(left, 1, tie_break_left=True)
+        chosen = tl.where(choice[None, :] == index, at[:, None], chosen)
+        logit = tl.where(choice[None, :] == index, best[:, None], logit)
+        left = tl.where(expert[None, :] == at[:, None], float("-inf"), left)
+    weight = tl.exp(logit - tl.max(logit, 1)[:, None])
+    return chosen, weight / tl.sum(weight, 1)[:, None], left
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _choose(
     logits_ptr,
@@ -59,21 +86,8 @@ def _choose(
     choice = tl.arange(0, TILE_C)
     is_token = token < tokens
     is_real = is_token[:, None] & (expert[None, :] < EXPERTS)
-    left = tl.load(logits_ptr + token[:, None] * stride + expert[None, :], mask=is_real, other=0.0)
-    # The lowest number stands for NaN and -inf; -inf for what is taken or does not exist.
-    left = left.to(tl.float32)
-    left = tl.where(left > -3.4e38, left, -3.4e38)
-    left = tl.where(expert[None, :] < EXPERTS, left, float("-inf"))
-    chosen = tl.zeros([TILE_T, TILE_C], tl.int32)
-    logit = tl.full([TILE_T, TILE_C], float("-inf"), tl.float32)
-    for index in tl.static_range(CHOICES):
-        best = tl.max(left, 1)
-        at = tl.argmax(left, 1, tie_break_left=True)
-        chosen = tl.where(choice[None, :] == index, at[:, None], chosen)
-        logit = tl.where(choice[None, :] == index, best[:, None], logit)
-        left = tl.where(expert[None, :] == at[:, None], float("-inf"), left)
-    weight = tl.exp(logit - tl.max(logit, 1)[:, None])
-    share = weight / tl.sum(weight, 1)[:, None]
+    logits = tl.load(logits_ptr + token[:, None] * stride + expert[None, :], mask=is_real, other=0.0)
+    chosen, share, _ = best_choices(logits.to(tl.float32), EXPERTS, CHOICES, TILE_T, TILE_X, TILE_C)
     to = token[:, None] * CHOICES + choice[None, :]
     is_out = is_token[:, None] & (choice[None, :] < CHOICES)
     tl.store(choices_ptr + to, chosen, mask=is_out)

@@ -88,3 +88,10 @@ def test_the_ledger_stands_before_the_referee(mix: Mix) -> None:
         assert verdict.misallocated < 0.05
         assert verdict.deviation_p95 < 0.35
     assert 0.95 < match.ratio < 1.05
+
+
+def test_prompts_beside_many_decodes_are_divided_as_the_referee_would() -> None:
+    """The hardest of the mixes: chunks of long prompts rule its steps, among dozens of short decodes."""
+    match = referee_mix(MIXES[4], num_requests=120, num_orders=24)
+    assert match.learned.misallocated < 0.015
+    assert match.learned.deviation_p95 < 0.2

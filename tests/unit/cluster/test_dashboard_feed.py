@@ -25,10 +25,11 @@ def make_snapshot(**model: Any) -> dict[str, Any]:
         "waiting": 0,
         "kv_used_ratio": 0.25,
         "slo": {"met": 2, "missed": 1},
+        "experts": None,
         "power_w": {"meter_w": 100.0, "prefill_w": 30.0, "decode_w": 50.0, "idle_w": 20.0},
         **model,
     }
-    return {"models": [one], "replicas": [], "requests": []}
+    return {"models": [one], "replicas": [], "events": [], "requests": []}
 
 
 def test_a_point_holds_a_number_for_every_series() -> None:

@@ -7,10 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.router.energy_account import EnergyAccount, RequestEnergy, add_up, joined
-from cluster.router.failover import FailoverBudget, LossReason, Quarantine, Verdict, decide
-
-KILLED, FAILED, FROZEN = LossReason.KILLED, LossReason.FAILED, LossReason.FROZEN
-DRAINED, REFUSED = LossReason.DRAINED, LossReason.REFUSED
+from cluster.router.failover import FailoverBudget, Quarantine, Verdict, decide
 
 LOST = RequestEnergy(
     prefill_mj=1000,
@@ -30,24 +27,23 @@ AGAIN = [False, True]
 
 
 @pytest.mark.parametrize(
-    ("losses", "has_budget", "verdict"),
+    ("num_losses", "is_culprit", "has_budget", "verdict"),
     [
-        ([KILLED], True, Verdict.RESUME),
-        ([FROZEN, DRAINED], True, Verdict.RESUME),
-        ([KILLED], False, Verdict.BUDGET_SPENT),
-        ([FROZEN, DRAINED, REFUSED], True, Verdict.REQUEST_SPENT),
-        ([KILLED, FROZEN, FAILED], True, Verdict.QUARANTINE),
-        ([KILLED, FAILED], False, Verdict.QUARANTINE),
+        (2, False, True, Verdict.RESUME),
+        (1, False, False, Verdict.BUDGET_SPENT),
+        (3, False, True, Verdict.REQUEST_SPENT),
+        (2, True, True, Verdict.QUARANTINE),
+        (3, True, False, Verdict.QUARANTINE),
     ],
 )
-def test_a_stream_is_moved_twice_and_never_past_two_deaths(
-    losses: list[LossReason], has_budget: bool, verdict: Verdict
+def test_a_stream_is_moved_twice_and_not_at_all_where_a_replica_died_of_it(
+    num_losses: int, is_culprit: bool, has_budget: bool, verdict: Verdict
 ) -> None:
-    assert decide(losses, per_request=2, has_budget=has_budget) is verdict
+    assert decide(num_losses, is_culprit=is_culprit, per_request=2, has_budget=has_budget) is verdict
 
 
 def test_no_failover_is_a_limit_of_zero() -> None:
-    assert decide([DRAINED], per_request=0, has_budget=True) is Verdict.REQUEST_SPENT
+    assert decide(1, is_culprit=False, per_request=0, has_budget=True) is Verdict.REQUEST_SPENT
 
 
 def test_the_budget_starts_with_a_burst_and_earns_a_share_of_the_traffic() -> None:

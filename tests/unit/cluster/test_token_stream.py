@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
 
 import pytest
 
+from cluster.link.reader_pace import MAX_GAP_S, MAX_MESSAGES_PER_S, ReaderPace
 from cluster.link.token_stream import Finished, TokenStream
 from cluster.text.answer_text import AnswerText, Piece
 from cluster.text.null_tokenizer import NullTokenizer
@@ -24,7 +26,9 @@ class Overflow:
         self.count += 1
 
 
-def make_stream(*, buffer_bytes: int, overflow: Overflow) -> TokenStream:
+def make_stream(
+    *, buffer_bytes: int = 2**20, overflow: Overflow | None = None, pace: ReaderPace | None = None
+) -> TokenStream:
     text = AnswerText(NullTokenizer(32_000), stop_texts=(), stop_token_ids=frozenset())
     return TokenStream(
         link_id=1,
@@ -32,7 +36,8 @@ def make_stream(*, buffer_bytes: int, overflow: Overflow) -> TokenStream:
         first_offset=0,
         text=text,
         buffer_bytes=buffer_bytes,
-        on_overflow=overflow,
+        on_overflow=overflow or Overflow(),
+        pace=pace or ReaderPace(),
         clock_s=lambda: 1.0,
     )
 
@@ -81,3 +86,36 @@ async def test_text_counts_as_well_as_tokens() -> None:
     assert overflow.count == 0
     stream.deliver(Piece("y", (), False, 0), None)
     assert overflow.count == 1
+
+
+async def test_what_comes_faster_than_the_pace_goes_along_with_the_next_message() -> None:
+    pace = ReaderPace()
+    stream = make_stream(pace=pace)
+    pace.num_streams = MAX_MESSAGES_PER_S
+    assert pace.gap_s == MAX_GAP_S
+    stream.deliver(Piece("a", (1,), False, 0), None)
+    assert (await stream.next()).text == "a"
+    reading = asyncio.ensure_future(stream.next())
+    for text in ("b", "c"):
+        stream.deliver(Piece(text, (2,), False, 0), None)
+        await asyncio.sleep(0)
+    assert (await reading).text == "bc"
+
+
+async def test_the_end_of_an_answer_does_not_wait_for_the_pace() -> None:
+    pace = ReaderPace()
+    stream = make_stream(pace=pace)
+    pace.num_streams = MAX_MESSAGES_PER_S
+    for text, end in (("a", None), ("b", Finished(reason=FinishReason.LENGTH, timing=None))):
+        stream.deliver(Piece(text, (1,), False, 0), end)
+        reading = asyncio.ensure_future(stream.next())
+        await asyncio.sleep(0)
+        assert reading.done()
+
+
+def test_only_streams_that_somebody_reads_share_the_pace() -> None:
+    pace = ReaderPace()
+    streams = [make_stream(pace=pace) for _ in range(3)]
+    streams[0].abandon()
+    streams[0].abandon()
+    assert pace.num_streams == 2

@@ -23,6 +23,7 @@ from replicas.request import (
     StepRecord,
     StepResult,
 )
+from replicas.step_report import report_of
 from replicas.supervisor.dispatcher import Dispatcher
 from replicas.supervisor.energy_account import EnergyAccount
 
@@ -122,7 +123,7 @@ class Desk:
 
     def step(self, *deltas: SequenceDelta, record: StepRecord | None = None) -> None:
         result = StepResult(step=9, deltas=deltas, load=make_load(9), record=record)
-        self.dispatcher.on_step(result)
+        self.dispatcher.on_step(report_of(result))
 
 
 async def take(session: LinkSession) -> Parcel | None:
@@ -131,7 +132,7 @@ async def take(session: LinkSession) -> Parcel | None:
 
 async def deltas(session: LinkSession) -> tuple[SequenceDelta, ...]:
     parcel = await take(session)
-    return () if parcel is None else parcel.deltas
+    return () if parcel is None else (*parcel.tokens.deltas(), *parcel.deltas)
 
 
 async def test_each_link_gets_its_own_deltas_under_its_own_numbers() -> None:

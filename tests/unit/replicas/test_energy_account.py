@@ -12,8 +12,8 @@ from replicas.request import (
     SequenceDelta,
     StepMember,
     StepRecord,
-    StepResult,
 )
+from replicas.step_report import StepReport
 from replicas.supervisor.energy_account import EnergyAccount, EnergySums
 
 MS = 1_000_000
@@ -42,11 +42,11 @@ def make_account(clock: Clock) -> EnergyAccount:
     return EnergyAccount(Ledger(costs=COSTS, idle_power_w=0.0), clock=clock)
 
 
-def make_step(*, start_ns: int, end_ns: int, num_tokens: int) -> StepResult:
+def make_step(*, start_ns: int, end_ns: int, num_tokens: int) -> StepReport:
     member = StepMember(request_id=1, new_tokens=num_tokens, context_tokens=0, is_prefill=False)
     record = StepRecord(step=1, start_ns=start_ns, end_ns=end_ns, members=(member,))
     delta = SequenceDelta(request_id=1, attempt=1, first_offset=0, token_ids=(7,) * num_tokens)
-    return StepResult(step=1, deltas=(delta,), load=LOAD, record=record)
+    return StepReport(step=1, deltas=(delta,), load=LOAD, record=record)
 
 
 def test_nothing_is_known_before_the_meter_spoke() -> None:

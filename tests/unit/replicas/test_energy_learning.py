@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from replicas.energy.learning import CoefficientLearner, LearnedFactors
+from replicas.energy.learning import WINDOWS_TO_TRUST, CoefficientLearner, LearnedFactors
 from replicas.energy.weights import CPU_COEFFICIENTS, GPU_COEFFICIENTS, DeviceCoefficients, StepWork
 
 TRUE_W, TRUE_J_PER_FLOP, TRUE_J_PER_BYTE = 320.0, 4.0e-13, 2.0e-10
@@ -59,7 +59,7 @@ def test_p13_after_fifty_windows_held_ones_are_predicted_within_two_percent() ->
 
 def test_shares_stay_as_shipped_until_the_learner_is_trusted() -> None:
     learner = CoefficientLearner(GPU_COEFFICIENTS)
-    teach(learner, Random(5), 49)
+    teach(learner, Random(5), WINDOWS_TO_TRUST - 1)
     assert learner.coefficients is GPU_COEFFICIENTS
     teach(learner, Random(6), 11)
     assert learner.coefficients != GPU_COEFFICIENTS

@@ -90,7 +90,7 @@ def test_a_request_alone_pays_the_window_without_its_idle_time() -> None:
             static_mj=6_000,
             wasted_mj=0,
             source=Source.COUNTER,
-            method="step-ledger/1",
+            method="step-ledger/2",
             window_ms=100.0,
             confidence_factor=1.05,
             final=True,

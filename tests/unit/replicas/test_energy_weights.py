@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise, permutations
 from random import Random
 
 import pytest
 
+from replicas.energy.claims import claims_of, weigh_member
 from replicas.energy.weights import (
     CPU_COEFFICIENTS,
     GPU_COEFFICIENTS,
     DeviceCoefficients,
-    MemberWeight,
+    MemberCosts,
     coefficients_for,
-    weigh_step,
+    price_step,
+    rows_of,
 )
+from replicas.energy.window import Share, Step
 from replicas.request import EngineCosts, StepMember, StepRecord
 
 MS = 1_000_000
@@ -52,10 +56,31 @@ def make_step(*members: StepMember, duration_ms: float = 8.0, experts_hit: int =
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberWeight:
+    request_id: int
+    weight: float
+    static: float
+    wasted: float
+
+
+def priced(record: StepRecord, costs: EngineCosts, device: DeviceCoefficients) -> Step:
+    rows = rows_of(record.members)
+    price, work = price_step(record, rows, MemberCosts(costs), device)
+    return Step(record.start_ns, record.end_ns, record.step, rows, price, work)
+
+
 def step_weights(
     record: StepRecord, costs: EngineCosts, device: DeviceCoefficients
 ) -> tuple[MemberWeight, ...]:
-    return weigh_step(record, costs, device).members
+    """In the order of the members' ids, as a window sees them that holds this step alone."""
+    step = priced(record, costs, device)
+    claims = claims_of([Share(step, step.duration_ns, 0)], MemberCosts(costs), end_ns=step.end_ns)
+    columns = (claims.weight.tolist(), claims.static.tolist(), claims.wasted.tolist())
+    return tuple(
+        MemberWeight(request_id=request_id, weight=weight, static=static, wasted=wasted)
+        for request_id, weight, static, wasted in zip(claims.request_ids, *columns, strict=True)
+    )
 
 
 def joules(record: StepRecord, costs: EngineCosts = LLAMA_8B) -> float:
@@ -85,8 +110,25 @@ def test_equal_members_weigh_the_same_and_nothing_weighs_zero() -> None:
             assert 0.0 < first.static <= first.weight
 
 
-def test_a_step_without_members_has_no_weights() -> None:
-    assert step_weights(make_step(), LLAMA_8B, GPU_COEFFICIENTS) == ()
+def test_the_members_pay_the_modelled_joules_of_their_step() -> None:
+    """Where memory rules and where arithmetic does: static power for all of its time, and all of its work."""
+    device = GPU_COEFFICIENTS
+    for chunk in (1, 200, 2000):
+        record = make_step(prefill(1, chunk), *(decode(request_id) for request_id in range(2, 20)))
+        step = priced(record, LLAMA_8B, device)
+        expected_j = device.static_w * step.work.seconds
+        expected_j += device.joules_per_flop * step.work.flops
+        expected_j += device.joules_per_byte * step.work.traffic_bytes
+        assert joules(record) == pytest.approx(expected_j, rel=1e-9)
+
+
+def test_one_member_weighs_alone_what_it_weighs_among_all() -> None:
+    record = make_step(prefill(1, 700), decode(2), decode(3, 4000))
+    step = priced(record, LLAMA_8B, GPU_COEFFICIENTS)
+    for member in step_weights(record, LLAMA_8B, GPU_COEFFICIENTS):
+        weight, is_prefill = weigh_member(step, member.request_id, MemberCosts(LLAMA_8B))
+        assert weight == pytest.approx(member.weight, rel=1e-12)
+        assert is_prefill == (member.request_id == 1)
 
 
 def test_more_work_never_lowers_the_own_share() -> None:

@@ -44,9 +44,9 @@ from replicas.request import (
     SequenceTiming,
     StepMember,
     StepRecord,
-    StepResult,
     TokenLogprobs,
 )
+from replicas.step_report import StepReport, TokenColumns
 
 REQUEST = GenerationRequest(
     request_id=2**60,
@@ -86,8 +86,11 @@ LOAD = LoadSnapshot(
     cached_tokens_total=4,
     generated_tokens_total=10,
 )
-RESULT = StepResult(
+REPORT = StepReport(
     step=4,
+    tokens=TokenColumns(
+        request_ids=[3, 4], attempts=[0, 1], first_offsets=[5, 0], counts=[1, 2], token_ids=[9, 8, 7]
+    ),
     deltas=(
         SequenceDelta(
             request_id=1,
@@ -147,8 +150,8 @@ COMMANDS = (Submit(request=REQUEST), Cancel(request_id=2**60), Stop(request_id=3
 EVENTS = (
     LoadingProgress(rank=1, stage="weights", done=3, total=2**40),
     READY,
-    RESULT,
-    replace(RESULT, record=None, deltas=()),
+    REPORT,
+    replace(REPORT, record=None, deltas=()),
     EngineFailure(reason="RankLost: rank 1 failed"),
     ExpertLoads(num_experts=2, tokens=(3, 2**40, 0, 7), num_ranks=2, spares=(-1, 0, 1, -1)),
 )
@@ -166,8 +169,8 @@ def test_an_event_survives_the_round_trip(event: Event) -> None:
 
 @pytest.mark.parametrize("finish", list(FinishReason))
 def test_every_finish_reason_survives_the_round_trip(finish: FinishReason) -> None:
-    delta = replace(RESULT.deltas[1], finish=finish)
-    assert decode_event(encode_event(replace(RESULT, deltas=(delta,)))) == replace(RESULT, deltas=(delta,))
+    delta = replace(REPORT.deltas[1], finish=finish)
+    assert decode_event(encode_event(replace(REPORT, deltas=(delta,)))) == replace(REPORT, deltas=(delta,))
 
 
 @pytest.mark.parametrize(

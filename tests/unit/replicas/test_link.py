@@ -15,7 +15,7 @@ from replicas.config import ReplicaConfig
 from replicas.frames import Cancel, Stop, Submit
 from replicas.link.link import LinkSession, RouterLink
 from replicas.link.links import LinkPool, resolve_target
-from replicas.link.messages import Drain, ReplicaCard, ReplicaLoad, RouterCommand
+from replicas.link.messages import PROTOCOL_VERSION, Drain, ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
 from replicas.request import (
     CacheChange,
@@ -140,15 +140,16 @@ async def linked(router: SmallRouter, *, max_pending_tokens: int = 1 << 18) -> A
         await asyncio.wait({task})
 
 
-def make_delta(first_offset: int, token_ids: tuple[int, ...]) -> SequenceDelta:
-    return SequenceDelta(request_id=1, attempt=2, first_offset=first_offset, token_ids=token_ids)
-
-
 async def test_hello_says_who_this_is() -> None:
     async with SmallRouter() as router, linked(router):
         replica = await router.attached()
         hello = replica.hello
-        assert (hello.protocol, hello.replica_id, hello.model, replica.epoch) == (1, "r", "m", 3)
+        assert (hello.protocol, hello.replica_id, hello.model, replica.epoch) == (
+            PROTOCOL_VERSION,
+            "r",
+            "m",
+            3,
+        )
         assert (hello.weights_digest, hello.tokenizer_digest, hello.energy_source) == ("w", "t", "fake")
         assert (list(hello.load.free_blocks), hello.load.power_w) == ([7], 80.0)
         assert hello.ranks[0] == link_pb2.RankProcess(rank=0, pid=11, device="cpu")
@@ -175,7 +176,7 @@ async def test_tokens_go_up_in_order_whatever_is_merged() -> None:
         replica = await router.attached()
         outbox = recorder.sessions[0].outbox
         for offset in range(100):
-            outbox.add_deltas(offset, [make_delta(offset, (offset,))])
+            outbox.add_tokens(offset, [(1, 2, offset, (offset,))])
             if offset % 3 == 0:
                 await asyncio.sleep(0)
         await replica.wait(lambda: len(replica.token_ids(1)) == 100, "all tokens")
@@ -205,7 +206,7 @@ async def test_a_router_that_does_not_read_loses_its_link() -> None:
         replica.is_reading.clear()
         outbox = recorder.sessions[0].outbox
         for offset in range(0, 40_000_000, 50_000):
-            outbox.add_deltas(offset, [make_delta(offset, (99_999,) * 50_000)])
+            outbox.add_tokens(offset, [(1, 2, offset, (99_999,) * 50_000)])
             await asyncio.sleep(0)
             if recorder.lost_reasons:
                 break

@@ -94,6 +94,9 @@ def test_fails_and_hangs_on_order() -> None:
     failing = NullRunner(NullEngineConfig(fail_at_step=1), LIMITS)
     with pytest.raises(RuntimeError, match="told to fail at step 1"):
         failing.launch(make_plan(1, 0, PROMPT, (9, 3), is_new=True))
+    poisoned = NullRunner(NullEngineConfig(fail_at_token=PROMPT[-1]), LIMITS)
+    with pytest.raises(RuntimeError, match=f"told to fail at token {PROMPT[-1]}"):
+        poisoned.launch(make_plan(1, 0, PROMPT, (9, 3), is_new=True))
     hanging = NullRunner(NullEngineConfig(hang_at_step=1), LIMITS)
     assert hanging.launch(make_plan(1, 0, PROMPT, (9, 3), is_new=True)).done_ns is None
 

@@ -10,6 +10,7 @@ from replicas.energy.meter import Source
 from replicas.link.messages import EnergyStatement
 from replicas.link.outbox import Outbox, Parcel
 from replicas.request import FinishReason, SequenceDelta, SequenceTiming, TokenLogprobs
+from replicas.step_report import TokenColumns
 
 TIMING = SequenceTiming(
     queue_us=1, prefill_us=2, decode_us=3, cached_tokens=0, wasted_tokens=0, preemptions=0
@@ -54,19 +55,28 @@ async def take(outbox: Outbox) -> Parcel:
 
 async def test_one_step_is_one_parcel() -> None:
     outbox = Outbox()
-    deltas = (make_delta(1, 0, (7,)), make_delta(2, 4, (8,)))
-    outbox.add_deltas(3, deltas)
-    assert await take(outbox) == Parcel(step=3, deltas=deltas, energy=(), draining=None, goodbye=None)
+    outbox.add_tokens(3, [(1, 1, 0, (7,)), (2, 1, 4, (8,))])
+    end = make_delta(3, 4, (8,), FinishReason.LENGTH)
+    outbox.add_deltas(3, [end])
+    columns = TokenColumns(
+        request_ids=[1, 2], attempts=[1, 1], first_offsets=[0, 4], counts=[], token_ids=[7, 8]
+    )
+    assert await take(outbox) == Parcel(
+        step=3, tokens=columns, deltas=(end,), energy=(), draining=None, goodbye=None
+    )
+    outbox.add_energy([make_statement(1, prefill_mj=90, final=False)])
+    assert not (await take(outbox)).tokens
 
 
 async def test_missed_steps_travel_as_one() -> None:
     outbox = Outbox()
-    outbox.add_deltas(1, [make_delta(1, 0, (7,)), make_delta(2, 0, (1,))])
-    outbox.add_deltas(2, [make_delta(1, 1, (8, 9))])
+    outbox.add_tokens(1, [(1, 1, 0, (7,)), (2, 1, 0, (1,))])
+    outbox.add_tokens(2, [(1, 1, 1, (8, 9))])
     outbox.add_deltas(3, [make_delta(1, 3, (), FinishReason.STOP)])
     parcel = await take(outbox)
     assert parcel.step == 3
-    assert parcel.deltas == (make_delta(1, 0, (7, 8, 9), FinishReason.STOP), make_delta(2, 0, (1,)))
+    assert list(parcel.tokens.runs()) == [(1, 1, 0, (7, 8, 9)), (2, 1, 0, (1,))]
+    assert parcel.deltas == (make_delta(1, 3, (), FinishReason.STOP),)
 
 
 async def test_a_final_bill_replaces_the_estimate_that_still_waits() -> None:
@@ -90,10 +100,10 @@ async def test_taken_things_are_gone() -> None:
 async def test_too_many_tokens_overflow() -> None:
     outbox = Outbox(max_pending_tokens=3)
     overflow = asyncio.create_task(outbox.overflow())
-    outbox.add_deltas(1, [make_delta(1, 0, (1, 2, 3))])
+    outbox.add_tokens(1, [(1, 1, 0, (1, 2, 3))])
     await asyncio.sleep(0)
     assert not overflow.done()
-    outbox.add_deltas(2, [make_delta(1, 3, (4,))])
+    outbox.add_tokens(2, [(1, 1, 3, (4,))])
     await asyncio.wait_for(overflow, timeout=5.0)
 
 
@@ -114,3 +124,13 @@ async def test_logprobs_merge_with_their_tokens() -> None:
     (delta,) = (await take(outbox)).deltas
     assert (delta.token_ids, delta.finish) == ((7, 8, 9), FinishReason.LENGTH)
     assert (delta.logprobs, delta.prompt_logprobs) == (tuple(said[:3]), (said[3],))
+
+
+async def test_tokens_stay_behind_a_delta_that_waits() -> None:
+    outbox = Outbox()
+    said = TokenLogprobs(logprob=-1.0)
+    outbox.add_deltas(1, (replace(make_delta(1, 0, (7,)), prompt_logprobs=(said,)),))
+    outbox.add_tokens(2, [(1, 1, 1, (8,))])
+    parcel = await take(outbox)
+    assert not parcel.tokens
+    assert parcel.deltas == (replace(make_delta(1, 0, (7, 8)), prompt_logprobs=(said,)),)
