@@ -25,6 +25,7 @@ class EngineJob:
     deadline_s: float | None
     lane: int
     cache_salt: bytes
+    tenant: str
     traceparent: str
     text: AnswerText
     buffer_bytes: int

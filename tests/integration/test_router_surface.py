@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 from urllib.error import HTTPError
@@ -147,6 +148,10 @@ async def test_pickers_find_the_names_they_know_and_the_ledger_adds_up(router: T
         idle_mj=10,
         unattributed_mj=1,
         static_mj=250,
+        tenants=[
+            link.TenantEnergy(tenant="red", prefill_mj=700, decode_mj=0),
+            link.TenantEnergy(tenant="blue", prefill_mj=300, decode_mj=90),
+        ],
     )
     async with router.replica() as replica:
         await replica.report_ledger(totals)
@@ -166,8 +171,16 @@ async def test_pickers_find_the_names_they_know_and_the_ledger_adds_up(router: T
     ):
         assert line in text.splitlines()
     joules = [line for line in text.splitlines() if line.startswith("wattline_energy_joules_total{")]
-    assert [line.partition("} ")[2] for line in joules] == ["1.0", "0.1", "0.01", "0.001"]
-    assert 'ledger="idle",model="tiny",phase="none",source="counter"' in joules[2]
+    seen = [re.search(r'phase="(\w+)".*tenant="(\w+)"} (.*)', line) for line in joules]
+    assert [found.groups() for found in seen if found] == [
+        ("prefill", "red", "0.7"),
+        ("prefill", "blue", "0.3"),
+        ("decode", "red", "0.0"),
+        ("decode", "blue", "0.09"),
+        ("decode", "none", "0.01"),
+        ("none", "none", "0.01"),
+        ("none", "none", "0.001"),
+    ]
     assert "wattline_power_watts{" not in text
 
 
