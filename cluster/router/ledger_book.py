@@ -11,6 +11,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
+from cluster.router.idle_share import IdleShare
+
 MAX_REPLICA_LIVES = 2048
 """Lives of replicas whose last sums are remembered; beyond it the one not heard of for longest is let go."""
 MAX_TENANTS = 64
@@ -123,6 +125,7 @@ class LedgerBook:
     def __init__(self) -> None:
         self._lives: OrderedDict[tuple[str, int], _Life] = OrderedDict()
         self._sums: dict[str, LedgerSums] = {}
+        self.idle_share = IdleShare()
         self._confidence_factors: dict[str, float] = {}
 
     @property
@@ -150,6 +153,9 @@ class LedgerBook:
             before = (last.ledger.sums.get(source) if last else None) or LedgerSums()
             self._sums[source] = self._sums.get(source, LedgerSums()) + sums.minus(before)
         self._confidence_factors.update(ledger.confidence_factors)
+        self.idle_share.note(
+            {source: (sums.requests_mj, sums.idle_mj) for source, sums in self._sums.items()}, now_s=now_s
+        )
         self._lives[key] = _Life(ledger=ledger, heard_s=now_s, power=_power(last, ledger))
         if len(self._lives) > MAX_REPLICA_LIVES:
             self._lives.popitem(last=False)
