@@ -33,6 +33,7 @@ from replicas.energy.polling import MeterPoller
 from replicas.energy.rapl import RaplMeter
 from replicas.energy.replay import FakeMeter
 from replicas.energy.survey import survey_meters
+from replicas.energy.zeus_meter import ZeusMeter
 from replicas.errors import MeterUnavailable
 from replicas.metrics_page import MetricsPage
 from replicas.strict_messages import add_strictly
@@ -219,6 +220,8 @@ class EnergyAgent:
             return NvmlMeter(key.gpu_uuids, clock=self._clock)
         if key.meter == "rapl":
             return RaplMeter(clock=self._clock)
+        if key.meter == "zeus":
+            return ZeusMeter(clock=self._clock)
         if key.pids:
             return CpuModelMeter(
                 key.pids, static_w=self._cpu_static_w, core_w=self._cpu_core_w, clock=self._clock
@@ -282,9 +285,9 @@ class _Servicer(EnergyAgentServicer):
 
 
 def _key(request: wire.WatchEnergyRequest) -> WatchKey:
-    """RAPL is one meter whoever asks: two pollers of it would export its joules twice."""
-    if request.meter == "rapl":
-        return WatchKey("rapl", (), ())
+    """A meter of the whole host is one, whoever asks: two pollers of it would export its joules twice."""
+    if request.meter in ("rapl", "zeus"):
+        return WatchKey(request.meter, (), ())
     return WatchKey(request.meter or "auto", tuple(sorted(request.gpu_uuids)), tuple(sorted(request.pids)))
 
 
