@@ -1,11 +1,17 @@
-"""A closed-loop gRPC client: `concurrency` streams in flight, the next starts when one ends."""
+"""A closed-loop gRPC client: `concurrency` streams in flight, the next starts when one ends.
+
+An answer ends with its last token, as it does for a caller of the engine alone. Its bill comes on the same
+stream, up to 150 ms later, and is read beside the next answer; how long it took is measured by itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import grpc
 
@@ -14,72 +20,95 @@ from bench.workload import Workload
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc
 
+Call: TypeAlias = "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One answer as its caller saw it, and its bill, which came `bill_wait_s` after the last token."""
+
+    times: RequestTimes
+    final: pb.Final
+    bill_wait_s: float
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineRun:
-    """What the clients of one workload saw. `energy_j` is None when any answer came without joules."""
+    """What the clients of one workload saw; `wall_s` is up to the last token of all.
+
+    `energy_j` is None when any answer came without joules.
+    """
 
     times: tuple[RequestTimes, ...]
     wall_s: float
     energy_j: float | None
     energy_source: str
     energy_final_share: float
+    bill_wait_ms_p50: float
 
 
 async def run_closed_loop(address: str, model: str, workload: Workload) -> LineRun:
     """Send every prompt of the workload once. Raises grpc.RpcError when a stream fails."""
+    prompts = iter(workload.prompts)
+    answers: list[asyncio.Task[Answer]] = []
     async with grpc.aio.insecure_channel(address) as channel:
         stub = pb_grpc.InferenceStub(channel)
-        prompts = iter(workload.prompts)
+
+        async def ask_in_turn() -> None:
+            for prompt in prompts:
+                has_answer = asyncio.Event()
+                call = stub.Generate(_request(model, prompt, workload.output_tokens))
+                answers.append(group.create_task(_read(call, workload.output_tokens, has_answer)))
+                await has_answer.wait()
+
         start_s = time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            workers = [
-                group.create_task(_worker(stub, model, workload.output_tokens, prompts))
-                for _ in range(workload.concurrency)
-            ]
-        wall_s = time.perf_counter() - start_s
-    done = [one for worker in workers for one in worker.result()]
-    finals = [final for _, final in done]
-    joules = [final.energy.total_j for final in finals if final.energy.HasField("total_j")]
+            for _ in range(workload.concurrency):
+                group.create_task(ask_in_turn())
+    return _line_run([answer.result() for answer in answers], start_s)
+
+
+def _line_run(answers: Sequence[Answer], start_s: float) -> LineRun:
+    energies = [answer.final.energy for answer in answers]
+    joules = [energy.total_j for energy in energies if energy.HasField("total_j")]
     return LineRun(
-        times=tuple(times for times, _ in done),
-        wall_s=wall_s,
-        energy_j=sum(joules) if len(joules) == len(finals) else None,
-        energy_source=finals[0].energy.source if finals else "",
-        energy_final_share=sum(one.energy.state == pb.ENERGY_STATE_FINAL for one in finals)
-        / max(1, len(finals)),
+        times=tuple(answer.times for answer in answers),
+        wall_s=max(answer.times.last_token_s for answer in answers) - start_s,
+        energy_j=sum(joules) if len(joules) == len(energies) else None,
+        energy_source=energies[0].source,
+        energy_final_share=statistics.mean(one.state == pb.ENERGY_STATE_FINAL for one in energies),
+        bill_wait_ms_p50=statistics.median(answer.bill_wait_s for answer in answers) * 1e3,
     )
 
 
-async def _worker(
-    stub: pb_grpc.InferenceAsyncStub, model: str, output_tokens: int, prompts: Iterator[tuple[int, ...]]
-) -> list[tuple[RequestTimes, pb.Final]]:
-    return [await _one(stub, model, output_tokens, prompt) for prompt in prompts]
-
-
-async def _one(
-    stub: pb_grpc.InferenceAsyncStub, model: str, output_tokens: int, prompt: tuple[int, ...]
-) -> tuple[RequestTimes, pb.Final]:
-    request = pb.GenerateRequest(
-        model=model,
-        tokens=pb.TokenIds(ids=prompt),
-        sampling=pb.Sampling(temperature=0.0),
-        limits=pb.Limits(max_tokens=output_tokens, ignore_eos=True),
-    )
+async def _read(call: Call, output_tokens: int, has_answer: asyncio.Event) -> Answer:
+    """Read a stream to its end; tells when the answer is complete."""
     submitted_s = time.perf_counter()
     first_s = last_s = submitted_s
     received = 0
     final = pb.Final()
-    async for response in stub.Generate(request):
+    async for response in call:
         if response.HasField("final"):
             final = response.final
-        elif response.delta.token_ids:
+            continue
+        if response.delta.token_ids:
             last_s = time.perf_counter()
             first_s = first_s if received else last_s
             received += len(response.delta.token_ids)
+        if response.delta.finish_reason:
+            has_answer.set()
     if received != output_tokens:
         raise RuntimeError(f"asked {output_tokens} tokens, got {received}")
     times = RequestTimes(
         submitted_s=submitted_s, first_token_s=first_s, last_token_s=last_s, output_tokens=received
     )
-    return times, final
+    return Answer(times=times, final=final, bill_wait_s=time.perf_counter() - last_s)
+
+
+def _request(model: str, prompt: Sequence[int], output_tokens: int) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        model=model,
+        tokens=pb.TokenIds(ids=prompt),
+        sampling=pb.Sampling(temperature=0.0),
+        limits=pb.Limits(max_tokens=output_tokens, ignore_eos=True),
+    )

@@ -148,6 +148,7 @@ async def measure_line(stack: Stack, section: ModelSection, workload: Workload) 
         | energy_fields(run.energy_j, run.energy_source, workload)
         | {"tensor_parallel": section.parallel.tensor, "expert_parallel": section.parallel.expert}
         | {"energy_final_share": round(run.energy_final_share, 3)}
+        | {"bill_wait_ms_p50": round(run.bill_wait_ms_p50, 1)}
     )
     show(row)
     return row

@@ -95,12 +95,17 @@ async def read_event(reader: asyncio.StreamReader) -> Event:
         raise RankLost("rank 0 closed its socket") from error
 
 
+def send_command(writer: asyncio.StreamWriter, command: Command, *, clock: Clock = time.monotonic_ns) -> None:
+    """Send one command at once; what rank 0 does not read yet stays in the writer's buffer."""
+    writer.write(_frame(encode_command(command, now_ns=clock())))
+
+
 async def write_command(
     writer: asyncio.StreamWriter, command: Command, *, clock: Clock = time.monotonic_ns
 ) -> None:
     """Send one command; waits while rank 0 is slow to read. Raises `RankLost` when it is gone."""
     try:
-        writer.write(_frame(encode_command(command, now_ns=clock())))
+        send_command(writer, command, clock=clock)
         await writer.drain()
     except ConnectionError as error:
         raise RankLost("rank 0 closed its socket") from error

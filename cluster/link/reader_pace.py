@@ -8,7 +8,7 @@ for many streams takes longer for a step than this gap, and then each token is a
 from __future__ import annotations
 
 MAX_MESSAGES_PER_S = 5000
-"""Of all streams together: about a third of a core."""
+"""Of all streams together: some half a core of a small machine."""
 MAX_GAP_S = 0.05
 """Text that comes twenty times a second still flows."""
 

@@ -267,6 +267,8 @@ class ReplicaConnection:
             news = (tuple(delta.token_ids), logprobs, end)
             entries += self._take(stream, delta.first_offset, news, batch_size)
         if entries:
+            # Each reader's message takes its time: who has none yet comes first, the others hardly notice.
+            entries.sort(key=lambda entry: entry[0].first_token_s is not None)
             self._worker.submit(entries)
         if step.HasField("load"):
             self.take_load(step.load)

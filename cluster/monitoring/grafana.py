@@ -48,6 +48,10 @@ def _quantiles(metric: str) -> tuple[Query, ...]:
     )
 
 
+EXPERTS = "Experts"
+"""The row that stays empty where no model has experts."""
+EXPERT_RATE = _rate("wattline_expert_tokens_total")
+
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Energy": (
         Panel(
@@ -225,6 +229,51 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             queries=(
                 Query(
                     expr=f"max by (model, state) (wattline_replicas{{{MODEL}}})", legend="{{model}} {{state}}"
+                ),
+            ),
+        ),
+    ),
+    EXPERTS: (
+        Panel(
+            title="Imbalance of ranks",
+            unit="short",
+            text=(
+                "Load of the busiest rank over the mean, mean of the layers: 1 is even. Without copies: had "
+                "no hot expert a copy in a spare slot."
+            ),
+            queries=(
+                Query(
+                    expr=f"avg by (model, replica) (wattline_expert_imbalance{{{MODEL}}})",
+                    legend="{{replica}} as placed",
+                ),
+                Query(
+                    expr=f"avg by (model, replica) (wattline_expert_imbalance_without_copies{{{MODEL}}})",
+                    legend="{{replica}} without copies",
+                ),
+            ),
+        ),
+        Panel(
+            title="Most uneven layers",
+            unit="short",
+            queries=(
+                Query(
+                    expr=f"topk(5, max by (model, layer) (wattline_expert_imbalance{{{MODEL}}}))",
+                    legend="{{model}} layer {{layer}}",
+                ),
+            ),
+        ),
+        Panel(
+            title="Hottest experts",
+            unit="short",
+            text="Tokens of an expert over the mean of its layer's experts: 1 is an even share.",
+            queries=(
+                Query(
+                    expr=(
+                        f"topk(5, sum by (model, layer, expert) ({EXPERT_RATE}) "
+                        "/ on (model, layer) group_left () "
+                        f"(avg by (model, layer) (sum by (model, layer, expert) ({EXPERT_RATE})) > 0))"
+                    ),
+                    legend="{{model}} layer {{layer}} expert {{expert}}",
                 ),
             ),
         ),

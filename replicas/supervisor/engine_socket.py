@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from replicas.errors import RankLost
-from replicas.frames import Command, Event, Shutdown, read_event, write_command
+from replicas.frames import Command, Event, Shutdown, read_event, send_command, write_command
 
 READ_BUFFER_BYTES = 2**20
 MAX_PATH_BYTES = 107
@@ -19,10 +19,10 @@ SHUTDOWN_TIMEOUT_S = 1.0
 
 
 class EngineSocket:
-    """One listening socket, then one connection. Commands wait in a queue for `pump`.
+    """One listening socket, then one connection.
 
-    The queue is bounded by its callers: a request puts at most Submit, Stop and Cancel into it, and the
-    dispatcher bounds the requests.
+    Commands that rank 0 does not read yet are bounded by the callers: a request sends at most Submit, Stop
+    and Cancel, and the dispatcher bounds the requests.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,6 @@ class EngineSocket:
         self._connected = asyncio.Event()
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._commands: asyncio.Queue[Command] = asyncio.Queue()
 
     async def listen(self) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -53,17 +52,13 @@ class EngineSocket:
         return await read_event(self._reader)
 
     def send(self, command: Command) -> None:
-        self._commands.put_nowait(command)
-
-    async def pump(self) -> None:
-        """Write commands until cancelled. Raises RankLost when rank 0 is gone."""
-        await self._connected.wait()
-        assert self._writer is not None
-        while True:
-            await write_command(self._writer, await self._commands.get())
+        """To an engine that is ready. Does nothing once rank 0 is gone, which `read` says."""
+        assert self._writer is not None, "an engine that is ready has connected"
+        if not self._writer.is_closing():
+            send_command(self._writer, command)
 
     async def shut_down(self) -> None:
-        """Ask the ranks to end; `pump` no longer runs. A peer that is gone or does not read is no error."""
+        """Ask the ranks to end. A peer that is gone or does not read is no error."""
         if self._writer is None:
             return
         with suppress(RankLost, TimeoutError):

@@ -96,7 +96,6 @@ class LiveGroup:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read_steps(), name="steps")
-                tasks.create_task(self._write_commands(), name="commands")
                 tasks.create_task(self._watch_death(), name="death")
                 tasks.create_task(self._tick(), name="tick")
                 tasks.create_task(self._follow_meter(), name="meter")
@@ -142,12 +141,6 @@ class LiveGroup:
             self.dispatcher.on_step(event)
             if event.deltas or self._has_divided_more():
                 self._publish()
-
-    async def _write_commands(self) -> None:
-        try:
-            await self._socket.pump()
-        except RankLost as error:
-            raise RankLost(await _death_reason(self._ranks, otherwise=str(error))) from error
 
     async def _watch_death(self) -> None:
         raise RankLost(await self._ranks.wait_death())

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from cluster.monitoring.grafana import build_dashboard
+from cluster.monitoring.grafana import EXPERTS, ROWS, build_dashboard
 from cluster.monitoring.write import write_all
 from protos import wattline_inference_pb2 as pb
 from replicas.config import EngineLimits, MetricsAccess, NullEngineConfig, ReplicaConfig
@@ -68,9 +68,11 @@ def ask(address: str, path: str, **parameters: str) -> Any:
         return None
 
 
-def panel_queries() -> dict[str, str]:
-    """Every expression of the dashboard with its variables filled in, by panel and letter."""
+def panel_queries(*, has_experts: bool) -> dict[str, str]:
+    """The expressions of the dashboard with their variables filled in, by panel and letter: of the row that
+    only a model with experts fills, or of all others."""
     panels: Any = build_dashboard()["panels"]
+    names = {panel.title for panel in ROWS[EXPERTS]}
     return {
         f"{panel['title']} {target['refId']}": target["expr"]
         .replace("$__rate_interval", "10s")
@@ -78,6 +80,7 @@ def panel_queries() -> dict[str, str]:
         .replace("$model", ".+")
         for panel in panels
         for target in panel.get("targets", ())
+        if (panel["title"] in names) is has_experts
     }
 
 
@@ -151,9 +154,14 @@ async def test_every_panel_has_a_series_under_load(tmp_path: Path) -> None:
             write_all(tmp_path, routers=(router.addresses.http,), scrape_s=SCRAPE_S)
             with running_prometheus(tmp_path) as prometheus:
                 load = asyncio.create_task(ask_for_text(router))
-                missing = await without_a_series(prometheus, {**panel_queries(), **ENERGY_QUERIES})
+                missing = await without_a_series(
+                    prometheus, {**panel_queries(has_experts=False), **ENERGY_QUERIES}
+                )
                 load.cancel()
                 await asyncio.gather(load, return_exceptions=True)
+                for panel, query in panel_queries(has_experts=True).items():
+                    found = await asyncio.to_thread(ask, prometheus, "query", query=query)
+                    assert found is not None and found["result"] == [], f"{panel} is no PromQL: {query}"
                 targets = await asyncio.to_thread(ask, prometheus, "targets")
         finally:
             await supervisor.stop()

@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.link.replica_pool import ReplicaPool
-from cluster.monitoring.grafana import COLUMNS, build_dashboard
+from cluster.monitoring.grafana import COLUMNS, EXPERTS, ROWS, build_dashboard
 from cluster.monitoring.targets import target_groups
 from cluster.monitoring.write import write_all
+from replicas.expert_loads import ExpertLoads
+from replicas.supervisor.expert_metrics import next_snapshot
 
 
 def rules() -> list[dict[str, Any]]:
@@ -41,6 +43,14 @@ def test_every_recorded_series_that_a_panel_or_rule_reads_is_recorded() -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     read = re.findall(r"\bmodel:wattline_\w+:\w+", json.dumps(build_dashboard()) + json.dumps(rules()))
     assert set(read) <= recorded
+
+
+def test_the_row_of_experts_reads_what_a_replica_with_experts_shows() -> None:
+    loads = ExpertLoads(num_experts=2, tokens=(3, 1), num_ranks=2)
+    shown = {sample.name for family in next_snapshot(None, loads).families() for sample in family.samples}
+    for panel in ROWS[EXPERTS]:
+        for query in panel.queries:
+            assert set(re.findall(r"\bwattline_\w+", query.expr)) <= shown
 
 
 def test_alerts_say_what_to_do() -> None:
