@@ -25,12 +25,12 @@ class EngineJob:
     deadline_s: float | None
     lane: int
     cache_salt: bytes
-    tenant: str
     traceparent: str
     text: AnswerText
     buffer_bytes: int
     on_overflow: Callable[[], None]
     scores_prompt: bool = False
+    tenant: str = ""
     attempt: int = 0
     first_offset: int = 0
     cached_tokens: int = 0
