@@ -29,7 +29,7 @@ class WatchEnergyRequest(_message.Message):
     WANTS_PIPE_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     meter: _builtins.str
-    """auto | nvml | rapl | cpu-model | fake"""
+    """auto | nvml | rapl | zeus | cpu-model | fake"""
     wants_pipe: _builtins.bool
     """The watcher is on this host and reads named pipes: the first message then says where the edges are, and
     the stream goes on for as long as the watch does, without more. Empty there: no pipe, edges come here.

@@ -425,6 +425,7 @@ class Submit(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Unique on this stream."""
     attempt: _builtins.int
@@ -444,6 +445,8 @@ class Submit(_message.Message):
     """
     prompt_logprobs: _builtins.bool
     """Say the logprobs of the prompt, too, with as many alternatives as sampling.logprobs. At most 5 then."""
+    tenant: _builtins.str
+    """Who pays, for the ledger's sums; 128 characters at most."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -466,10 +469,11 @@ class Submit(_message.Message):
         traceparent: _builtins.str = ...,
         cache_salt: _builtins.bytes = ...,
         prompt_logprobs: _builtins.bool = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "first_offset", b"first_offset", "lane", b"lane", "max_tokens", b"max_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "first_offset", b"first_offset", "lane", b"lane", "max_tokens", b"max_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -938,6 +942,7 @@ class LedgerTotals(_message.Message):
     UNATTRIBUTED_MJ_FIELD_NUMBER: _builtins.int
     STATIC_MJ_FIELD_NUMBER: _builtins.int
     WASTED_MJ_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     until_ns: _builtins.int
     """Monotonic time of the replica's host up to which the meter is divided."""
     source: _builtins.str
@@ -950,6 +955,10 @@ class LedgerTotals(_message.Message):
     static_mj: _builtins.int
     """Parts of prefill + decode: drawn whatever the work, and spent on no delivered token."""
     wasted_mj: _builtins.int
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantEnergy]:
+        """Of prefill and decode, whose requests it was; adds up to them. At most 32 names and `other`."""
+
     def __init__(
         self,
         *,
@@ -963,14 +972,40 @@ class LedgerTotals(_message.Message):
         unattributed_mj: _builtins.int = ...,
         static_mj: _builtins.int = ...,
         wasted_mj: _builtins.int = ...,
+        tenants: _abc.Iterable[Global___TenantEnergy] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_factor", b"confidence_factor", "decode_mj", b"decode_mj", "idle_mj", b"idle_mj", "meter_mj", b"meter_mj", "prefill_mj", b"prefill_mj", "source", b"source", "static_mj", b"static_mj", "unattributed_mj", b"unattributed_mj", "until_ns", b"until_ns", "wasted_mj", b"wasted_mj"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_factor", b"confidence_factor", "decode_mj", b"decode_mj", "idle_mj", b"idle_mj", "meter_mj", b"meter_mj", "prefill_mj", b"prefill_mj", "source", b"source", "static_mj", b"static_mj", "tenants", b"tenants", "unattributed_mj", b"unattributed_mj", "until_ns", b"until_ns", "wasted_mj", b"wasted_mj"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LedgerTotals: _TypeAlias = LedgerTotals  # noqa: Y015
+
+@_typing.final
+class TenantEnergy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    PREFILL_MJ_FIELD_NUMBER: _builtins.int
+    DECODE_MJ_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    prefill_mj: _builtins.int
+    decode_mj: _builtins.int
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        prefill_mj: _builtins.int = ...,
+        decode_mj: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_mj", b"decode_mj", "prefill_mj", b"prefill_mj", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantEnergy: _TypeAlias = TenantEnergy  # noqa: Y015
 
 @_typing.final
 class EnergyReport(_message.Message):

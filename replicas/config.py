@@ -15,7 +15,7 @@ the bytes and widened exactly; `float32`: kept as floats; `off`, or no compiler:
 QUANTIZATIONS = ("none", "int8")
 """`int8`: all matrices but embedding and router in bytes, with a factor per row (`layers/quantize.py`)."""
 HOST_KV_BYTES = 256 * 2**20
-METERS = ("auto", "nvml", "rapl", "cpu-model", "fake")
+METERS = ("auto", "nvml", "rapl", "zeus", "cpu-model", "fake")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ class TelemetrySection(Section):
 
 
 class EnergySection(Section):
-    meter: Literal["auto", "nvml", "rapl", "cpu-model", "fake"] = "auto"
+    meter: Literal["auto", "nvml", "rapl", "zeus", "cpu-model", "fake"] = "auto"
     poll_ms: float = Field(
         50.0, ge=5.0, le=1000.0, description="between two reads of a meter; 20 to 50 suit a GPU's counter"
     )

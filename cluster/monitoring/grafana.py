@@ -62,7 +62,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             queries=(
                 Query(
                     expr=(
-                        "sum by (ledger, phase) (max by (model, source, ledger, phase, component) "
+                        "sum by (ledger, phase) (max by (model, source, ledger, phase, component, tenant) "
                         f"({_rate('wattline_energy_joules_total')}))"
                     ),
                     legend="{{ledger}} {{phase}}",
@@ -81,6 +81,32 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 Query(
                     expr=f"model:wattline_joules_per_token:ratio5m{{{MODEL}}}",
                     legend="{{model}} per token ({{source}})",
+                ),
+            ),
+        ),
+        Panel(
+            title="Power by tenant",
+            unit="watt",
+            text="What the requests of each tenant draw, prefill and decode.",
+            stacks=True,
+            queries=(
+                Query(
+                    expr=f"sum by (tenant, source) (tenant:wattline_energy_watts:rate5m{{{MODEL}}})",
+                    legend="{{tenant}} ({{source}})",
+                ),
+            ),
+        ),
+        Panel(
+            title="Energy of tenants",
+            unit="joule",
+            text="In the time shown.",
+            queries=(
+                Query(
+                    expr=(
+                        "sum by (tenant, source) (max by (model, source, ledger, phase, component, tenant) "
+                        f'(increase(wattline_energy_joules_total{{{MODEL},ledger="request"}}[$__range])))'
+                    ),
+                    legend="{{tenant}} ({{source}})",
                 ),
             ),
         ),

@@ -134,7 +134,7 @@ class Books:
             resumed_at=run.resumed_at,
             outcome=run.outcome,
         )
-        self._telemetry.hold_for_energy(run.span, account)
+        self._telemetry.hold_for_energy(run.span, account, run.model.ledger.idle_share)
         for attempt in run.attempts:
             attempt.account.when_settled(partial(self._count_energy, run.model, attempt.account))
         return ClosedBooks(usage=usage, timing=_timing(run, now_s=self._clock_s()), account=account)

@@ -139,7 +139,10 @@ class ClusterServicer(pb_grpc.ClusterServicer):
                 link.LedgerTotals(
                     source=source,
                     confidence_factor=model.ledger.confidence_factor(source) or 0.0,
-                    **asdict(sums),
+                    tenants=[
+                        link.TenantEnergy(tenant=name, **asdict(each)) for name, each in sums.tenants.items()
+                    ],
+                    **sums.amounts_mj,
                 )
                 for source, sums in model.ledger.sums.items()
             ],

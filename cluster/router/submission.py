@@ -56,6 +56,7 @@ class Submission:
             deadline_s=deadline_s,
             lane=route.lane,
             cache_salt=order.errand.cache_salt,
+            tenant=caller.tenant,
             cached_tokens=route.cached_tokens,
             traceparent=span.traceparent,
             text=text,

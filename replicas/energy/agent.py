@@ -27,12 +27,13 @@ from replicas.energy.agent_metrics import MeterSeries
 from replicas.energy.agent_options import agent_parser, metrics_access
 from replicas.energy.cpu_model import CpuModelMeter
 from replicas.energy.edge_pipe import EdgePipe
-from replicas.energy.meter import Meter, Reading
+from replicas.energy.meter import Meter, Reading, hold_the_same
 from replicas.energy.nvml import NvmlMeter
 from replicas.energy.polling import MeterPoller
 from replicas.energy.rapl import RaplMeter
 from replicas.energy.replay import FakeMeter
 from replicas.energy.survey import survey_meters
+from replicas.energy.zeus_meter import ZeusMeter
 from replicas.errors import MeterUnavailable
 from replicas.metrics_page import MetricsPage
 from replicas.strict_messages import add_strictly
@@ -167,6 +168,7 @@ class EnergyAgent:
             poller = self._pollers.get(key)
             if poller is None:
                 meter = await asyncio.to_thread(self._make_meter, key)
+                self._check_once(meter)
                 poller = MeterPoller(
                     meter, group=group, poll_s=self._poll_s, on_read_s=self._series.note_read
                 )
@@ -186,6 +188,16 @@ class EnergyAgent:
                 del self._pollers[key]
                 self._series.retire(poller)
                 await poller.stop()
+
+    def _check_once(self, meter: Meter) -> None:
+        """Refuse a meter whose joules another one, which is watched, counts already."""
+        twice = [poller for poller in self._pollers.values() if hold_the_same(poller.scope, meter.scope)]
+        if twice:
+            meter.close()
+            raise MeterUnavailable(
+                f"the meter of {twice[0].group} counts the same CPUs ({twice[0].scope} and {meter.scope}): "
+                "a GPU's module holds the CPU and memory that RAPL would count again; watch one of them"
+            )
 
     def check_room(self) -> None:
         if self._num_watches >= _MAX_WATCHES:
@@ -208,6 +220,8 @@ class EnergyAgent:
             return NvmlMeter(key.gpu_uuids, clock=self._clock)
         if key.meter == "rapl":
             return RaplMeter(clock=self._clock)
+        if key.meter == "zeus":
+            return ZeusMeter(clock=self._clock)
         if key.pids:
             return CpuModelMeter(
                 key.pids, static_w=self._cpu_static_w, core_w=self._cpu_core_w, clock=self._clock
@@ -271,9 +285,9 @@ class _Servicer(EnergyAgentServicer):
 
 
 def _key(request: wire.WatchEnergyRequest) -> WatchKey:
-    """RAPL is one meter whoever asks: two pollers of it would export its joules twice."""
-    if request.meter == "rapl":
-        return WatchKey("rapl", (), ())
+    """A meter of the whole host is one, whoever asks: two pollers of it would export its joules twice."""
+    if request.meter in ("rapl", "zeus"):
+        return WatchKey(request.meter, (), ())
     return WatchKey(request.meter or "auto", tuple(sorted(request.gpu_uuids)), tuple(sorted(request.pids)))
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from replicas.energy.edge_pipe import EdgePipe
-from replicas.energy.meter import Meter, MeterHealth, Reading
+from replicas.energy.meter import Meter, MeterHealth, MeterScope, Reading
 
 _EDGES_KEPT = 256
 _POWER_PACE = 0.2
@@ -92,6 +92,10 @@ class MeterPoller:
         self._lock = threading.Lock()
         self._is_ending = False
         self._thread = threading.Thread(target=self._run, name=f"energy-poll-{group}", daemon=True)
+
+    @property
+    def scope(self) -> MeterScope:
+        return self._meter.scope
 
     @property
     def health(self) -> MeterHealth:

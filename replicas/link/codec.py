@@ -99,6 +99,10 @@ def add_ledger(message: link_pb2.FromReplica, ledger: LedgerState | None) -> Non
             unattributed_mj=sums.unattributed_mj,
             static_mj=sums.static_mj,
             wasted_mj=sums.wasted_mj,
+            tenants=[
+                link_pb2.TenantEnergy(tenant=name, prefill_mj=each.prefill_mj, decode_mj=each.decode_mj)
+                for name, each in sums.payers.items()
+            ],
         )
         for source, sums in ledger.sums.items()
     )

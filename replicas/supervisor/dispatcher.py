@@ -212,7 +212,7 @@ class Dispatcher:
         flight = self._in_flight.open(session, request_id=request.request_id, attempt=request.attempt)
         self.idle.clear()
         if self._energy is not None:
-            self._energy.begin(flight.engine_id)
+            self._energy.begin(flight.engine_id, payer=request.tenant)
         self._send(Submit(request=replace(request, request_id=flight.engine_id)))
 
     def _refusal(self) -> tuple[str, str] | None:

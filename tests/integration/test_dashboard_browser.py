@@ -104,7 +104,9 @@ async def test_the_numbers_on_the_page_are_those_of_metrics(router: TestRouter, 
         ):
             value_mj = await shown(page, f"[data-ledger={key}]", "mj")
             name = "wattline_energy_joules_total"
-            assert value_mj == round(1e3 * samples[name, "device", ledger, MODEL, phase, "fake"])
+            labels = (name, "device", ledger, MODEL, phase, "fake")
+            of_tenants = [value for key, value in samples.items() if key[:-1] == labels]
+            assert value_mj == round(1e3 * sum(of_tenants))
             parts_mj += value_mj
         meter_mj = round(1e3 * samples["wattline_energy_meter_joules_total", MODEL, "fake"])
         assert await shown(page, "[data-ledger=meter_mj]", "mj") == parts_mj == meter_mj

@@ -16,9 +16,10 @@ from grpc import aio
 
 from protos import wattline_energy_pb2 as wire
 from protos.wattline_energy_pb2_grpc import EnergyAgentStub
-from replicas.energy.agent import EnergyAgent
+from replicas.energy.agent import EnergyAgent, WatchKey
 from replicas.energy.agent_client import watch_readings
-from replicas.energy.meter import Reading, Source
+from replicas.energy.meter import MeterScope, Reading, Source
+from replicas.energy.replay import FakeMeter
 from replicas.errors import MeterUnavailable
 
 
@@ -130,6 +131,25 @@ async def test_gpus_that_cannot_be_read_are_never_answered_with_an_estimate_of_t
     async with running_agent(socket_address):
         with pytest.raises(MeterUnavailable, match=r"NVML|not on this host"):
             await take(socket_address, 1, gpu_uuids=["GPU-00000000"], pids=[busy_pid])
+
+
+async def test_the_cpus_of_a_module_are_not_counted_twice(
+    socket_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_meter(_: EnergyAgent, key: WatchKey) -> FakeMeter:
+        meter = FakeMeter(((0, 100.0),))
+        meter.scope = MeterScope.HOST if key.meter == "rapl" else MeterScope.MODULE
+        return meter
+
+    monkeypatch.setattr(EnergyAgent, "_make_meter", make_meter)
+    async with (
+        asyncio.timeout(30),
+        running_agent(socket_address),
+        aclosing(watch_readings(socket_address, group="gh200")) as stream,
+    ):
+        await anext(stream)
+        with pytest.raises(MeterUnavailable, match="meter of gh200 counts the same CPUs"):
+            await take(socket_address, 1, meter="rapl")
 
 
 async def test_the_fake_meter_is_labelled_fake(socket_address: str) -> None:

@@ -76,6 +76,7 @@ def panel_queries(*, has_experts: bool) -> dict[str, str]:
     return {
         f"{panel['title']} {target['refId']}": target["expr"]
         .replace("$__rate_interval", "10s")
+        .replace("$__range", "1m")
         .replace("$model", ".+")
         for panel in panels
         for target in panel.get("targets", ())
@@ -91,8 +92,13 @@ async def ask_for_text(router: TestRouter) -> None:
         await collect(router.inference.Generate(request))
 
 
-AGENT_QUERIES = {
+ENERGY_QUERIES = {
     "what the alert WattlineMeterStale reads": 'wattline_meter_state{job="wattline-agent",state="stale"}',
+    "joules by tenant": 'wattline_energy_joules_total{ledger="request",tenant="default"} > 0',
+    "the rows that add up to the meter": (
+        "abs(sum by (model, source) (wattline_energy_joules_total) "
+        "- on (model, source) wattline_energy_meter_joules_total) < 1e-6"
+    ),
     "joules of the meter": 'hw_energy_joules_total{job="wattline-agent",source="fake"}',
     "the agent's own cost": 'rate(wattline_energy_agent_cpu_seconds_total{job="wattline-agent"}[10s])',
 }
@@ -149,7 +155,7 @@ async def test_every_panel_has_a_series_under_load(tmp_path: Path) -> None:
             with running_prometheus(tmp_path) as prometheus:
                 load = asyncio.create_task(ask_for_text(router))
                 missing = await without_a_series(
-                    prometheus, {**panel_queries(has_experts=False), **AGENT_QUERIES}
+                    prometheus, {**panel_queries(has_experts=False), **ENERGY_QUERIES}
                 )
                 load.cancel()
                 await asyncio.gather(load, return_exceptions=True)
