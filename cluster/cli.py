@@ -68,6 +68,11 @@ app = typer.Typer(
 )
 
 
+def flow(doc: str) -> str:
+    """A docstring with one line per paragraph: Typer would keep the breaks of the source."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in doc.split("\n\n"))
+
+
 def show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"wattline {package_version('wattline')}")
@@ -86,6 +91,9 @@ def wattline(
 for command in (demo, up, down, status, top, why, chat, generate, router, roll, ledger, meters, monitoring):
     app.command()(command)
 app.command(context_settings=PASS_THROUGH)(agent)
+for commands in (app, key_app, energy):
+    for info in commands.registered_commands:
+        info.help = flow(info.callback.__doc__ or "") if info.callback else None
 app.add_typer(key_app, name="key")
 app.add_typer(energy, name="energy")
 

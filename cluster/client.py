@@ -244,6 +244,8 @@ class Client:
         code, text = error.code().name, error.details() or ""
         if code == "UNAVAILABLE" and ("failed to connect" in text or "DNS resolution" in text):
             text = f"no router at {self.address}; start one with `wattline up -f wattline.yaml`"
+        elif code == "UNAVAILABLE" and "resolving" in text:
+            text = f"{self.address}: this name is unknown; give the router's address as HOST:PORT"
         kind = RouterAway if code == "UNAVAILABLE" else CallError
         return kind(code=code, text=text or code)
 

@@ -202,7 +202,7 @@ class RequestState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelState:
-    """One model as operators see it; `joules_per_output_token` is None before the first answer."""
+    """One model as operators see it; joules per token are None where none ended in the last 30 s."""
 
     name: str
     min_replicas: int

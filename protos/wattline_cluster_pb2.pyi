@@ -163,10 +163,10 @@ class ModelStatus(_message.Message):
     output_tokens_per_s: _builtins.float
     """Over the last ten seconds."""
     joules_per_output_token: _builtins.float
-    """Over the last finished requests; unset before the first."""
+    """Over the last 30 seconds, as the two latencies; unset where nothing ended in them."""
     energy_source: _builtins.str
     joules_per_total_token: _builtins.float
-    """Over the last 30 seconds, as the two latencies; unset where nothing ended in them."""
+    """As joules_per_output_token."""
     slo_met: _builtins.int
     """Answers by whether they kept the model's objective; both 0 without one."""
     slo_missed: _builtins.int
@@ -652,7 +652,7 @@ class RequestStory(_message.Message):
     """
     @_builtins.property
     def arrival(self) -> Global___ArrivalCheck:
-        """Unset where it was refused, and where it was not known."""
+        """Unset where it was not known."""
 
     @_builtins.property
     def queue(self) -> Global___QueueCheck:

@@ -26,9 +26,14 @@ class WatchEnergyRequest(_message.Message):
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
     PIDS_FIELD_NUMBER: _builtins.int
     METER_FIELD_NUMBER: _builtins.int
+    WANTS_PIPE_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     meter: _builtins.str
-    """auto | nvml | rapl | cpu-model | fake"""
+    """auto | nvml | rapl | zeus | cpu-model | fake"""
+    wants_pipe: _builtins.bool
+    """The watcher is on this host and reads named pipes: the first message then says where the edges are, and
+    the stream goes on for as long as the watch does, without more. Empty there: no pipe, edges come here.
+    """
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -42,10 +47,11 @@ class WatchEnergyRequest(_message.Message):
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
         pids: _abc.Iterable[_builtins.int] | None = ...,
         meter: _builtins.str = ...,
+        wants_pipe: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_uuids", b"gpu_uuids", "group", b"group", "meter", b"meter", "pids", b"pids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_uuids", b"gpu_uuids", "group", b"group", "meter", b"meter", "pids", b"pids", "wants_pipe", b"wants_pipe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -56,16 +62,23 @@ class EnergyReadings(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     READINGS_FIELD_NUMBER: _builtins.int
+    PIPE_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    pipe: _builtins.str
+    metrics_address: _builtins.str
+    """On the first message: where this agent shows its /metrics; empty: nowhere."""
     @_builtins.property
     def readings(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnergyReading]: ...
     def __init__(
         self,
         *,
         readings: _abc.Iterable[Global___EnergyReading] | None = ...,
+        pipe: _builtins.str = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["readings", b"readings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_address", b"metrics_address", "pipe", b"pipe", "readings", b"readings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

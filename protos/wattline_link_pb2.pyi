@@ -63,8 +63,11 @@ class FromReplica(_message.Message):
     LEDGER_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    AGENT_METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts the lives of this replica's rank group; set on every message."""
+    agent_metrics_address: _builtins.str
+    """Where the energy agent of the replica's host shows its /metrics. Along with `ledger`; empty: nowhere."""
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -108,10 +111,11 @@ class FromReplica(_message.Message):
         ledger: _abc.Iterable[Global___LedgerTotals] | None = ...,
         cache: _abc.Iterable[Global___CacheChange] | None = ...,
         experts: Global___ExpertHeat | None = ...,
+        agent_metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "energy", b"energy", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metrics_address", b"agent_metrics_address", "cache", b"cache", "draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "step", "heartbeat", "energy", "draining", "goodbye"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
@@ -421,6 +425,7 @@ class Submit(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Unique on this stream."""
     attempt: _builtins.int
@@ -440,6 +445,8 @@ class Submit(_message.Message):
     """
     prompt_logprobs: _builtins.bool
     """Say the logprobs of the prompt, too, with as many alternatives as sampling.logprobs. At most 5 then."""
+    tenant: _builtins.str
+    """Who pays, for the ledger's sums; 128 characters at most."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -462,10 +469,11 @@ class Submit(_message.Message):
         traceparent: _builtins.str = ...,
         cache_salt: _builtins.bytes = ...,
         prompt_logprobs: _builtins.bool = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "first_offset", b"first_offset", "lane", b"lane", "max_tokens", b"max_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "first_offset", b"first_offset", "lane", b"lane", "max_tokens", b"max_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -934,6 +942,7 @@ class LedgerTotals(_message.Message):
     UNATTRIBUTED_MJ_FIELD_NUMBER: _builtins.int
     STATIC_MJ_FIELD_NUMBER: _builtins.int
     WASTED_MJ_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     until_ns: _builtins.int
     """Monotonic time of the replica's host up to which the meter is divided."""
     source: _builtins.str
@@ -946,6 +955,10 @@ class LedgerTotals(_message.Message):
     static_mj: _builtins.int
     """Parts of prefill + decode: drawn whatever the work, and spent on no delivered token."""
     wasted_mj: _builtins.int
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantEnergy]:
+        """Of prefill and decode, whose requests it was; adds up to them. At most 32 names and `other`."""
+
     def __init__(
         self,
         *,
@@ -959,14 +972,40 @@ class LedgerTotals(_message.Message):
         unattributed_mj: _builtins.int = ...,
         static_mj: _builtins.int = ...,
         wasted_mj: _builtins.int = ...,
+        tenants: _abc.Iterable[Global___TenantEnergy] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_factor", b"confidence_factor", "decode_mj", b"decode_mj", "idle_mj", b"idle_mj", "meter_mj", b"meter_mj", "prefill_mj", b"prefill_mj", "source", b"source", "static_mj", b"static_mj", "unattributed_mj", b"unattributed_mj", "until_ns", b"until_ns", "wasted_mj", b"wasted_mj"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_factor", b"confidence_factor", "decode_mj", b"decode_mj", "idle_mj", b"idle_mj", "meter_mj", b"meter_mj", "prefill_mj", b"prefill_mj", "source", b"source", "static_mj", b"static_mj", "tenants", b"tenants", "unattributed_mj", b"unattributed_mj", "until_ns", b"until_ns", "wasted_mj", b"wasted_mj"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LedgerTotals: _TypeAlias = LedgerTotals  # noqa: Y015
+
+@_typing.final
+class TenantEnergy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    PREFILL_MJ_FIELD_NUMBER: _builtins.int
+    DECODE_MJ_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    prefill_mj: _builtins.int
+    decode_mj: _builtins.int
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        prefill_mj: _builtins.int = ...,
+        decode_mj: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_mj", b"decode_mj", "prefill_mj", b"prefill_mj", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantEnergy: _TypeAlias = TenantEnergy  # noqa: Y015
 
 @_typing.final
 class EnergyReport(_message.Message):

@@ -15,7 +15,7 @@ the bytes and widened exactly; `float32`: kept as floats; `off`, or no compiler:
 QUANTIZATIONS = ("none", "int8")
 """`int8`: all matrices but embedding and router in bytes, with a factor per row (`layers/quantize.py`)."""
 HOST_KV_BYTES = 256 * 2**20
-METERS = ("auto", "nvml", "rapl", "cpu-model", "fake")
+METERS = ("auto", "nvml", "rapl", "zeus", "cpu-model", "fake")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +207,25 @@ class LinkCredentials:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsAccess:
+    """Where the /metrics of a process listens, and how. Paths are of PEM files; without `cert`: plain text.
+
+    `announced_host` is what scrapers dial; empty: `host`. With `client_ca` they must show a certificate.
+    """
+
+    host: str = "127.0.0.1"
+    announced_host: str = ""
+    cert: str = ""
+    key: str = ""
+    client_ca: str = ""
+
+    def address(self, port: int) -> str:
+        """host:port for scrapers; https://host:port over TLS."""
+        host = self.announced_host or self.host
+        return f"{'https://' if self.cert else ''}{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaConfig:
     """All one supervisor needs to run a replica of `model`.
 
@@ -232,6 +251,7 @@ class ReplicaConfig:
     shared_dir: str = "/dev/shm"
     energy_agent: str = ""
     meter: str = "auto"
+    metrics: MetricsAccess = field(default_factory=MetricsAccess)
     drain_s: float = 30.0
     ready_timeout_s: float = 600.0
     stall_floor_s: float = 2.0

@@ -89,6 +89,8 @@ class GenerationRequest:
     first_offset: int = 0
     cache_salt: bytes = b""
     """Only requests of one salt share cached KV. Chosen by the router, never by a client."""
+    tenant: str = ""
+    """Who pays, as the energy ledger's sums name it."""
     scores_prompt: bool = False
     """Also say the logprobs of the prompt. None of it is taken from the cache, which has no logits."""
 

@@ -115,6 +115,9 @@ def assert_conserved(ledger: Ledger, bills: Sequence[RequestJoules], *, seen_mj:
     assert totals.requests_mj + totals.idle_mj + totals.unattributed_mj == totals.meter_mj
     assert totals.meter_mj + totals.pending_mj == seen_mj
     assert sum(bill.total_mj for bill in bills) == totals.billed_mj
+    payers = ledger.payers.values()
+    assert sum(payer.prefill_mj for payer in payers) == totals.prefill_mj
+    assert sum(payer.prefill_mj + payer.decode_mj for payer in payers) == totals.requests_mj
     assert min(totals.requests_mj, totals.idle_mj, totals.unattributed_mj, totals.pending_mj) >= 0
 
 
@@ -161,6 +164,9 @@ def run_through_chaos(seed: int, *, most_steps: int = 24) -> None:
     last: Reading | None = None
     seen_mj = 0
     live = set(world.ids)
+    for request_id in sorted(live):
+        if random.random() < 0.7:
+            ledger.begin_request(request_id, random.choice(("red", "blue", "green")))
     for arrival_ns, event in events:
         if isinstance(event, StepRecord):
             ledger.add_step(event)

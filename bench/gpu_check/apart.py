@@ -48,6 +48,7 @@ class Apart:
     folder: Path
     options: Sequence[str]
     end_s: float
+    program: Sequence[str] = (sys.executable, "-m", "bench.gpu_check")
 
     def run(self, sections: Iterable[Section]) -> Iterator[Row]:
         """Side by side; the row of each as it ends."""
@@ -70,8 +71,8 @@ class Apart:
     def _start(
         self, section: Section, path: Path, until_s: float, *, is_resumed: bool = False
     ) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "bench.gpu_check", "--only", section.name]
-        command += ["--section-file", str(path), "--until", str(until_s), *self.options]
+        command = [*self.program, "--only", section.name, "--section-file", str(path)]
+        command += ["--until", str(until_s), *self.options]
         # Nothing here needs a network, and a library that looks for one must not wait for it.
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         return subprocess.Popen([*command, *(["--resume"] if is_resumed else [])], env=os.environ | offline)

@@ -32,11 +32,18 @@ def report_kernels(run_once: Callable[[], object], report: SectionReport, **valu
         for _ in range(_RUNS):
             run_once()
         torch.cuda.synchronize()
+    # A graph's launch on the host is charged with its kernels too: only what is of the device counts.
     kernels = sorted(
-        ((one.self_device_time_total / _RUNS, one.count / _RUNS, one.key) for one in seen.key_averages()),
+        (
+            (one.self_device_time_total / _RUNS, one.count / _RUNS, one.key)
+            for one in seen.key_averages()
+            if one.device_type.name == "CUDA" and one.self_device_time_total > 0
+        ),
         reverse=True,
     )
-    kernels = [one for one in kernels if one[0] > 0]
+    if not kernels:
+        report.skip(f"kernels of {values}: the profiler saw none")
+        return
     total_us = sum(one[0] for one in kernels)
     report.row(
         **values,

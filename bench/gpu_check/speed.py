@@ -102,11 +102,11 @@ def _measure_shape(shape: Shape, yardstick: Yardstick, setting: Setting, report:
         bench.attempt(f"decode at batch {batch}", partial(_measure_decode, bench, batch))
     if not setting.is_cuda:
         return
+    if 1 in served.batches:
+        bench.attempt("batch 1, not fused", partial(_measure_decode, bench, 1, is_fused=False))
     for batch in (one for one in _PROFILED_BATCHES if one in served.batches):
         bench.attempt(f"kernels at batch {batch}", partial(_profile_decode, bench, batch))
     bench.attempt("kernels of a prefill", partial(_profile_prefill, bench))
-    if 1 in served.batches:
-        bench.attempt("batch 1, not fused", partial(_measure_decode, bench, 1, is_fused=False))
     if yardstick.counter is not None and _TELEMETRY_BATCH in served.batches:
         bench.attempt("telemetry", partial(_measure_telemetry, bench, yardstick.counter), rounds=4)
 

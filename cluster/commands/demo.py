@@ -67,6 +67,7 @@ def demo(
         answers = [(section.name, _ask(stack.client, section.name, console)) for section in config.models]
         console.print()
         console.print(render_answers(answers))
+        console.print()
         for model, final in answers:
             console.print(
                 f"[dim]{model}: request {final.request_id}, trace {final.trace_id}[/]", highlight=False

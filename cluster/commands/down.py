@@ -35,7 +35,8 @@ def down(
     from cluster.config import default_runtime_dir
     from cluster.serving.run_folder import read_state
 
-    config = read_config(file) if file.exists() else None
+    # Without one, the default folder: where `up` ran need not be where `down` does. A name given is meant.
+    config = read_config(file) if file.exists() or file != DEFAULT_CONFIG else None
     folder = Path(config.runtime_dir) if config else default_runtime_dir()
     state = read_state(folder)
     process = state.process() if state else None

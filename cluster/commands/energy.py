@@ -14,6 +14,8 @@ import typer
 from cluster.command_error import CommandError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from cluster.config import EnergySection
     from cluster.ledger.reading import LedgerReader
     from cluster.ledger.report import Report
@@ -156,56 +158,42 @@ def _span(text: str) -> tuple[float, float]:
 
 
 def _render(report: Report) -> object:
-    """A table, and under it how much of it was measured."""
+    """What was served, what it took, and how much of that was measured: tables that fit eighty columns."""
     from rich.console import Group as Lines
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(report.by.value, no_wrap=True)
-    table.add_column("source")
-    for name in (
-        "requests",
-        "in tok",
-        "out tok",
-        "J",
-        "J idle",
-        "J/out tok",
-        "J/tok",
-        "kWh",
-        "g CO2e",
-        "SCI/1k",
-    ):
-        table.add_column(name, justify="right")
-    for row in report.rows:
-        table.add_row(
-            row.group,
-            row.source,
-            f"{row.num_requests:,}",
-            f"{row.prompt_tokens:,}",
-            f"{row.output_tokens:,}",
-            *(
-                "–" if value is None else f"{value:,.{digits}{kind}}"
-                for value, digits, kind in (
-                    (row.energy_j, 1, "f"),
-                    (row.idle_j, 1, "f"),
-                    (row.joules_per_output_token, 3, "g"),
-                    (row.joules_per_token, 3, "g"),
-                    (row.kwh, 3, "g"),
-                    (row.carbon_g, 3, "g"),
-                    (row.sci_g_per_1000_tokens, 3, "g"),
-                )
-            ),
-        )
     if not report.rows:
-        return Text("nothing was served in this time")
+        return Text("nothing was served in this time; --since all looks at everything that is kept")
     carbon = report.site.carbon_g_per_kwh
+    served = _table(report, ("requests", "tokens in", "out", "J/out", "J/token"))
+    taken = _table(report, ("J", "J idle", "kWh", *(() if carbon is None else ("g CO2e", "SCI g/1k"))))
+    for row in report.rows:
+        name = (row.group, row.source)
+        tokens = (f"{row.prompt_tokens:,}", f"{row.output_tokens:,}")
+        ratios = (_figure(row.joules_per_output_token, "g"), _figure(row.joules_per_token, "g"))
+        served.add_row(*name, f"{row.num_requests:,}", *tokens, *ratios)
+        grams = (_figure(row.carbon_g, "g"), _figure(row.sci_g_per_1000_tokens, "g"))
+        joules = (_figure(row.energy_j, "f"), _figure(row.idle_j, "f"), _figure(row.kwh, "g"))
+        taken.add_row(*name, *joules, *(() if carbon is None else grams))
     notes = [f"PUE {report.site.pue:g}"]
     notes.append(f"{carbon:g} g CO2e/kWh" if carbon is not None else "no carbon: set energy.carbon_g_per_kwh")
-    if report.coverage:
-        known = report.coverage
-        notes.append(
-            f"of output tokens: {known.measured:.0%} measured, {known.estimated:.0%} estimated, "
+    lines = ["; ".join(notes)]
+    if known := report.coverage:
+        lines.append(
+            f"output tokens: {known.measured:.0%} measured, {known.estimated:.0%} estimated, "
             f"{known.unknown:.0%} unknown"
         )
-    return Lines(table, Text("; ".join(notes), style="dim"))
+    return Lines(served, Text(""), taken, Text(""), *(Text(line, style="dim") for line in lines))
+
+
+def _table(report: Report, columns: tuple[str, ...]) -> Table:
+    from cluster.commands.status_screen import new_table
+
+    return new_table(report.by.value, "source", *(f">{column}" for column in columns))
+
+
+def _figure(value: float | None, kind: str) -> str:
+    """Joules with a decimal, the rest with three digits; a dash where nothing is known."""
+    if value is None:
+        return "-"
+    return f"{value:,.1f}" if kind == "f" else f"{value:,.3g}"

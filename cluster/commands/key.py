@@ -38,6 +38,7 @@ def new(
     text, made = make_key(tenant, label=label, expires_on=expires_on)
     if file is None:
         typer.echo(f"Add this line to the file of router.auth.keys_file:\n{made.line}", err=True)
+        typer.echo(f"The key of {tenant}; it is shown this once:", err=True)
     else:
         try:
             is_new = not file.exists()

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def meters(as_json: Json = False) -> None:
-    """Show every energy meter of this host. Needs neither a running agent nor anything up."""
+    """Show every energy meter of this host, how right it is, and why not more.
+
+    Needs neither a running agent nor anything up.
+    """
     import json
     from dataclasses import asdict
 
@@ -37,7 +40,7 @@ def render_meters(found: list[FoundMeter]) -> Table:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("METER", "DEVICE", "SOURCE", "ACCURACY", ""):
+    for title in ("meter", "device", "source", "accuracy", "what it is, or why not"):
         table.add_column(title, overflow="fold")
     for one in found:
         accuracy = describe_accuracy(one.confidence_factor) if one.is_available else "cannot be read"

@@ -43,3 +43,4 @@ def monitoring(
     console = Console()
     for path in paths:
         console.print(str(path), highlight=False)
+    typer.echo(f"Now: prometheus --config.file={out / 'prometheus.yml'}", err=True)

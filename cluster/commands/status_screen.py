@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from cluster.replies import Final, ModelState, ReplicaState, RouterState
 
@@ -19,21 +20,29 @@ def render_models(state: RouterState) -> Group:
         models.add_row(*_model_row(model))
         for replica in model.replicas:
             replicas.add_row(*_replica_row(replica))
-    return Group(models, replicas) if any(model.replicas for model in state.models) else Group(models)
+    if not any(model.replicas for model in state.models):
+        return Group(models)
+    return Group(models, Text(""), replicas)
 
 
 RIGHT_OF_MODELS = (">run", ">wait", ">tok/s", ">J/tok")
 RIGHT_OF_REPLICAS = (">run", ">KV", ">step ms", ">W")
 
 
-def new_table(*columns: str, title: str = "") -> Table:
-    """Columns whose name starts with > are aligned to the right."""
+def new_table(*columns: str, title: str = "", wraps: bool = False) -> Table:
+    """Columns whose name starts with > are aligned to the right. `wraps`: the last may take more lines."""
     table = Table(
-        box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False, padding=(0, 0, 0, 1)
+        box=SIMPLE_HEAD,
+        title=title or None,
+        title_justify="left",
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
     )
     for column in columns:
         name = column.removeprefix(">")
         table.add_column(name, justify="left" if name == column else "right", no_wrap=True)
+    table.columns[-1].no_wrap = not wraps
     return table
 
 

@@ -1,4 +1,4 @@
-"""The story of a request, for a person: a few sentences, a timeline, and a table per decision."""
+"""The story of a request, for a person: what it met, what each replica did, and why that one was chosen."""
 
 from __future__ import annotations
 
@@ -19,23 +19,26 @@ REASONS = {
 
 def render_story(story: pb.RequestStory) -> Group:
     """Everything that is known of it."""
-    parts: list[RenderableType] = [_headline(story), *map(Text, _sentences(story)), _timeline(story)]
+    parts: list[RenderableType] = [*_headline(story), *map(Text, _sentences(story))]
     for leg in story.legs:
+        parts += [Text(""), *_leg(leg)]
         if leg.HasField("choice"):
-            parts += [Text(_why_chosen(leg)), _candidates(leg.choice)]
+            parts += [Text(f"  {_why_chosen(leg)}"), _candidates(leg.choice)]
     return Group(*parts)
 
 
-def _headline(story: pb.RequestStory) -> Text:
+def _headline(story: pb.RequestStory) -> list[Text]:
     style = "green" if story.outcome in GOOD_OUTCOMES else "red"
-    text = Text(f"{story.request_id}  {story.model}  tenant {story.tenant}  ")
+    text = Text(f"{story.request_id}  {story.model}  ")
     text.append(story.outcome, style=f"bold {style}")
-    return text.append(f"  {story.age_s:,.0f} s ago  trace {story.trace_id}", style="dim")
+    text.append(f"  {story.age_s:,.0f} s ago", style="dim")
+    return [text, Text(f"tenant {story.tenant}, trace {story.trace_id}", style="dim")]
 
 
 def _sentences(story: pb.RequestStory) -> list[str]:
     if story.refusal:
-        return [f"refused: {story.refusal}"]
+        queue = [_queue(story)] if story.HasField("queue") else []
+        return [f"not served: {story.refusal}", *queue, *_deadline(story)]
     return [_limits(story), _queue(story), *_deadline(story), _tokens(story), _energy(story)]
 
 
@@ -62,10 +65,9 @@ def _queue(story: pb.RequestStory) -> str:
 def _deadline(story: pb.RequestStory) -> list[str]:
     if not story.HasField("deadline_ms"):
         return []
+    since = "before it waited" if story.refusal else "at submission"
     word = "left of it" if story.slack_ms >= 0 else "over it"
-    return [
-        f"deadline: {story.deadline_ms:.0f} ms at submission, {abs(story.slack_ms):.0f} ms {word} in the end"
-    ]
+    return [f"deadline: {story.deadline_ms:.0f} ms {since}, {abs(story.slack_ms):.0f} ms {word} in the end"]
 
 
 def _tokens(story: pb.RequestStory) -> str:
@@ -91,48 +93,48 @@ def _energy(story: pb.RequestStory) -> str:
     )
 
 
-TIMELINE = (
-    "choice >at_ms replica >lane >from >tokens >first_ms >last_ms >batch >steps >prefill_J >decode_J end"
-)
-
-
-def _timeline(story: pb.RequestStory) -> RenderableType:
-    """A line per replica that worked on it. `batch`: sequences per step, least/median/most."""
-    if not story.legs:
-        return Text("")
-    table = new_table(*(name.replace("_", " ") for name in TIMELINE.split()))
-    for leg in story.legs:
-        mates, has_energy = leg.batches, leg.HasField("energy")
-        table.add_row(
-            str(leg.choice_index),
-            f"{leg.submitted_ms:.1f}",
-            f"{leg.replica_id}:{leg.epoch}",
-            str(leg.lane),
-            str(leg.first_offset),
-            str(leg.output_tokens),
-            f"{leg.first_token_ms:.1f}" if leg.HasField("first_token_ms") else "-",
-            f"{leg.last_token_ms:.1f}" if leg.HasField("last_token_ms") else "-",
-            f"{mates.min}/{mates.median}/{mates.max}" if mates.steps else "-",
-            str(mates.steps),
-            show_number(leg.energy.prefill_j if has_energy else None),
-            show_number(leg.energy.decode_j if has_energy else None),
-            f"[red]replica {leg.loss}[/]" if leg.loss else "",
+def _leg(leg: pb.StoryLeg) -> list[Text]:
+    """What one replica did, as lines that fit a terminal."""
+    headline = Text(f"choice {leg.choice_index}: ", style="dim")
+    headline.append(f"{leg.replica_id} lane {leg.lane}", "bold not dim").append(f"  life {leg.epoch}")
+    if leg.loss:
+        headline.append(f"  replica {leg.loss}", "red not dim")
+    lines = [f"submitted after {leg.submitted_ms:.1f} ms"]
+    if leg.output_tokens:
+        last_offset = leg.first_offset + leg.output_tokens - 1
+        lines[0] += (
+            f", tokens {leg.first_offset} to {last_offset} "
+            f"from {leg.first_token_ms:.1f} to {leg.last_token_ms:.1f} ms"
         )
-    return table
+    if leg.batches.steps:
+        mates = leg.batches
+        lines.append(
+            f"{mates.steps} steps with {mates.min} to {mates.max} sequences in the batch, half of them with "
+            f"{mates.median} or fewer"
+            if mates.min != mates.max
+            else f"{mates.steps} steps with {mates.min} in the batch"
+        )
+    if leg.HasField("energy"):
+        energy = leg.energy
+        lines[-1] += f"; {show_number(energy.prefill_j)} J prefill, {show_number(energy.decode_j)} J decode"
+    return [headline, *(Text(f"  {line}") for line in lines)]
 
 
 def _why_chosen(leg: pb.StoryLeg) -> str:
     choice = leg.choice
+    count = len(choice.candidates)
     return (
-        f"{leg.replica_id} lane {leg.lane} of {len(choice.candidates)}, policy {choice.policy}: "
-        f"{REASONS.get(choice.reason, choice.reason)}; objective {choice.target_ttft_ms:g} ms to the first "
-        f"token, {choice.target_tpot_ms:g} ms each, {choice.expected_tokens} tokens expected"
+        f"chosen of {count} {'lane' if count == 1 else 'lanes'}, policy {choice.policy}: "
+        f"{REASONS.get(choice.reason, choice.reason)}; "
+        f"objective {choice.target_ttft_ms:g} ms to the first token, {choice.target_tpot_ms:g} ms each "
+        f"later, {choice.expected_tokens} tokens expected"
     )
 
 
 def _candidates(choice: pb.StoryChoice) -> RenderableType:
+    """Predicted milliseconds and added joules of each lane that could be had; `age`: of its load, in ms."""
     table = new_table(
-        "", "candidate", ">lane", ">busy", ">cached", ">TTFT ms", ">TPOT ms", ">added J", ">age ms", "notes"
+        "", "candidate", ">lane", ">busy", ">cached", ">TTFT", ">TPOT", ">+J", ">age", "notes", wraps=True
     )
     for one in choice.candidates:
         table.add_row(

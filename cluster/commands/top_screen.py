@@ -15,7 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.commands.status_screen import STATE_STYLES, new_table, show_number
-from cluster.replies import Latency, LedgerState, ModelState, RequestState, RouterState
+from cluster.replies import (
+    ExpertState,
+    FleetEvent,
+    Latency,
+    LedgerState,
+    ModelState,
+    RequestState,
+    RouterState,
+)
 
 HISTORY_POINTS = 40
 BARS = "▁▂▃▄▅▆▇█"
@@ -29,7 +37,9 @@ PARTS = (
 MEASURED = ("counter", "power_integrated", "shared")
 LEAST_REQUESTS = 3
 LINES_OF_MODEL = 7
-LINES_AROUND = 10
+LINES_OF_HEADER = 2
+SHOWN_EVENTS = 3
+EVENT_STYLES = {"lost": "red", "frozen": "red", "silent": "yellow", "draining": "yellow"}
 
 
 @dataclass(slots=True)
@@ -65,15 +75,21 @@ class TopScreen:
         state = self._state
         if state is None:
             return Group(Text("no answer yet"))
-        num_replicas = sum(len(model.replicas) for model in state.models)
+        events = state.events[:SHOWN_EVENTS]
+        gap = [Text("")]
         if height:
-            taken = LINES_OF_MODEL * len(state.models) + num_replicas + LINES_AROUND
-            num_requests = max(LEAST_REQUESTS, height - taken)
+            taken = _lines_taken(state)
+            if taken + len(state.models) + 2 + len(events) + LEAST_REQUESTS > height:
+                events, gap = (), []  # Numbers come first.
+            num_requests = max(1, height - taken - len(gap) * (len(state.models) + 2) - len(events))
         parts: list[RenderableType] = [self._headline(state, is_live=height > 0)]
         for model in state.models:
-            parts += [Rule(_title(model), align="left", style="bright_black")]
+            parts += [*gap, Rule(_title(model), align="left", style="bright_black")]
             parts += [_numbers(model), *_energy(model), self._line_row(model)]
-        parts += [_replicas(state.models), _requests(state.last_requests[:num_requests])]
+            if model.experts is not None:
+                parts.append(describe_experts(model.experts))
+        parts += [*gap, _replicas(state.models), *map(describe_event, events)]
+        parts += [*gap, _requests(state.last_requests[:num_requests])]
         return Group(*parts)
 
     def _headline(self, state: RouterState, *, is_live: bool) -> Text:
@@ -95,6 +111,14 @@ class TopScreen:
         text.append("  W ")
         text.append(draw_line(lines.power_w, width=HISTORY_POINTS // 2), "yellow")
         return text
+
+
+def _lines_taken(state: RouterState) -> int:
+    """All but requests, events and gaps."""
+    num_lines = 1 + 2 * LINES_OF_HEADER
+    for model in state.models:
+        num_lines += LINES_OF_MODEL + (model.experts is not None) + len(model.replicas)
+    return num_lines
 
 
 def _numbers(model: ModelState) -> Table:
@@ -150,6 +174,30 @@ def describe_ledger(ledger: LedgerState) -> Text:
     text.append(" + ".join(f"{part / 1e3:,.3f}" for part in parts))
     sign, style = ("=", "bold") if is_conserved else ("≠", "red")
     text.append(f" {sign} {ledger.meter_mj / 1e3:,.3f} J", style)
+    return text
+
+
+def describe_experts(experts: ExpertState) -> Text:
+    """Example: `experts 5.92× hottest (layer 8 expert 31)  ranks 1.06×, 1.34× without copies`."""
+    text = Text("experts ", style="bright_black", overflow="ellipsis", no_wrap=True)
+    text.append(f"{experts.hottest_load:.2f}×", "bold")
+    text.append(f" hottest (layer {experts.hottest_layer} expert {experts.hottest_expert})")
+    if experts.imbalance is not None:
+        text.append("  ranks ")
+        text.append(f"{experts.imbalance:.2f}×", "bold")
+        if experts.num_copies and experts.imbalance_without_copies is not None:
+            text.append(f", {experts.imbalance_without_copies:.2f}× without copies")
+    return text
+
+
+def describe_event(event: FleetEvent) -> Text:
+    """Example: `3m ago  llama#4f0a  draining: the replica is being replaced`."""
+    text = Text(
+        f"{show_duration(event.age_s):>4} ago  ", style="bright_black", overflow="ellipsis", no_wrap=True
+    )
+    text.append(f"{event.replica_id or event.model}  ", "none")
+    text.append(event.kind, EVENT_STYLES.get(event.kind, "green"))
+    text.append(f": {event.reason}" if event.reason else "")
     return text
 
 

@@ -43,6 +43,7 @@ def up(
         state = stack.status()
         if state:
             console.print(render_models(state))
+            console.print()
         console.print(
             f"gRPC [bold]{stack.addresses.grpc}[/]  "
             f"dashboard [bold]{config.router.scheme}://{stack.addresses.http}/dash[/]"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config.section import Section
+from cluster.config.security import TlsSection, is_loopback
 
 
 class TelemetrySection(Section):
@@ -17,11 +18,34 @@ class TelemetrySection(Section):
     record_prompts: bool = Field(
         False, description="put the text of prompts on spans; otherwise none is in spans, logs or metrics"
     )
+    metrics_host: str = Field(
+        "127.0.0.1",
+        description="where /metrics of replicas and energy agents listen; 0.0.0.0: on their node's address",
+    )
+    agent_metrics_port: int = Field(
+        0, ge=0, le=65535, description="of the energy agent of each node; 0: a free one"
+    )
+    metrics_tls: TlsSection = TlsSection()
+    allow_insecure_metrics: bool = Field(
+        False, description="show them on a public address without TLS and scrapers' certificates"
+    )
+
+    @model_validator(mode="after")
+    def _metrics_are_not_open_to_all(self) -> TelemetrySection:
+        is_closed = self.metrics_tls.client_ca or is_loopback(self.metrics_host)
+        if not is_closed and not self.allow_insecure_metrics:
+            raise ValueError(
+                f"metrics_host {self.metrics_host!r} is reachable from other machines, and anybody could "
+                "read there: set metrics_tls.cert, .key and .client_ca, or allow_insecure_metrics"
+            )
+        return self
 
 
 class EnergySection(Section):
-    meter: Literal["auto", "nvml", "rapl", "cpu-model", "fake"] = "auto"
-    poll_ms: float = Field(30.0, ge=5.0, le=1000.0)
+    meter: Literal["auto", "nvml", "rapl", "zeus", "cpu-model", "fake"] = "auto"
+    poll_ms: float = Field(
+        50.0, ge=5.0, le=1000.0, description="between two reads of a meter; 20 to 50 suit a GPU's counter"
+    )
     cpu_static_w: float = Field(10.0, ge=0.0, description="cpu-model: drawn whatever the work")
     pue: float = Field(
         1.0, ge=1.0, le=10.0, description="power of the building by that of its machines; for reports"

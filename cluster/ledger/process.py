@@ -18,6 +18,7 @@ from cluster.config import Config, ConfigError, load_config
 from cluster.config.ledger import LedgerSection
 from cluster.ledger.database import Database, LedgerFileError
 from cluster.ledger.location import SOCKET_NAME, ledger_path
+from cluster.ledger.lock import held_alone
 from cluster.ledger.service import LedgerServicer
 from cluster.router.grpc_servers import Port, bind, bind_socket
 from protos import wattline_ledger_pb2_grpc
@@ -32,10 +33,16 @@ async def run_ledger(config: Config) -> None:
     """Serve until SIGTERM or SIGINT; then finish what was begun.
 
     On a Unix socket of this user's, and on a port where one is configured. Raises ConfigError for a file that
-    is no ledger, CommandError for a port that is taken.
+    is no ledger, CommandError for a port that is taken, and where another store runs already.
     """
-    path = ledger_path(config)
+    path, socket = ledger_path(config), Path(config.runtime_dir) / SOCKET_NAME
+    socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with held_alone(path, socket):
+        await _serve(config, path, socket)
+
+
+async def _serve(config: Config, path: Path, socket: Path) -> None:
     try:
         database = Database(path)
     except LedgerFileError as error:
@@ -47,7 +54,7 @@ async def run_ledger(config: Config) -> None:
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
     wattline_ledger_pb2_grpc.add_LedgerStoreServicer_to_server(servicer, server)
     try:
-        bind_socket(server, Path(config.runtime_dir) / SOCKET_NAME)
+        bind_socket(server, socket)
         if config.ledger.port:
             bind(server, Port(key="ledger.port", host=config.ledger.host, port=config.ledger.port), tls=None)
         await server.start()

@@ -30,6 +30,7 @@ class EngineJob:
     buffer_bytes: int
     on_overflow: Callable[[], None]
     scores_prompt: bool = False
+    tenant: str = ""
     attempt: int = 0
     first_offset: int = 0
     cached_tokens: int = 0

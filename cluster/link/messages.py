@@ -7,7 +7,7 @@ from cluster.link.token_stream import End, Finished
 from cluster.router.energy_account import RequestEnergy
 from cluster.router.errors import DeadlinePassed, ReplicaStopped, engine_error
 from cluster.router.failover import LossReason
-from cluster.router.ledger_book import LedgerSums, ReplicaLedger
+from cluster.router.ledger_book import LedgerSums, ReplicaLedger, TenantSums
 from protos import wattline_link_pb2 as link
 from replicas.expert_heat import ExpertHeat
 from replicas.request import GenerationRequest
@@ -30,6 +30,7 @@ def submit_command(job: EngineJob, *, request_id: int) -> link.ToReplica:
         attempt=job.attempt,
         first_offset=job.first_offset,
         cache_salt=job.cache_salt,
+        tenant=job.tenant,
         scores_prompt=job.scores_prompt,
     )
     submit = request_to_wire(request, now_ns=0)
@@ -84,6 +85,10 @@ def parse_ledger(message: link.FromReplica, *, replica_id: str) -> ReplicaLedger
                 unattributed_mj=entry.unattributed_mj,
                 static_mj=entry.static_mj,
                 wasted_mj=entry.wasted_mj,
+                tenants={
+                    each.tenant: TenantSums(prefill_mj=each.prefill_mj, decode_mj=each.decode_mj)
+                    for each in entry.tenants
+                },
             )
             for entry in message.ledger
         },

@@ -73,6 +73,8 @@ class ReplicaConnection:
         clock_s: Callable[[], float],
     ) -> None:
         self.hello = hello
+        self.agent_metrics_address = ""
+        """Of the energy agent of its host; empty: none is shown, or not known yet."""
         self.epoch = epoch
         self.load = hello.load
         self.experts: ExpertHeat | None = None

@@ -48,6 +48,10 @@ def _quantiles(metric: str) -> tuple[Query, ...]:
     )
 
 
+EXPERTS = "Experts"
+"""The row that stays empty where no model has experts."""
+EXPERT_RATE = _rate("wattline_expert_tokens_total")
+
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Energy": (
         Panel(
@@ -58,7 +62,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             queries=(
                 Query(
                     expr=(
-                        "sum by (ledger, phase) (max by (model, source, ledger, phase, component) "
+                        "sum by (ledger, phase) (max by (model, source, ledger, phase, component, tenant) "
                         f"({_rate('wattline_energy_joules_total')}))"
                     ),
                     legend="{{ledger}} {{phase}}",
@@ -77,6 +81,32 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 Query(
                     expr=f"model:wattline_joules_per_token:ratio5m{{{MODEL}}}",
                     legend="{{model}} per token ({{source}})",
+                ),
+            ),
+        ),
+        Panel(
+            title="Power by tenant",
+            unit="watt",
+            text="What the requests of each tenant draw, prefill and decode.",
+            stacks=True,
+            queries=(
+                Query(
+                    expr=f"sum by (tenant, source) (tenant:wattline_energy_watts:rate5m{{{MODEL}}})",
+                    legend="{{tenant}} ({{source}})",
+                ),
+            ),
+        ),
+        Panel(
+            title="Energy of tenants",
+            unit="joule",
+            text="In the time shown.",
+            queries=(
+                Query(
+                    expr=(
+                        "sum by (tenant, source) (max by (model, source, ledger, phase, component, tenant) "
+                        f'(increase(wattline_energy_joules_total{{{MODEL},ledger="request"}}[$__range])))'
+                    ),
+                    legend="{{tenant}} ({{source}})",
                 ),
             ),
         ),
@@ -199,6 +229,51 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             queries=(
                 Query(
                     expr=f"max by (model, state) (wattline_replicas{{{MODEL}}})", legend="{{model}} {{state}}"
+                ),
+            ),
+        ),
+    ),
+    EXPERTS: (
+        Panel(
+            title="Imbalance of ranks",
+            unit="short",
+            text=(
+                "Load of the busiest rank over the mean, mean of the layers: 1 is even. Without copies: had "
+                "no hot expert a copy in a spare slot."
+            ),
+            queries=(
+                Query(
+                    expr=f"avg by (model, replica) (wattline_expert_imbalance{{{MODEL}}})",
+                    legend="{{replica}} as placed",
+                ),
+                Query(
+                    expr=f"avg by (model, replica) (wattline_expert_imbalance_without_copies{{{MODEL}}})",
+                    legend="{{replica}} without copies",
+                ),
+            ),
+        ),
+        Panel(
+            title="Most uneven layers",
+            unit="short",
+            queries=(
+                Query(
+                    expr=f"topk(5, max by (model, layer) (wattline_expert_imbalance{{{MODEL}}}))",
+                    legend="{{model}} layer {{layer}}",
+                ),
+            ),
+        ),
+        Panel(
+            title="Hottest experts",
+            unit="short",
+            text="Tokens of an expert over the mean of its layer's experts: 1 is an even share.",
+            queries=(
+                Query(
+                    expr=(
+                        f"topk(5, sum by (model, layer, expert) ({EXPERT_RATE}) "
+                        "/ on (model, layer) group_left () "
+                        f"(avg by (model, layer) (sum by (model, layer, expert) ({EXPERT_RATE})) > 0))"
+                    ),
+                    legend="{{model}} layer {{layer}} expert {{expert}}",
                 ),
             ),
         ),

@@ -12,18 +12,31 @@ from starlette.routing import BaseRoute, Route
 from cluster.link.replica_pool import ReplicaPool
 
 TARGETS_PATH = "/metrics/targets"
+AGENT_JOB = "wattline-agent"
 
 
 def target_groups(pool: ReplicaPool) -> list[dict[str, object]]:
-    """One group per attached replica that shows metrics; its series have no model or replica of their own."""
-    return [
-        {
-            "targets": [connection.hello.metrics_address],
-            "labels": {"model": connection.hello.model, "replica": connection.replica_id},
-        }
+    """One group per attached replica that shows metrics, and one per energy agent that reads their meters.
+
+    The series of a replica have no model or replica of their own, those of an agent name both in `hw_id`.
+    """
+    replicas = [
+        _group(connection.hello.metrics_address, model=connection.hello.model, replica=connection.replica_id)
         for connection in pool
         if connection.hello.metrics_address
     ]
+    agents = {
+        connection.agent_metrics_address: connection.hello.host
+        for connection in pool
+        if connection.agent_metrics_address
+    }
+    return replicas + [_group(address, job=AGENT_JOB, host=host) for address, host in agents.items()]
+
+
+def _group(address: str, **labels: str) -> dict[str, object]:
+    """`address` is host:port, or https://host:port."""
+    scheme, _, target = address.rpartition("://")
+    return {"targets": [target], "labels": labels | ({"__scheme__": scheme} if scheme else {})}
 
 
 def target_routes(pool: ReplicaPool) -> tuple[BaseRoute, ...]:

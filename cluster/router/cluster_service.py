@@ -118,6 +118,7 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         attached = self._pool.of_model(model.name)
         now_s = monotonic()
         answers = self._journal.of_model(model.name)
+        by_output, by_total = answers.joules_per_token(now_s=now_s)
         power = model.ledger.power(model.energy_source, now_s=now_s)
         return pb.ModelStatus(
             name=model.name,
@@ -126,10 +127,10 @@ class ClusterServicer(pb_grpc.ClusterServicer):
             active_requests=model.active_requests,
             waiting_requests=sum(sum(connection.load.waiting) for connection in attached),
             output_tokens_per_s=model.token_rate.per_second(now_s=now_s),
-            joules_per_output_token=model.energy_rate.joules_per_output_token,
+            joules_per_output_token=by_output,
             energy_source=model.energy_source or next((c.hello.energy_source for c in attached), ""),
             replicas=[self._replica_status(connection, now_s=now_s) for connection in attached],
-            joules_per_total_token=answers.joules_per_token(now_s=now_s)[1],
+            joules_per_total_token=by_total,
             ttft=_latency(answers.ttft_ms(now_s=now_s)),
             tpot=_latency(answers.tpot_ms(now_s=now_s)),
             slo_met=answers.num_met,
@@ -138,7 +139,10 @@ class ClusterServicer(pb_grpc.ClusterServicer):
                 link.LedgerTotals(
                     source=source,
                     confidence_factor=model.ledger.confidence_factor(source) or 0.0,
-                    **asdict(sums),
+                    tenants=[
+                        link.TenantEnergy(tenant=name, **asdict(each)) for name, each in sums.tenants.items()
+                    ],
+                    **sums.amounts_mj,
                 )
                 for source, sums in model.ledger.sums.items()
             ],

@@ -71,6 +71,9 @@ class FleetRecord:
         self._wall_s = wall_s
         self._events: deque[FleetEvent] = deque(maxlen=LAST_EVENTS)
         self._stands: dict[str, Stand] = {}
+        self._silences: dict[str, int] = {}
+        self._doubted: set[str] = set()
+        """Replicas that were silent at one look."""
         self._last: dict[str, FleetEvent] = {}
 
     @property
@@ -104,22 +107,51 @@ class FleetRecord:
             reason = "its link is back; the group went on"
         else:
             reason = f"a new group: {what}"
+        self._silences.pop(replica_id, None)
         self._stands[replica_id] = Stand.READY
         self._last[replica_id] = self.add(
             model=model, replica_id=replica_id, epoch=epoch, kind=ATTACHED, reason=reason
         )
 
     def observe(self, *, model: str, replica_id: str, epoch: int, standing: Standing) -> None:
-        """Note it, if the standing of an attached replica is another than when it was last looked at."""
+        """Note it, if the standing of an attached replica is another than when it was last looked at.
+
+        Silence counts at the second look: after a pause of this process what they said is only not read yet.
+        """
         stand = standing.stand
         before = self._stands.get(replica_id)
+        is_first_look = stand is Stand.SILENT and replica_id not in self._doubted
+        self._doubted.discard(replica_id)
         if before is None or stand is before:
+            return
+        if is_first_look:
+            self._doubted.add(replica_id)
             return
         kind, reason = stand.value, standing.reason
         if stand is Stand.READY:
-            kind, reason = RECOVERED, f"it was {before.value} and speaks again"
+            kind, reason = RECOVERED, _after(before)
+        if stand is Stand.SILENT:
+            reason += self._forget_silence(replica_id)
         event = self.add(model=model, replica_id=replica_id, epoch=epoch, kind=kind, reason=reason)
         if stand in GONE:
             del self._stands[replica_id], self._last[replica_id]
+            self._silences.pop(replica_id, None)
         else:
             self._stands[replica_id], self._last[replica_id] = stand, event
+
+    def _forget_silence(self, replica_id: str) -> str:
+        """On a busy machine a replica is silent again and again: the last time stands for all, counted."""
+        count = self._silences[replica_id] = self._silences.get(replica_id, 0) + 1
+        if count == 1:
+            return ""
+        kept = [event for event in self._events if event.replica_id != replica_id or not _is_silence(event)]
+        self._events = deque(kept, maxlen=LAST_EVENTS)
+        return f" ({count} times since it attached)"
+
+
+def _is_silence(event: FleetEvent) -> bool:
+    return event.kind == Stand.SILENT or (event.kind == RECOVERED and event.reason == _after(Stand.SILENT))
+
+
+def _after(stand: Stand) -> str:
+    return f"it was {stand.value} and speaks again"

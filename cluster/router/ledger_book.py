@@ -9,17 +9,33 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+
+from cluster.router.idle_share import IdleShare
 
 MAX_REPLICA_LIVES = 2048
 """Lives of replicas whose last sums are remembered; beyond it the one not heard of for longest is let go."""
+MAX_TENANTS = 64
+"""With sums of their own; a replica names at most 32."""
+OTHER_TENANTS = "other"
 RATE_AGE_S = 5.0
 """A replica that was silent for longer draws an unknown power, not its last one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantSums:
+    """Millijoules of one tenant's requests."""
+
+    prefill_mj: int = 0
+    decode_mj: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerSums:
-    """Millijoules; `static_mj` and `wasted_mj` are parts of `prefill_mj + decode_mj`."""
+    """Millijoules; `static_mj` and `wasted_mj` are parts of `prefill_mj + decode_mj`.
+
+    `tenants` adds up to prefill and decode, too, where the replica said whose they are.
+    """
 
     meter_mj: int = 0
     prefill_mj: int = 0
@@ -28,6 +44,12 @@ class LedgerSums:
     unattributed_mj: int = 0
     static_mj: int = 0
     wasted_mj: int = 0
+    tenants: Mapping[str, TenantSums] = field(default_factory=dict)
+
+    @property
+    def amounts_mj(self) -> dict[str, int]:
+        """All but the tenants', by the names of the fields."""
+        return {name: getattr(self, name) for name in _FIELDS}
 
     @property
     def requests_mj(self) -> int:
@@ -39,14 +61,30 @@ class LedgerSums:
         return self.requests_mj + self.idle_mj + self.unattributed_mj == self.meter_mj
 
     def __add__(self, other: LedgerSums) -> LedgerSums:
-        return LedgerSums(**{name: getattr(self, name) + getattr(other, name) for name in _FIELDS})
+        theirs = other.amounts_mj
+        sums = {name: mj + theirs[name] for name, mj in self.amounts_mj.items()}
+        return LedgerSums(**sums, tenants=self._joined(other, sign=1))
 
     def minus(self, other: LedgerSums) -> LedgerSums:
         """What was added since `other`; whatever is less than before counts as nothing."""
-        return LedgerSums(**{name: max(0, getattr(self, name) - getattr(other, name)) for name in _FIELDS})
+        theirs = other.amounts_mj
+        sums = {name: max(0, mj - theirs[name]) for name, mj in self.amounts_mj.items()}
+        return LedgerSums(**sums, tenants=self._joined(other, sign=-1))
+
+    def _joined(self, other: LedgerSums, *, sign: int) -> dict[str, TenantSums]:
+        """Tenants beyond the bound are `other`."""
+        tenants = dict(self.tenants)
+        for name, theirs in other.tenants.items():
+            name = name if name in tenants or len(tenants) < MAX_TENANTS else OTHER_TENANTS
+            mine = tenants.get(name, TenantSums())
+            tenants[name] = TenantSums(
+                prefill_mj=max(0, mine.prefill_mj + sign * theirs.prefill_mj),
+                decode_mj=max(0, mine.decode_mj + sign * theirs.decode_mj),
+            )
+        return tenants
 
 
-_FIELDS = tuple(field.name for field in fields(LedgerSums))
+_FIELDS = tuple(each.name for each in fields(LedgerSums) if each.name != "tenants")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +125,7 @@ class LedgerBook:
     def __init__(self) -> None:
         self._lives: OrderedDict[tuple[str, int], _Life] = OrderedDict()
         self._sums: dict[str, LedgerSums] = {}
+        self.idle_share = IdleShare()
         self._confidence_factors: dict[str, float] = {}
 
     @property
@@ -114,6 +153,9 @@ class LedgerBook:
             before = (last.ledger.sums.get(source) if last else None) or LedgerSums()
             self._sums[source] = self._sums.get(source, LedgerSums()) + sums.minus(before)
         self._confidence_factors.update(ledger.confidence_factors)
+        self.idle_share.note(
+            {source: (sums.requests_mj, sums.idle_mj) for source, sums in self._sums.items()}, now_s=now_s
+        )
         self._lives[key] = _Life(ledger=ledger, heard_s=now_s, power=_power(last, ledger))
         if len(self._lives) > MAX_REPLICA_LIVES:
             self._lives.popitem(last=False)

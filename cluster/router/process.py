@@ -124,7 +124,9 @@ class Router:
         release = version("wattline")
         self._models = serve_models(config, tokenizers)
         self._metrics = RouterMetrics()
-        self._telemetry = Telemetry(config.telemetry, router_id=self.router_id, version=release)
+        self._telemetry = Telemetry(
+            config.telemetry, router_id=self.router_id, version=release, pue=config.energy.pue
+        )
         self._worker = DetokenizeWorker(asyncio.get_running_loop())
         self._tokenizing = ThreadPoolExecutor(section.tokenizer_threads, thread_name_prefix="tokenize")
         self._pool = ReplicaPool(on_change=lambda: self._health.changed())

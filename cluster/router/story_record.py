@@ -11,6 +11,9 @@ MAX_STORIES = 1024
 MAX_CANDIDATES = 16_384
 """In all stories together: a candidate and its score are a kilobyte or less, so some 16 MB."""
 
+MIN_ID_CHARS = 8
+"""As many of an id as tables show."""
+
 
 class StoryRecord:
     """Mutable; owned by the event loop. What ended longest ago is forgotten first."""
@@ -38,15 +41,30 @@ class StoryRecord:
             self._forget(next(iter(self._stories)))
 
     def find(self, request_or_trace_id: str) -> tuple[Story, ...]:
-        """One story of a request, all of a trace, oldest first. Raises UnknownRequest."""
-        request_ids = self._traces.get(request_or_trace_id, [request_or_trace_id])
+        """One story of a request, all of a trace, oldest first; of either id the beginning will do.
+
+        Raises UnknownRequest.
+        """
+        request_ids = self._traces.get(request_or_trace_id) or self._begin_with(request_or_trace_id)
         stories = tuple([self._stories[one] for one in request_ids if one in self._stories])
         if not stories:
             raise UnknownRequest(
                 f"no request of this request or trace id ended here; the last {self._max_stories} are "
-                "remembered, those under way are told when they end"
+                "remembered, those under way are told when they end; of an id the first "
+                f"{MIN_ID_CHARS} characters will do"
             )
         return stories
+
+    def _begin_with(self, text: str) -> list[str]:
+        if text in self._stories:
+            return [text]
+        if len(text) < MIN_ID_CHARS:
+            return []
+        return [
+            request_id
+            for request_id, story in self._stories.items()
+            if request_id.startswith(text) or story.trace_id.startswith(text)
+        ]
 
     def _forget(self, request_id: str) -> None:
         story = self._stories.pop(request_id)

@@ -15,12 +15,14 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.config import EnergySection
+from cluster.config import Config, EnergySection, TelemetrySection
+from replicas.config import MetricsAccess
 from replicas.energy.agent import EnergyAgent
 
 NAMESPACE = "wattline"
 RETRY_S = 1.0
 NODE_ID_CHARS = 12
+WILDCARDS = ("0.0.0.0", "::")
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +30,15 @@ logger = logging.getLogger(__name__)
 class EnergyAgentHost:
     """The actor: one agent on one socket, until nobody watches."""
 
-    async def __init__(self, address: str, energy: EnergySection) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, address: str, energy: EnergySection, access: MetricsAccess, metrics_port: int
+    ) -> None:
         self._agent = EnergyAgent(
             poll_s=energy.poll_ms / 1e3,
             cpu_static_w=energy.cpu_static_w,
             cpu_core_w=energy.cpu_core_w,
         )
+        self._agent.serve_metrics(access, port=metrics_port)
         await self._agent.start(address)
         self._serving = asyncio.create_task(self._serve())
 
@@ -52,18 +57,30 @@ def energy_agent_address(runtime_dir: Path) -> str:
     return f"unix:{runtime_dir}/energy-{ray.get_runtime_context().get_node_id()[:NODE_ID_CHARS]}.sock"
 
 
-async def keep_energy_agent(energy: EnergySection, runtime_dir: Path) -> None:
+def metrics_access(telemetry: TelemetrySection) -> MetricsAccess:
+    """Where the processes of this node show their metrics."""
+    host, tls = telemetry.metrics_host, telemetry.metrics_tls
+    return MetricsAccess(
+        host=host,
+        announced_host=ray.util.get_node_ip_address() if host in WILDCARDS else "",
+        cert=tls.cert,
+        key=tls.key,
+        client_ca=tls.client_ca,
+    )
+
+
+async def keep_energy_agent(config: Config, runtime_dir: Path) -> None:
     """See to it that this node has its agent, for as long as this coroutine runs."""
     address = energy_agent_address(runtime_dir)
     while True:
         try:
-            await _find_or_make(address, energy).wait_end.remote()
+            await _find_or_make(address, config).wait_end.remote()
         except (RayError, ValueError) as error:
             logger.warning("energy_agent_lost address=%s error=%s", address, type(error).__name__)
         await asyncio.sleep(RETRY_S)
 
 
-def _find_or_make(address: str, energy: EnergySection) -> Any:
+def _find_or_make(address: str, config: Config) -> Any:
     node_id = ray.get_runtime_context().get_node_id()
     return (
         ray.remote(EnergyAgentHost)
@@ -76,5 +93,5 @@ def _find_or_make(address: str, energy: EnergySection) -> Any:
             max_restarts=-1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
         )
-        .remote(address, energy)
+        .remote(address, config.energy, metrics_access(config.telemetry), config.telemetry.agent_metrics_port)
     )

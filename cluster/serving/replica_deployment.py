@@ -15,7 +15,7 @@ from pathlib import Path
 from ray import serve
 
 from cluster.config import Config, LinkTlsSection, ModelSection
-from cluster.serving.energy_agent import energy_agent_address, keep_energy_agent
+from cluster.serving.energy_agent import energy_agent_address, keep_energy_agent, metrics_access
 from cluster.serving.loading_note import LoadingNote
 from cluster.serving.placement import place
 from cluster.serving.ray_ranks import RayRankGroup
@@ -107,6 +107,7 @@ def replica_config(
         shared_dir=str(folder.shared_dir),
         energy_agent=energy_agent_address(folder.path) if needs_agent else "",
         meter=config.energy.meter,
+        metrics=metrics_access(config.telemetry),
         drain_s=section.limits.drain_s,
         ready_timeout_s=section.limits.ready_timeout_s,
     )
@@ -125,7 +126,7 @@ def _link_credentials(tls: LinkTlsSection) -> LinkCredentials | None:
 
 async def _keep_agent(config: Config, told: ReplicaConfig, folder: RunFolder) -> None:
     if told.energy_agent:
-        await keep_energy_agent(config.energy, folder.path)
+        await keep_energy_agent(config, folder.path)
 
 
 async def _note_loading(supervisor: Supervisor, note: LoadingNote) -> None:

@@ -17,6 +17,8 @@ from cluster.link.replica_pool import ReplicaPool
 from cluster.router.ledger_book import LedgerSums
 from cluster.router.served_model import ServedModel
 
+NOBODY = "none"
+"""The tenant of joules that are no tenant's."""
 ENERGY_HELP = (
     "Metered energy of the attached replicas by what it was for, as their ledgers divided it; the rows "
     "of a source add up to its meter. Each router a replica dials shows the same: do not sum routers."
@@ -111,7 +113,7 @@ def _energy_counters(models: Mapping[str, ServedModel]) -> Iterable[Metric]:
     joules = CounterMetricFamily(
         "wattline_energy_joules",
         ENERGY_HELP,
-        labels=("ledger", "phase", "component", "source", "model"),
+        labels=("ledger", "phase", "component", "source", "model", "tenant"),
     )
     meter = CounterMetricFamily(
         "wattline_energy_meter_joules", "Metered energy that the ledgers divided.", labels=("source", "model")
@@ -128,22 +130,32 @@ def _energy_counters(models: Mapping[str, ServedModel]) -> Iterable[Metric]:
     )
     for name, model in models.items():
         for source, sums in model.ledger.sums.items():
-            for labels, value_mj in _divided(sums):
-                joules.add_metric((*labels, source, name), value_mj / 1e3)
+            for labels, tenant, value_mj in _divided(sums):
+                joules.add_metric((*labels, source, name, tenant), value_mj / 1e3)
             meter.add_metric((source, name), sums.meter_mj / 1e3)
             wasted.add_metric((source, name), sums.wasted_mj / 1e3)
             static.add_metric((source, name), sums.static_mj / 1e3)
     return joules, meter, wasted, static
 
 
-def _divided(sums: LedgerSums) -> tuple[tuple[tuple[str, str, str], int], ...]:
-    """(ledger, phase, component) and millijoules; the rows add up to the meter."""
-    return (
-        (("request", "prefill", "device"), sums.prefill_mj),
-        (("request", "decode", "device"), sums.decode_mj),
-        (("idle", "none", "device"), sums.idle_mj),
-        (("unattributed", "none", "device"), sums.unattributed_mj),
-    )
+def _divided(sums: LedgerSums) -> Iterable[tuple[tuple[str, str, str], str, int]]:
+    """(ledger, phase, component), tenant and millijoules; the rows add up to the meter.
+
+    What a replica did not name a tenant for is nobody's, as is what no request took.
+    """
+    prefill_mj = {tenant or NOBODY: each.prefill_mj for tenant, each in sums.tenants.items()}
+    decode_mj = {tenant or NOBODY: each.decode_mj for tenant, each in sums.tenants.items()}
+    for phase, total_mj, by_tenant in (
+        ("prefill", sums.prefill_mj, prefill_mj),
+        ("decode", sums.decode_mj, decode_mj),
+    ):
+        unnamed_mj = total_mj - sum(by_tenant.values())
+        if unnamed_mj or not by_tenant:
+            by_tenant[NOBODY] = by_tenant.get(NOBODY, 0) + unnamed_mj
+        for tenant, value_mj in by_tenant.items():
+            yield ("request", phase, "device"), tenant, value_mj
+    yield ("idle", "none", "device"), NOBODY, sums.idle_mj
+    yield ("unattributed", "none", "device"), NOBODY, sums.unattributed_mj
 
 
 def kv_usage(replicas: list[ReplicaConnection]) -> float:

@@ -102,8 +102,11 @@ class InferenceSpan:
             self._span.set_attribute(semconv.PREEMPTIONS, timing.preemptions)
             self._add_phases(timing)
 
-    def export(self, energy: RequestEnergy | None) -> None:
-        """End it at the time it finished, with the joules that are known by now."""
+    def export(self, energy: RequestEnergy | None, *, idle_share_mj: float | None, pue: float) -> None:
+        """End it at the time it finished, with the joules that are known by now.
+
+        Its share of the idle energy and the building's PUE stand beside its bill and are not in it.
+        """
         self._span.set_attribute(semconv.ENERGY_FINAL, energy is not None and energy.is_final)
         if energy is not None:
             self._span.set_attributes(
@@ -119,6 +122,9 @@ class InferenceSpan:
                     semconv.ENERGY_CONFIDENCE: energy.confidence_factor,
                 }
             )
+            self._span.set_attribute(semconv.ENERGY_PUE, pue)
+            if idle_share_mj is not None:
+                self._span.set_attribute(semconv.ENERGY_IDLE_SHARE_J, idle_share_mj / 1e3)
         self._span.end(end_time=self._end_ns)
 
     def _add_phases(self, timing: SequenceTiming) -> None:

@@ -22,6 +22,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from cluster.config import TelemetrySection
 from cluster.router.energy_account import EnergyAccount
+from cluster.router.idle_share import IdleShare
 from cluster.telemetry import semconv
 from cluster.telemetry.inference_span import InferenceSpan
 from cluster.telemetry.rpc_span import RpcSpan
@@ -38,7 +39,7 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 class Telemetry:
     """Owns one tracer provider, and the spans that still wait for their joules."""
 
-    def __init__(self, section: TelemetrySection, *, router_id: str, version: str) -> None:
+    def __init__(self, section: TelemetrySection, *, router_id: str, version: str, pue: float = 1.0) -> None:
         resource = Resource.create(
             {
                 "service.name": section.service_name,
@@ -61,7 +62,8 @@ class Telemetry:
         self._tracer = self._provider.get_tracer("wattline", version)
         self._propagator = TraceContextTextMapPropagator()
         self._records_prompts = section.record_prompts
-        self._waiting: dict[InferenceSpan, EnergyAccount] = {}
+        self._pue = pue
+        self._waiting: dict[InferenceSpan, tuple[EnergyAccount, IdleShare]] = {}
 
     def start_rpc(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> RpcSpan:
         """The server span of one gRPC call, a child of the caller's span if it sent a W3C trace context."""
@@ -86,11 +88,11 @@ class Telemetry:
             records_prompts=self._records_prompts,
         )
 
-    def hold_for_energy(self, span: InferenceSpan, account: EnergyAccount) -> None:
+    def hold_for_energy(self, span: InferenceSpan, account: EnergyAccount, idle_share: IdleShare) -> None:
         """Export a finished inference span with its final joules, or with what is known in two seconds."""
         if not span.is_recording:
             return
-        self._waiting[span] = account
+        self._waiting[span] = (account, idle_share)
         timer = asyncio.get_running_loop().call_later(ENERGY_WAIT_S, self._release, span)
 
         def settled() -> None:
@@ -110,6 +112,9 @@ class Telemetry:
             logger.warning("telemetry_shutdown_timeout seconds=%s", SHUTDOWN_S)
 
     def _release(self, span: InferenceSpan) -> None:
-        account = self._waiting.pop(span, None)
-        if account is not None:
-            span.export(account.energy)
+        waiting = self._waiting.pop(span, None)
+        if waiting is None:
+            return
+        energy, idle_share = waiting[0].energy, waiting[1]
+        idle_share_mj = idle_share.of_mj(energy.source, energy.total_mj) if energy else None
+        span.export(energy, idle_share_mj=idle_share_mj, pue=self._pue)

@@ -42,16 +42,16 @@ class AccountBook:
         """Whether a request may still run steps."""
         return len(self.accounts) > len(self._ended)
 
-    def begin(self, request_id: int) -> None:
+    def begin(self, request_id: int, payer: str) -> None:
         """Steps of this request may come from now on, also if one of its id was billed before."""
         self._final.pop(request_id, None)
-        self.account(request_id)
+        self.account(request_id, payer)
 
-    def account(self, request_id: int) -> Account:
+    def account(self, request_id: int, payer: str = "") -> Account:
         """The account of a request; opened if there is none, ended already if its bill is final."""
         account = self.accounts.get(request_id)
         if account is None:
-            account = self.accounts[request_id] = Account(request_id)
+            account = self.accounts[request_id] = self._opened(request_id, payer)
             if request_id in self._final:
                 self._ended[request_id] = account
             if len(self.accounts) > self._max_requests:
@@ -79,7 +79,7 @@ class AccountBook:
 
     def claim(self, request_id: int) -> Account:
         """The account that a window bills; one that fell out of the bounds comes back for it."""
-        return self.accounts.get(request_id) or self.accounts.setdefault(request_id, Account(request_id))
+        return self.accounts.get(request_id) or self.accounts.setdefault(request_id, self._opened(request_id))
 
     def note_window(self, claims: Claims) -> list[Account]:
         """A window closed: the accounts of its claims, which now know what ended there."""
@@ -124,6 +124,9 @@ class AccountBook:
         unmeasured = list(self._unmeasured)
         self._unmeasured.clear()
         return unmeasured
+
+    def _opened(self, request_id: int, payer: str = "") -> Account:
+        return Account(request_id, self._cashier.payers.known(payer))
 
     def _finish(self, account: Account) -> None:
         """Turn an account into its final bill, or admit that its energy is unknown."""

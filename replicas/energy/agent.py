@@ -18,20 +18,24 @@ from typing import NamedTuple
 
 import grpc
 from grpc import aio
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from protos import wattline_energy_pb2 as wire
 from protos.wattline_energy_pb2_grpc import EnergyAgentServicer, add_EnergyAgentServicer_to_server
-from replicas.config import METERS
+from replicas.config import METERS, MetricsAccess
 from replicas.energy.agent_metrics import MeterSeries
+from replicas.energy.agent_options import agent_parser, metrics_access
 from replicas.energy.cpu_model import CpuModelMeter
-from replicas.energy.meter import Meter, Reading
+from replicas.energy.edge_pipe import EdgePipe
+from replicas.energy.meter import Meter, Reading, hold_the_same
 from replicas.energy.nvml import NvmlMeter
 from replicas.energy.polling import MeterPoller
 from replicas.energy.rapl import RaplMeter
 from replicas.energy.replay import FakeMeter
 from replicas.energy.survey import survey_meters
+from replicas.energy.zeus_meter import ZeusMeter
 from replicas.errors import MeterUnavailable
+from replicas.metrics_page import MetricsPage
 from replicas.strict_messages import add_strictly
 
 _LOG = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ _MAX_GROUP_CHARS = 256
 _MAX_WATCHES = 256
 _SOCKET_PATH_BYTES = 107
 _STOP_GRACE_S = 0.1
+_PIPE_INFIX = ".edges-"
 
 
 class WatchKey(NamedTuple):
@@ -61,7 +66,7 @@ class EnergyAgent:
     def __init__(
         self,
         *,
-        poll_s: float = 0.03,
+        poll_s: float = 0.05,
         cpu_static_w: float = 10.0,
         cpu_core_w: float = 8.0,
         clock: Callable[[], int] = time.monotonic_ns,
@@ -79,7 +84,8 @@ class EnergyAgent:
         self._making = asyncio.Lock()
         self._series = MeterSeries(self._pollers.values)
         self.registry.register(self._series)
-        self._num_watches = 0
+        self._num_watches = self._num_pipes = 0
+        self._page: MetricsPage | None = None
         self._server: aio.Server | None = None
         self._socket_paths: list[Path] = []
         self._used_ns = self._started_ns = clock()
@@ -100,8 +106,24 @@ class EnergyAgent:
         self._server = server
         for path in self._socket_paths:
             path.chmod(0o600)
+            for left_over in path.parent.glob(f"{path.name}{_PIPE_INFIX}*"):
+                left_over.unlink(missing_ok=True)
         _LOG.info("energy_agent.started", extra={"addresses": bound, "poll_s": self._poll_s})
         return bound
+
+    @property
+    def metrics_address(self) -> str:
+        """Where /metrics is; empty: nowhere."""
+        return self._page.address if self._page else ""
+
+    def serve_metrics(self, access: MetricsAccess, *, port: int = 0) -> None:
+        """Show /metrics there until `stop`. Without a place to listen it does its work all the same."""
+        try:
+            self._page = MetricsPage(self.registry, access, port=port)
+        except OSError as error:
+            _LOG.warning(
+                "energy_agent.no_metrics", extra={"host": access.host, "port": port, "error": str(error)}
+            )
 
     async def serve_until_unused(self) -> None:
         """Return, stopped, when nobody has watched for `exit_after_idle_s`."""
@@ -116,6 +138,9 @@ class EnergyAgent:
         if server is None:
             return
         await server.stop(_STOP_GRACE_S)
+        page, self._page = self._page, None
+        if page is not None:
+            await asyncio.to_thread(page.close)
         for poller in list(self._pollers.values()):
             await poller.stop()
         self._pollers.clear()
@@ -123,19 +148,34 @@ class EnergyAgent:
             path.unlink(missing_ok=True)
         _LOG.info("energy_agent.stopped", extra={"cpu_share": round(self.cpu_share, 5)})
 
-    async def watch(self, key: WatchKey, group: str) -> AsyncGenerator[list[Reading], None]:
-        """Edges of a meter, from now on. Raises MeterUnavailable before the first one."""
+    def make_pipe(self) -> EdgePipe | None:
+        """Beside the first socket; None where there is none, or no pipe can be made."""
+        if not self._socket_paths:
+            return None
+        self._num_pipes += 1
+        path = self._socket_paths[0]
+        try:
+            return EdgePipe(path.with_name(f"{path.name}{_PIPE_INFIX}{self._num_pipes}"))
+        except OSError as error:
+            _LOG.warning("energy_agent.no_pipe", extra={"error": str(error)})
+            return None
+
+    async def watch(
+        self, key: WatchKey, group: str, pipe: EdgePipe | None = None
+    ) -> AsyncGenerator[list[Reading], None]:
+        """Edges of a meter, from now on, here or in `pipe`. Raises MeterUnavailable before the first one."""
         async with self._making:
             poller = self._pollers.get(key)
             if poller is None:
                 meter = await asyncio.to_thread(self._make_meter, key)
+                self._check_once(meter)
                 poller = MeterPoller(
                     meter, group=group, poll_s=self._poll_s, on_read_s=self._series.note_read
                 )
                 self._pollers[key] = poller
                 poller.start()
                 _LOG.info("energy_agent.meter_opened", extra={"group": group, "meter": type(meter).__name__})
-            subscriber = poller.subscribe()
+            subscriber = poller.subscribe(pipe)
             self._num_watches += 1
         try:
             while True:
@@ -148,6 +188,16 @@ class EnergyAgent:
                 del self._pollers[key]
                 self._series.retire(poller)
                 await poller.stop()
+
+    def _check_once(self, meter: Meter) -> None:
+        """Refuse a meter whose joules another one, which is watched, counts already."""
+        twice = [poller for poller in self._pollers.values() if hold_the_same(poller.scope, meter.scope)]
+        if twice:
+            meter.close()
+            raise MeterUnavailable(
+                f"the meter of {twice[0].group} counts the same CPUs ({twice[0].scope} and {meter.scope}): "
+                "a GPU's module holds the CPU and memory that RAPL would count again; watch one of them"
+            )
 
     def check_room(self) -> None:
         if self._num_watches >= _MAX_WATCHES:
@@ -170,6 +220,8 @@ class EnergyAgent:
             return NvmlMeter(key.gpu_uuids, clock=self._clock)
         if key.meter == "rapl":
             return RaplMeter(clock=self._clock)
+        if key.meter == "zeus":
+            return ZeusMeter(clock=self._clock)
         if key.pids:
             return CpuModelMeter(
                 key.pids, static_w=self._cpu_static_w, core_w=self._cpu_core_w, clock=self._clock
@@ -209,15 +261,20 @@ class _Servicer(EnergyAgentServicer):
             self._agent.check_room()
         except MeterUnavailable as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        key = _key(request)
-        edges = self._agent.watch(key, request.group)
+        pipe = self._agent.make_pipe() if request.wants_pipe else None
+        edges = self._agent.watch(_key(request), request.group, pipe)
         try:
+            yield wire.EnergyReadings(
+                pipe="" if pipe is None else str(pipe.path), metrics_address=self._agent.metrics_address
+            )
             async for batch in edges:
                 yield wire.EnergyReadings(readings=[_message(reading) for reading in batch])
         except MeterUnavailable as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         finally:
             await edges.aclose()
+            if pipe is not None:
+                pipe.close()
 
     async def DescribeMeters(  # noqa: N802
         self,
@@ -228,9 +285,9 @@ class _Servicer(EnergyAgentServicer):
 
 
 def _key(request: wire.WatchEnergyRequest) -> WatchKey:
-    """RAPL is one meter whoever asks: two pollers of it would export its joules twice."""
-    if request.meter == "rapl":
-        return WatchKey("rapl", (), ())
+    """A meter of the whole host is one, whoever asks: two pollers of it would export its joules twice."""
+    if request.meter in ("rapl", "zeus"):
+        return WatchKey(request.meter, (), ())
     return WatchKey(request.meter or "auto", tuple(sorted(request.gpu_uuids)), tuple(sorted(request.pids)))
 
 
@@ -289,34 +346,6 @@ def _check_socket_path(path: Path) -> None:
     raise OSError(f"an energy agent already listens on {path}; use it, or give --listen another path")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m replicas.energy.agent",
-        description="Read this host's energy meters and serve them over gRPC (wattline.v1.EnergyAgent).",
-        epilog="example: --listen unix:/run/wattline/energy.sock --listen 127.0.0.1:9101 --metrics-port 9102",
-    )
-    parser.add_argument(
-        "--listen",
-        action="append",
-        required=True,
-        metavar="ADDRESS",
-        help="unix:/path or host:port, may be repeated; there is no authentication, so prefer the socket",
-    )
-    parser.add_argument("--poll-ms", type=float, default=30.0, help="time between two reads (default 30)")
-    parser.add_argument(
-        "--cpu-static-w", type=float, default=10.0, help="cpu-model: always drawn (default 10)"
-    )
-    parser.add_argument("--cpu-core-w", type=float, default=8.0, help="cpu-model: per busy core (default 8)")
-    parser.add_argument(
-        "--exit-after-idle-s", type=float, help="end after this long unwatched (default never)"
-    )
-    parser.add_argument(
-        "--metrics-host", default="127.0.0.1", help="where /metrics listens (default 127.0.0.1)"
-    )
-    parser.add_argument("--metrics-port", type=int, help="serve Prometheus /metrics there (default none)")
-    return parser
-
-
 async def _serve(options: argparse.Namespace) -> None:
     agent = EnergyAgent(
         poll_s=options.poll_ms / 1e3,
@@ -324,9 +353,9 @@ async def _serve(options: argparse.Namespace) -> None:
         cpu_core_w=options.cpu_core_w,
         exit_after_idle_s=options.exit_after_idle_s,
     )
-    addresses = await agent.start(*options.listen)
     if options.metrics_port is not None:
-        start_http_server(options.metrics_port, addr=options.metrics_host, registry=agent.registry)
+        agent.serve_metrics(metrics_access(options), port=options.metrics_port)
+    addresses = await agent.start(*options.listen)
     print(f"energy agent listens on {', '.join(addresses)}", flush=True)
     serving = asyncio.ensure_future(agent.serve_until_unused())
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -339,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until a signal; None takes the process's own arguments. Also behind `wattline agent`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        asyncio.run(_serve(_parser().parse_args(arguments)))
+        asyncio.run(_serve(agent_parser().parse_args(arguments)))
     except (OSError, ValueError) as error:
         raise SystemExit(f"energy agent: {error}") from error
 

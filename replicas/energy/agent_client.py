@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 
 import grpc
@@ -15,6 +16,7 @@ from grpc import aio
 
 from protos import wattline_energy_pb2 as wire
 from protos.wattline_energy_pb2_grpc import EnergyAgentStub
+from replicas.energy.edge_pipe import read_edges
 from replicas.energy.meter import Reading, Source
 from replicas.errors import MeterUnavailable
 
@@ -44,23 +46,36 @@ async def watch_readings(
     gpu_uuids: Sequence[str] = (),
     pids: Sequence[int] = (),
     meter: str = "auto",
+    on_metrics_address: Callable[[str], None] = lambda _: None,
 ) -> AsyncGenerator[Reading, None]:
     """Yield the edges of a group's meter until the caller stops iterating (close it: `aclosing`).
 
     `address` is a gRPC target, `unix:/path` or `host:port`. A lost agent is dialled again, first after 50 ms,
     then doubling up to 2 s; the first reading after that has `gap` set, and `energy_mj` goes on from where it
-    was. Raises MeterUnavailable, with the agent's own words, when it refuses the watch.
+    was. Raises MeterUnavailable, with the agent's own words, when it refuses the watch. `on_metrics_address`
+    hears where the agent shows its /metrics, again after each dial.
     """
-    request = wire.WatchEnergyRequest(group=group, gpu_uuids=gpu_uuids, pids=pids, meter=meter)
+    request = wire.WatchEnergyRequest(
+        group=group,
+        gpu_uuids=gpu_uuids,
+        pids=pids,
+        meter=meter,
+        wants_pipe=address.startswith("unix:"),
+    )
     splice = _Splice()
     delay_s = _FIRST_DELAY_S
     while True:
         async with aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
             try:
-                async for batch in EnergyAgentStub(channel).Watch(request):
-                    delay_s = _FIRST_DELAY_S
-                    for message in batch.readings:
-                        yield splice.join(_reading(message))
+                call = EnergyAgentStub(channel).Watch(request)
+                async with aclosing(_edges(call, on_metrics_address)) as edges:
+                    async for batch in edges:
+                        delay_s = _FIRST_DELAY_S
+                        for reading in batch:
+                            yield splice.join(reading)
+            except OSError as error:
+                _LOG.warning("energy_watch.no_pipe", extra={"address": address, "error": str(error)})
+                request.wants_pipe = False
             except aio.AioRpcError as error:
                 if error.code() in _GIVE_UP:
                     raise MeterUnavailable(f"energy agent at {address}: {error.details()}") from error
@@ -71,6 +86,25 @@ async def watch_readings(
         splice.cut()
         await asyncio.sleep(delay_s)
         delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+
+
+async def _edges(
+    call: aio.UnaryStreamCall[wire.WatchEnergyRequest, wire.EnergyReadings],
+    on_metrics_address: Callable[[str], None],
+) -> AsyncGenerator[list[Reading], None]:
+    """The edges of one watch: those of the pipe that its first message names, else those of its messages."""
+    while isinstance(message := await call.read(), wire.EnergyReadings):
+        if message.metrics_address:
+            on_metrics_address(message.metrics_address)
+        if not message.pipe:
+            yield [_reading(one) for one in message.readings]
+            continue
+        ended = asyncio.ensure_future(call.read())
+        async with aclosing(read_edges(message.pipe, until=ended)) as batches:
+            async for batch in batches:
+                yield batch
+        await ended
+        return
 
 
 class _Splice:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from replicas.energy.meter import MeterHealth, MeterState, Source
+from replicas.energy.meter import MeterHealth, MeterScope, MeterState, Source
 from replicas.energy.polling import MeterPoller
 
 _LABELS = ["hw_id", "hw_type", "source"]
@@ -25,7 +25,7 @@ class MeterSeries(Collector):
 
     def __init__(self, pollers: Callable[[], Iterable[MeterPoller]]) -> None:
         self._pollers = pollers
-        self._retired_mj: dict[tuple[str, Source], int] = {}
+        self._retired_mj: dict[tuple[str, Source, MeterScope], int] = {}
         self._num_reads = 0
         self._reading_s = 0.0
 
@@ -37,7 +37,7 @@ class MeterSeries(Collector):
         """Keep the count of a poller that stops: a counter must not fall."""
         if poller.last is None:
             return
-        key = (poller.group, poller.last.source)
+        key = (poller.group, poller.last.source, poller.scope)
         self._retired_mj[key] = self._retired_mj.get(key, 0) + poller.energy_mj
         if len(self._retired_mj) > _MAX_RETIRED:
             del self._retired_mj[next(iter(self._retired_mj))]
@@ -49,7 +49,7 @@ class MeterSeries(Collector):
         for poller in list(self._pollers()):
             if poller.last is None:
                 continue
-            key = (poller.group, poller.last.source)
+            key = (poller.group, poller.last.source, poller.scope)
             sums_mj[key] = sums_mj.get(key, 0) + poller.energy_mj
             if poller.power_w is not None:
                 power.add_metric(_labels(*key), poller.power_w)
@@ -91,6 +91,6 @@ def _health_families(groups: Mapping[str, MeterHealth]) -> Iterable[Metric]:
     yield check
 
 
-def _labels(group: str, source: Source) -> list[str]:
+def _labels(group: str, source: Source, scope: MeterScope) -> list[str]:
     hw_type = {Source.COUNTER: "gpu", Source.POWER_INTEGRATED: "gpu", Source.TDP: "cpu"}.get(source, "other")
-    return [group, hw_type, source.value]
+    return [group, "module" if scope is MeterScope.MODULE else hw_type, source.value]

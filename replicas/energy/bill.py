@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from replicas.energy.claims import Claims
 from replicas.energy.meter import CONFIDENCE_FACTORS, Source
+from replicas.energy.payers import NJ_PER_MJ, Payers
 from replicas.energy.window import Window
 
 METHOD = "step-ledger/2"
-NJ_PER_MJ = 1_000_000
 _WIDTHS_KEPT = 64
 _LEAST_COVERAGE = 1e-3
 _RANK = {source: rank for rank, source in enumerate(Source)}
@@ -61,6 +61,7 @@ class Account:
         "decode_nj",
         "first_ns",
         "last_ns",
+        "payer",
         "prefill_nj",
         "request_id",
         "source",
@@ -70,8 +71,9 @@ class Account:
         "widths_ns",
     )
 
-    def __init__(self, request_id: int) -> None:
+    def __init__(self, request_id: int, payer: str) -> None:
         self.request_id = request_id
+        self.payer = payer
         self.prefill_nj = 0
         self.decode_nj = 0
         self.static_nj = 0
@@ -143,7 +145,8 @@ class Account:
 class Cashier:
     """Takes whole millijoules in, hands whole millijoules out, and owns every remainder between."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, most_payers: int) -> None:
+        self.payers = Payers(most=most_payers)
         self.taken_mj = 0
         self.billed_mj = 0
         self.open_nj = 0
@@ -179,20 +182,26 @@ class Cashier:
         ):
             account.note_window(window, ran_ns, *parts_nj)
         given_nj, given_prefill_nj = int(total_nj.sum()), int(prefill_nj.sum())
+        prefill_mj = self._note_prefill(given_prefill_nj, busy_mj)
+        self.payers.take(
+            _by_payer(accounts, prefill_nj.tolist(), owed_nj[1].tolist()),
+            prefill_mj=prefill_mj,
+            decode_mj=busy_mj - prefill_mj,
+        )
         self.static_nj += int(owed_nj[2].sum())
         self.wasted_nj += int(owed_nj[3].sum())
-        self._note_prefill(given_prefill_nj, busy_mj)
         self._dust_nj = pool_nj - given_nj
         self.open_nj += given_nj
         last = self.nj_per_weight
         self.nj_per_weight = price if last is None else last + 0.2 * (price - last)
 
-    def _note_prefill(self, prefill_nj: int, busy_mj: int) -> None:
+    def _note_prefill(self, prefill_nj: int, busy_mj: int) -> int:
         """Split a window in whole millijoules; fractions are carried on, so neither part ever falls."""
         owed_nj = prefill_nj + self._prefill_carry_nj
         prefill_mj = min(busy_mj, owed_nj // NJ_PER_MJ)
         self.prefill_mj += prefill_mj
         self._prefill_carry_nj = owed_nj - prefill_mj * NJ_PER_MJ
+        return prefill_mj
 
     def bill_mj(self, account: Account) -> int:
         """Close an account: its total, at most 1 mJ off, with the remainder carried to the next bill."""
@@ -208,6 +217,16 @@ class Cashier:
         kept_nj = self._rounding_nj + self._dust_nj + self.open_nj
         assert self.taken_mj * NJ_PER_MJ == self.billed_mj * NJ_PER_MJ + kept_nj
         assert self.open_nj >= 0
+
+
+def _by_payer(
+    accounts: Sequence[Account], prefill_nj: Sequence[int], decode_nj: Sequence[int]
+) -> dict[str, tuple[int, int]]:
+    sums: dict[str, tuple[int, int]] = {}
+    for account, prefill, decode in zip(accounts, prefill_nj, decode_nj, strict=True):
+        so_far = sums.get(account.payer, (0, 0))
+        sums[account.payer] = (so_far[0] + prefill, so_far[1] + decode)
+    return sums
 
 
 def _median(values: Collection[int]) -> int:

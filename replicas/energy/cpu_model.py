@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import psutil
 
-from replicas.energy.meter import HEALTHY, MeterHealth, Reading, Source
+from replicas.energy.meter import HEALTHY, MeterHealth, MeterScope, Reading, Source
 
 _PJ_PER_MJ = 1_000_000_000
 
@@ -38,6 +38,8 @@ class CpuModelMeter:
     Example: 10 W and 8 W with two processes that each keep one core busy counts 26 J a second, 10 of them
     static. A process that ended keeps what it used; a new process under an old id starts at its own zero.
     """
+
+    scope = MeterScope.DEVICE
 
     def __init__(
         self,

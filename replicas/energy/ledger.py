@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from replicas.energy.account_book import AccountBook
-from replicas.energy.bill import METHOD, NJ_PER_MJ, Account, Cashier, RequestJoules
+from replicas.energy.bill import METHOD, Account, Cashier, RequestJoules
 from replicas.energy.claims import claims_of, weigh_member
 from replicas.energy.learning import CoefficientLearner
 from replicas.energy.meter import Reading
+from replicas.energy.payers import NJ_PER_MJ, PayerSums
 from replicas.energy.warm_power import PJ_PER_MJ, WarmPower
 from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients, MemberCosts, price_step, rows_of
 from replicas.energy.window import LastStep, Step, Window, partition, window_between, work_of
@@ -46,6 +47,7 @@ class LedgerLimits:
     open_steps: int = 16_384
     requests: int = 16_384
     results: int = 16_384
+    payers: int = 32
     patience_ms: float = 10_000.0
 
 
@@ -101,9 +103,9 @@ class Ledger:
         self._learner = learner
         self._lookahead = lookahead
         self._limits = limits or LedgerLimits()
+        self._cashier = Cashier(most_payers=self._limits.payers)
         self._patience_ns = round(self._limits.patience_ms * 1e6)
         self._warm = WarmPower(told_w=idle_power_w)
-        self._cashier = Cashier()
         self._book = AccountBook(
             self._cashier, max_requests=self._limits.requests, max_results=self._limits.results
         )
@@ -121,9 +123,9 @@ class Ledger:
         self.num_windows = 0
         self._num_late_steps = self._num_dropped_steps = self._num_dropped_readings = 0
 
-    def begin_request(self, request_id: int) -> None:
+    def begin_request(self, request_id: int, payer: str = "") -> None:
         """The engine may run steps for this request from now on. Optional: its first step says the same."""
-        self._book.begin(request_id)
+        self._book.begin(request_id, payer)
 
     def add_step(self, record: StepRecord) -> None:
         """One forward pass. They may come late and out of order, but before `advance` passes them.
@@ -234,6 +236,11 @@ class Ledger:
     def take_unmeasured(self) -> list[int]:
         """Ended requests whose energy stays unknown: the meter was not counting while their steps ran."""
         return self._book.take_unmeasured()
+
+    @property
+    def payers(self) -> dict[str, PayerSums]:
+        """Who took the energy of requests so far: sums of prefill and decode over payers are the totals'."""
+        return self._cashier.payers.sums
 
     @property
     def learner(self) -> CoefficientLearner | None:

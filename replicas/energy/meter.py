@@ -75,8 +75,24 @@ class MeterHealth:
 HEALTHY = MeterHealth()
 
 
+class MeterScope(StrEnum):
+    """What a meter's joules hold. `module`: GPUs with the CPUs and memory they share a module with."""
+
+    DEVICE = "device"
+    MODULE = "module"
+    HOST = "host"
+
+
+def hold_the_same(one: MeterScope, other: MeterScope) -> bool:
+    """Whether joules of both, on one host, would be counted twice: a module's CPUs are the host's, too."""
+    return {one, other} == {MeterScope.MODULE, MeterScope.HOST}
+
+
 class Meter(Protocol):
     """Something that counts the energy of a fixed set of devices or processes."""
+
+    @property
+    def scope(self) -> MeterScope: ...
 
     def read(self) -> Reading | None:
         """The counter now; None while it is not known. Never blocks for more than milliseconds."""

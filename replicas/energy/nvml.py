@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import pynvml
 
-from replicas.energy.meter import MeterHealth, MeterState, Reading, Source
-from replicas.energy.nvml_gpu import NvmlGpu, NvmlLibrary, why_unreadable
+from replicas.energy.meter import MeterHealth, MeterScope, MeterState, Reading, Source
+from replicas.energy.nvml_gpu import NvmlGpu, NvmlLibrary, scope_of, why_unreadable
 from replicas.errors import MeterUnavailable
 
 
@@ -27,6 +27,7 @@ class GpuDescription:
     unreadable: str = ""
     has_counter: bool = True
     """False: its power is integrated."""
+    scope: MeterScope = MeterScope.DEVICE
 
 
 def discover_gpus(nvml: NvmlLibrary = pynvml) -> list[GpuDescription]:
@@ -68,6 +69,12 @@ class NvmlMeter:
         except MeterUnavailable:
             nvml.nvmlShutdown()
             raise
+
+    @property
+    def scope(self) -> MeterScope:
+        """A module's, if any of the GPUs is counted with its CPU and memory."""
+        is_module = any(gpu.scope is MeterScope.MODULE for gpu in self._gpus)
+        return MeterScope.MODULE if is_module else MeterScope.DEVICE
 
     def read(self) -> Reading | None:
         now_ns = self._clock()
@@ -122,7 +129,11 @@ def _describe(nvml: NvmlLibrary, handle: object) -> GpuDescription:
         except nvml.NVMLError as error:
             unreadable = _why_no_power(nvml, handle, f"no energy counter ({error})")
     return GpuDescription(
-        uuid=uuid, name=nvml.nvmlDeviceGetName(handle), unreadable=unreadable, has_counter=has_counter
+        uuid=uuid,
+        name=nvml.nvmlDeviceGetName(handle),
+        unreadable=unreadable,
+        has_counter=has_counter,
+        scope=scope_of(nvml, handle),
     )
 
 

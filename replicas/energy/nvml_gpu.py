@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from replicas.energy.meter import MeterState
+from replicas.energy.meter import MeterScope, MeterState
 from replicas.errors import MeterUnavailable
 
 _PLAUSIBLE = 1.3
@@ -20,6 +20,8 @@ _RESET_SHOWN_NS = 60_000_000_000
 _PJ_PER_MJ = 1_000_000_000
 _POWER_INSTANT = 186
 """NVML_FI_DEV_POWER_INSTANT. The plain power call averages over a second on new GPUs, and is for old ones."""
+_SCOPE_NUMBERS = {MeterScope.DEVICE: 0, MeterScope.MODULE: 1}
+"""NVML_POWER_SCOPE_GPU and NVML_POWER_SCOPE_MODULE."""
 _SUCCESS = 0
 _KEEP_CHECK = 0.98
 _LEAST_CHECK_MJ = 1_000
@@ -40,6 +42,12 @@ class FieldValue(Protocol):
     def value(self) -> FieldNumber: ...
 
 
+class C2cMode(Protocol):
+    """Whether a GPU is linked chip to chip with a CPU, as on Grace Hopper."""
+
+    isC2cEnabled: int
+
+
 class NvmlLibrary(Protocol):
     """The part of pynvml that is used here. Energies are millijoules, powers milliwatts."""
 
@@ -55,8 +63,9 @@ class NvmlLibrary(Protocol):
     def nvmlDeviceGetMigMode(self, handle: object, /) -> Sequence[int]: ...  # noqa: N802
     def nvmlDeviceGetPowerManagementLimit(self, handle: object, /) -> int: ...  # noqa: N802
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: object, /) -> int: ...  # noqa: N802
+    def nvmlDeviceGetC2cModeInfoV(self, handle: object, /) -> C2cMode: ...  # noqa: N802
     def nvmlDeviceGetFieldValues(  # noqa: N802
-        self, handle: object, fields: list[int], /
+        self, handle: object, fields: list[tuple[int, int]], /
     ) -> Sequence[FieldValue]: ...
     def nvmlDeviceGetPowerUsage(self, handle: object, /) -> int: ...  # noqa: N802
 
@@ -212,7 +221,8 @@ class NvmlGpu:
         """None where power cannot be read, or is not what such a GPU can draw."""
         nvml = self._nvml
         try:
-            (field,) = nvml.nvmlDeviceGetFieldValues(self._handle, [_POWER_INSTANT])
+            fields = [(_POWER_INSTANT, _SCOPE_NUMBERS[self.scope])]
+            (field,) = nvml.nvmlDeviceGetFieldValues(self._handle, fields)
             is_instant = field.nvmlReturn == _SUCCESS
             power_mw = field.value.uiVal if is_instant else nvml.nvmlDeviceGetPowerUsage(self._handle)
         except nvml.NVMLError:
@@ -229,6 +239,7 @@ class NvmlGpu:
         unreadable = why_unreadable(self._nvml, self._handle, self._uuid)
         if unreadable:
             raise MeterUnavailable(f"GPU {self._uuid}: {unreadable}")
+        self.scope = scope_of(self._nvml, self._handle)
         try:
             self._limit_mw = self._nvml.nvmlDeviceGetPowerManagementLimit(self._handle)
         except self._nvml.NVMLError:
@@ -237,6 +248,15 @@ class NvmlGpu:
     def _most_mj(self, time_ns: int) -> float:
         """An edge can hold one update period more than the time between two polls."""
         return _PLAUSIBLE * self._limit_mw * (time_ns + _PERIOD_NS) / _PJ_PER_MJ
+
+
+def scope_of(nvml: NvmlLibrary, handle: object) -> MeterScope:
+    """The counter of a Grace Hopper counts the whole module, CPU and memory included."""
+    try:
+        is_module = bool(nvml.nvmlDeviceGetC2cModeInfoV(handle).isC2cEnabled)
+    except nvml.NVMLError:
+        is_module = False
+    return MeterScope.MODULE if is_module else MeterScope.DEVICE
 
 
 def why_unreadable(nvml: NvmlLibrary, handle: object, uuid: str) -> str:

@@ -1,31 +1,42 @@
 """One meter, polled once for all who watch it. Keeps edges only.
 
-Owned by the agent; runs in its event loop. Subscribers that read slowly get wider windows, never wrong ones.
+Owned by the agent; the poll is a thread of its own, so that no event loop wakes for a read that finds nothing
+new. Watchers that read slowly get wider windows, never wrong ones.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from replicas.energy.meter import Meter, MeterHealth, Reading
+from replicas.energy.edge_pipe import EdgePipe
+from replicas.energy.meter import Meter, MeterHealth, MeterScope, Reading
 
 _EDGES_KEPT = 256
 _POWER_PACE = 0.2
 
 
 class Subscriber:
-    """Edges on their way to one watcher, counted from its first one."""
+    """Edges on their way to one watcher, counted from its first one. Made in the event loop that takes them.
 
-    def __init__(self) -> None:
+    With a `pipe` the watcher reads them there, and `take` has nothing to give but the end.
+    """
+
+    def __init__(self, pipe: EdgePipe | None = None) -> None:
+        self._pipe = pipe
         self._edges: deque[Reading] = deque()
         self._base: Reading | None = None
+        self._has_gap = False
         self._event = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         self._failure: BaseException | None = None
 
     def put(self, reading: Reading) -> None:
+        """From any thread."""
         base = self._base
         if base is None:
             base = self._base = reading
@@ -33,17 +44,24 @@ class Subscriber:
         static_mj = reading.static_mj
         if static_mj is not None:
             static_mj -= base.static_mj or 0
-        edge = replace(reading, energy_mj=reading.energy_mj - base.energy_mj, static_mj=static_mj)
+        has_gap = reading.gap or self._has_gap
+        edge = replace(
+            reading, energy_mj=reading.energy_mj - base.energy_mj, static_mj=static_mj, gap=has_gap
+        )
+        if self._pipe is not None:
+            is_taken = self._pipe.write(edge)
+            self._has_gap = has_gap and not is_taken
+            return
         self._edges.append(edge)
         if len(self._edges) > _EDGES_KEPT:
             dropped = self._edges.popleft()
             self._edges[0] = replace(self._edges[0], gap=self._edges[0].gap or dropped.gap)
-        self._event.set()
+        self._loop.call_soon_threadsafe(self._event.set)
 
     def fail(self, failure: BaseException) -> None:
         """No edge will come any more."""
         self._failure = failure
-        self._event.set()
+        self._loop.call_soon_threadsafe(self._event.set)
 
     async def take(self) -> list[Reading]:
         """All edges there are; waits for one. Safe to cancel. Raises what ended the polling."""
@@ -51,9 +69,7 @@ class Subscriber:
         if self._failure is not None:
             raise RuntimeError("the meter's polling ended") from self._failure
         self._event.clear()
-        edges = list(self._edges)
-        self._edges.clear()
-        return edges
+        return [self._edges.popleft() for _ in range(len(self._edges))]
 
 
 class MeterPoller:
@@ -72,8 +88,14 @@ class MeterPoller:
         self._meter = meter
         self._poll_s = poll_s
         self._on_read_s = on_read_s
-        self._subscribers: set[Subscriber] = set()
-        self._task: asyncio.Task[None] | None = None
+        self._subscribers: tuple[Subscriber, ...] = ()
+        self._lock = threading.Lock()
+        self._is_ending = False
+        self._thread = threading.Thread(target=self._run, name=f"energy-poll-{group}", daemon=True)
+
+    @property
+    def scope(self) -> MeterScope:
+        return self._meter.scope
 
     @property
     def health(self) -> MeterHealth:
@@ -84,33 +106,26 @@ class MeterPoller:
         return bool(self._subscribers)
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name=f"energy-poll-{self.group}")
-        self._task.add_done_callback(self._on_end)
+        self._thread.start()
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        self._is_ending = True
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
         self._meter.close()
 
-    def subscribe(self) -> Subscriber:
-        subscriber = Subscriber()
-        if self.last is not None:
-            subscriber.put(self.last)
-        self._subscribers.add(subscriber)
+    def subscribe(self, pipe: EdgePipe | None = None) -> Subscriber:
+        subscriber = Subscriber(pipe)
+        with self._lock:
+            if self.last is not None:
+                subscriber.put(self.last)
+            self._subscribers = (*self._subscribers, subscriber)
         return subscriber
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
-        self._subscribers.discard(subscriber)
-
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            start_s = loop.time()
-            self.poll()
-            took_s = loop.time() - start_s
-            self._on_read_s(took_s)
-            await asyncio.sleep(max(self._poll_s - took_s, self._poll_s / 10))
+        """No edge goes to it after this."""
+        with self._lock:
+            self._subscribers = tuple(one for one in self._subscribers if one is not subscriber)
 
     def poll(self) -> None:
         """Read once; an edge (a reading with a newer time) goes to every subscriber."""
@@ -122,15 +137,24 @@ class MeterPoller:
             delta_mj = reading.energy_mj - last.energy_mj
             self.energy_mj += delta_mj
             self._note_power(delta_mj * 1e6 / (reading.t_ns - last.t_ns))
-        self.last = reading
-        for subscriber in self._subscribers:
-            subscriber.put(reading)
-
-    def _on_end(self, task: asyncio.Task[None]) -> None:
-        failure = None if task.cancelled() else task.exception()
-        if failure is not None:
+        with self._lock:
+            self.last = reading
             for subscriber in self._subscribers:
-                subscriber.fail(failure)
+                subscriber.put(reading)
+
+    def _run(self) -> None:
+        """The thread; a sleep is the cheapest way to wait. Whatever ends it early is said to the watchers."""
+        try:
+            while not self._is_ending:
+                start_s = time.perf_counter()
+                self.poll()
+                took_s = time.perf_counter() - start_s
+                self._on_read_s(took_s)
+                time.sleep(max(self._poll_s - took_s, self._poll_s / 10))
+        except Exception as error:
+            with self._lock:
+                for subscriber in self._subscribers:
+                    subscriber.fail(error)
 
     def _note_power(self, power_w: float) -> None:
         old_w = self.power_w

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from replicas.energy.meter import MeterHealth, MeterState, Reading, Source
+from replicas.energy.meter import MeterHealth, MeterScope, MeterState, Reading, Source
 from replicas.errors import MeterUnavailable
 
 POWERCAP_DIR = Path("/sys/class/powercap")
@@ -62,6 +62,8 @@ class RaplMeter:
     is undone; it must be read once per wrap (minutes). A counter that moves faster than any CPU draws is a
     reset: that reading has `gap`. A zone that cannot be read gives None until it can, and then a gap.
     """
+
+    scope = MeterScope.HOST
 
     def __init__(self, root: Path = POWERCAP_DIR, *, clock: Callable[[], int] = time.monotonic_ns) -> None:
         zones = discover_zones(root)

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TextIO
 
-from replicas.energy.meter import HEALTHY, MeterHealth, Reading, Source
+from replicas.energy.meter import HEALTHY, MeterHealth, MeterScope, Reading, Source
 
 _PJ_PER_MJ = 1_000_000_000
 _STEPS_AHEAD = 4096
@@ -28,6 +28,8 @@ class StepPowerMeter:
     `read()` gives the count as of that long ago. Example: 400 W and 80 W, one step of 5 ms in a second counts
     0.005 * 400 + 0.995 * 80 = 81.6 J.
     """
+
+    scope = MeterScope.DEVICE
 
     def __init__(
         self,
@@ -104,6 +106,8 @@ class FakeMeter:
     every `edge_ns`, as a driver's do. `noise` is the relative error of each edge's power sample, drawn from
     `seed`; 0 is exact. Times are nanoseconds since the meter was made.
     """
+
+    scope = MeterScope.DEVICE
 
     def __init__(
         self,
@@ -187,6 +191,8 @@ def energy_pj(power: Sequence[tuple[int, int]], start_ns: int, end_ns: int) -> i
 
 class ReplayMeter:
     """Plays a recording at the speed of its clock, as if it began now. After its end the count stands."""
+
+    scope = MeterScope.DEVICE
 
     def __init__(self, readings: Sequence[Reading], *, clock: Callable[[], int] = time.monotonic_ns) -> None:
         if not readings:

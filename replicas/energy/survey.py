@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from replicas.energy.meter import CONFIDENCE_FACTORS, Source
-from replicas.energy.nvml import discover_gpus
+from replicas.energy.meter import CONFIDENCE_FACTORS, MeterScope, Source
+from replicas.energy.nvml import GpuDescription, discover_gpus
 from replicas.energy.rapl import POWERCAP_DIR, discover_zones
 from replicas.errors import MeterUnavailable
 
@@ -55,10 +55,16 @@ def _gpus() -> list[FoundMeter]:
             source=Source.COUNTER if gpu.has_counter or gpu.unreadable else Source.POWER_INTEGRATED,
             device=gpu.uuid,
             is_available=not gpu.unreadable,
-            detail=gpu.unreadable or (gpu.name if gpu.has_counter else f"{gpu.name}: no energy counter"),
+            detail=gpu.unreadable or _described(gpu),
         )
         for gpu in gpus
     ]
+
+
+def _described(gpu: GpuDescription) -> str:
+    notes = [] if gpu.has_counter else ["no energy counter"]
+    notes += ["with the CPU and memory of its module"] if gpu.scope is MeterScope.MODULE else []
+    return f"{gpu.name}: {', '.join(notes)}" if notes else gpu.name
 
 
 def _cpus(powercap_dir: Path) -> list[FoundMeter]:

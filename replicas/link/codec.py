@@ -82,11 +82,12 @@ def encode_parcel(epoch: int, parcel: Parcel, load: ReplicaLoad) -> list[link_pb
     return messages
 
 
-def encode_ledger(ledger: LedgerState | None) -> list[link_pb2.LedgerTotals]:
+def add_ledger(message: link_pb2.FromReplica, ledger: LedgerState | None) -> None:
     """One entry per source; none while no meter spoke."""
     if ledger is None:
-        return []
-    return [
+        return
+    message.agent_metrics_address = ledger.agent_metrics_address
+    message.ledger.extend(
         link_pb2.LedgerTotals(
             until_ns=ledger.until_ns,
             source=source.value,
@@ -98,9 +99,13 @@ def encode_ledger(ledger: LedgerState | None) -> list[link_pb2.LedgerTotals]:
             unattributed_mj=sums.unattributed_mj,
             static_mj=sums.static_mj,
             wasted_mj=sums.wasted_mj,
+            tenants=[
+                link_pb2.TenantEnergy(tenant=name, prefill_mj=each.prefill_mj, decode_mj=each.decode_mj)
+                for name, each in sums.payers.items()
+            ],
         )
         for source, sums in ledger.sums.items()
-    ]
+    )
 
 
 def encode_heat(heat: ExpertHeat) -> link_pb2.ExpertHeat:

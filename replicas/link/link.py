@@ -21,11 +21,11 @@ from protos.wattline_link_pb2 import FromReplica, ToReplica
 from protos.wattline_link_pb2_grpc import ReplicaLinkStub
 from replicas.config import LinkCredentials
 from replicas.link.codec import (
+    add_ledger,
     decode_command,
     encode_heartbeat,
     encode_heat,
     encode_hello,
-    encode_ledger,
     encode_parcel,
 )
 from replicas.link.dial import dial
@@ -237,7 +237,7 @@ class RouterLink:
             )
             is_last = parcel is not None and parcel.goodbye is not None
             if is_last or time.monotonic() >= ledger_due_s:
-                messages[0].ledger.extend(encode_ledger(load.ledger))
+                add_ledger(messages[0], load.ledger)
                 ledger_due_s = time.monotonic() + LEDGER_S
                 if load.experts is not None and load.experts is not told:
                     messages[0].experts.CopyFrom(encode_heat(load.experts))

@@ -58,6 +58,8 @@ class LedgerState:
 
     until_ns: int
     sums: Mapping[Source, EnergySums] = field(default_factory=dict)
+    agent_metrics_address: str = ""
+    """Of the energy agent that reads the meter; empty: it shows none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

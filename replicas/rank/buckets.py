@@ -33,6 +33,17 @@ def bucket_sizes(most_rows: int, *, has_experts: bool) -> tuple[int, ...]:
     return tuple(sorted(size for size in sizes if size <= most_rows))
 
 
+def chunk_sizes(most_tokens: int) -> tuple[int, ...]:
+    """Prompt chunks to warm up with, ascending: kernels are compiled for ranges of sizes, which begin and end
+    at powers of two. One that is first met while serving would keep every stream waiting for seconds.
+
+    >>> chunk_sizes(20)
+    (2, 4, 8, 16, 20)
+    """
+    powers = (1 << power for power in range(1, max(1, most_tokens).bit_length()))
+    return (*(size for size in powers if size < most_tokens), most_tokens)
+
+
 def bucket_of(num_rows: int, sizes: Sequence[int]) -> int:
     """The smallest size that holds `num_rows`."""
     assert 0 < num_rows <= sizes[-1], (num_rows, sizes)

@@ -25,7 +25,7 @@ from replicas.parallel.collectives import Collectives, SoloCollectives, device_o
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
 from replicas.rank.batch import Batch, Rows
-from replicas.rank.buckets import bucket_sizes
+from replicas.rank.buckets import bucket_sizes, chunk_sizes
 from replicas.rank.device_batch import DeviceRows
 from replicas.rank.device_kernels import TRITON_KERNELS
 from replicas.rank.device_memory import (
@@ -59,7 +59,7 @@ from replicas.rank.logprobs import (
 )
 from replicas.rank.pending import Drawn, FinishedStep
 from replicas.rank.rank_experts import RankExperts
-from replicas.rank.sampler import NOT_FINITE, draw_tokens, stage_sampling
+from replicas.rank.sampler import NOT_FINITE, Peaks, draw_tokens, peaks, stage_sampling
 from replicas.rank.transfer import Upload
 from replicas.request import TORCH_KERNELS, SamplingParams
 
@@ -112,6 +112,7 @@ class ModelRunner:
         self.costs = costs_of(spec, config.parallel, weight_bytes=weight_bytes, kv_bytes=dtype.itemsize)
         if config.quantization == "int8" and self._kernels is None:
             weights = round_weights(weights)
+        self._find_peaks: Peaks = peaks if self._kernels is None else self._kernels.peaks
         self._store: ExpertStore = self._kernels or StackedExperts(weights.layers)
         device_kernels = None if support is None else support.kernels
         device_layers = None if device_kernels is None else device_kernels.layers(spec, shard, weights, kv)
@@ -215,12 +216,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warmup(self) -> None:
-        """Run a prefill chunk and a few decode batches on the scratch block, so that kernels are loaded, and
-        record the graphs. Leaves no row behind.
+        """Run prefill chunks and a few decode batches on the scratch block, so that kernels are loaded or
+        compiled, and record the graphs. Leaves no row behind.
 
         All ranks call it together, before any plan. From then on no peer may be late.
         """
-        self._run_chunk()
+        most_tokens = min(self._limits.step_tokens, self.context_tokens)
+        for num_tokens in (most_tokens,) if self._steps is None else chunk_sizes(most_tokens):
+            self._run_chunk(num_tokens)
         for count in _WARMUP_DECODES:
             if count <= min(self._limits.max_sequences, self._limits.step_tokens):
                 self._run_decodes(count)
@@ -248,7 +251,8 @@ class ModelRunner:
         if edits is None:
             return Sampled(ids_S=batch.sampled_S[:0], scores_MK=scores)
         logits_SV = logits_SV[: len(draws)]
-        ids_S = draw_tokens(self._edits.apply(logits_SV, edits), sampling, self._shard, ranks)
+        edited_SV = self._edits.apply(logits_SV, edits)
+        ids_S = draw_tokens(edited_SV, sampling, self._shard, ranks, self._find_peaks)
         self._rows.remember(draws, ids_S)
         self._edits.remember(edits, ids_S)
         logprobs = measure_logprobs(logits_SV, ids_S, asked, ranks)
@@ -306,7 +310,8 @@ class ModelRunner:
     @torch.inference_mode()
     def size_cache(self) -> None:
         """Take what the device has left for the KV cache: the same number of blocks on all ranks."""
-        step_bytes = measure_step_bytes(self._device, self._run_chunk)
+        most_tokens = min(self._limits.step_tokens, self.context_tokens)
+        step_bytes = measure_step_bytes(self._device, lambda: self._run_chunk(most_tokens))
         most_rows = min(self._limits.max_sequences, self._limits.step_tokens)
         graph_bytes = measure_step_bytes(self._device, lambda: self._run_decodes(most_rows))
         memory = read_device_memory(self._device, step_bytes=step_bytes, graph_bytes=graph_bytes)
@@ -324,9 +329,8 @@ class ModelRunner:
         self._kv.scrub(blocks.tensor)
         self._broken_rows.remove(row)
 
-    def _run_chunk(self) -> None:
-        """The longest prefill there is, into scratch."""
-        num_tokens = min(self._limits.step_tokens, self.context_tokens)
+    def _run_chunk(self, num_tokens: int) -> None:
+        """A prefill into scratch."""
         chunk = PlannedRow(
             row=0,
             start_pos=0,

@@ -94,7 +94,11 @@ class Dispatcher:
             power_w=energy.power_w,
             idle_power_w=energy.idle_power_w,
             active_power_w=energy.active_power_w,
-            ledger=LedgerState(until_ns=energy.divided_until_ns, sums=energy.sums),
+            ledger=LedgerState(
+                until_ns=energy.divided_until_ns,
+                sums=energy.sums,
+                agent_metrics_address=energy.agent_metrics_address,
+            ),
             experts=self.experts,
         )
 
@@ -208,7 +212,7 @@ class Dispatcher:
         flight = self._in_flight.open(session, request_id=request.request_id, attempt=request.attempt)
         self.idle.clear()
         if self._energy is not None:
-            self._energy.begin(flight.engine_id)
+            self._energy.begin(flight.engine_id, payer=request.tenant)
         self._send(Submit(request=replace(request, request_id=flight.engine_id)))
 
     def _refusal(self) -> tuple[str, str] | None:

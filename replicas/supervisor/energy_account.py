@@ -7,13 +7,14 @@ joules get a series of their own. Pure but for the clock it is given; one superv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from replicas.energy.bill import RequestJoules
 from replicas.energy.learning import LearnedFactors
 from replicas.energy.ledger import Ledger
 from replicas.energy.meter import Reading, Source
+from replicas.energy.payers import PayerSums
 from replicas.step_report import StepReport
 
 POWER_TIME_CONSTANT_S = 1.0
@@ -40,10 +41,15 @@ class EnergySums:
     prefill_mj: int = 0
     static_mj: int = 0
     wasted_mj: int = 0
+    payers: Mapping[str, PayerSums] = field(default_factory=dict)
+    """Of `request_mj`, by who pays."""
 
     @property
     def decode_mj(self) -> int:
         return self.request_mj - self.prefill_mj
+
+    def _payer(self, name: str) -> PayerSums:
+        return self.payers.get(name, PayerSums())
 
     def __add__(self, other: EnergySums) -> EnergySums:
         return self._plus(other, sign=1)
@@ -60,6 +66,10 @@ class EnergySums:
             prefill_mj=self.prefill_mj + sign * other.prefill_mj,
             static_mj=self.static_mj + sign * other.static_mj,
             wasted_mj=self.wasted_mj + sign * other.wasted_mj,
+            payers={
+                name: self._payer(name).plus(other._payer(name), sign=sign)
+                for name in {**self.payers, **other.payers}
+            },
         )
 
 
@@ -95,6 +105,8 @@ class EnergyAccount:
         self._cost_since: tuple[int, int, int] | None = None
         self._busy_ns = 0
         self._power_since: tuple[int, int, int] | None = None
+        self.agent_metrics_address = ""
+        """Of whoever reads the meter; told with the sums."""
         self.divided_until_ns = 0
         """Up to here the meter's energy is in `sums`, on the host's monotonic clock."""
         self.power_w: float | None = None
@@ -130,9 +142,9 @@ class EnergyAccount:
         """What the next life of this group can go on from; None if nothing is learned here."""
         return self._ledger.learner.known if self._ledger.learner else None
 
-    def begin(self, engine_id: int) -> None:
+    def begin(self, engine_id: int, *, payer: str = "") -> None:
         """A request went down to the engine."""
-        self._ledger.begin_request(engine_id)
+        self._ledger.begin_request(engine_id, payer)
 
     def add_step(self, report: StepReport) -> None:
         """A step came up, with the requests it ended."""
@@ -187,6 +199,7 @@ class EnergyAccount:
             prefill_mj=totals.prefill_mj,
             static_mj=totals.static_mj,
             wasted_mj=totals.wasted_mj,
+            payers=self._ledger.payers,
         )
         self.divided_until_ns = totals.closed_until_ns
         new = closed - sum(self._sums.values(), EnergySums())

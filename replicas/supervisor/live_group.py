@@ -163,6 +163,7 @@ class LiveGroup:
         try:
             async with aclosing(self._feed.readings()) as readings:
                 async for reading in readings:
+                    self._energy.agent_metrics_address = self._feed.metrics_address
                     self._energy.add_reading(reading)
                     self.dispatcher.settle_energy()
                     self._publish()

@@ -18,7 +18,12 @@ GPU_UUID_PREFIX = "GPU-"
 
 
 class MeterFeed(Protocol):
-    """An endless stream of readings of one group's devices."""
+    """An endless stream of readings of one group's devices.
+
+    `metrics_address` is where its meter shows its own /metrics; empty: nowhere, or not known yet.
+    """
+
+    metrics_address: str
 
     def note_step(self, record: StepRecord) -> None:
         """A forward pass ran."""
@@ -29,6 +34,8 @@ class MeterFeed(Protocol):
 
 class FakeFeed:
     """The null engine's meter: it knows only what the steps tell it."""
+
+    metrics_address = ""
 
     def __init__(self, *, power_w: float, idle_power_w: float) -> None:
         self._meter = StepPowerMeter(power_w=power_w, idle_power_w=idle_power_w)
@@ -46,6 +53,7 @@ class AgentFeed:
     """The meters of this host, watched by its energy agent for the devices and processes of the group."""
 
     def __init__(self, *, address: str, group: str, ranks: Sequence[RankProcess], meter: str) -> None:
+        self.metrics_address = ""
         self._address = address
         self._group = group
         self._gpu_uuids = [rank.device for rank in ranks if rank.device.startswith(GPU_UUID_PREFIX)]
@@ -62,13 +70,17 @@ class AgentFeed:
             gpu_uuids=self._gpu_uuids,
             pids=self._pids,
             meter=self._meter,
+            on_metrics_address=self._note_metrics_address,
         )
+
+    def _note_metrics_address(self, address: str) -> None:
+        self.metrics_address = address
 
 
 def make_feed(config: ReplicaConfig, *, group: str, ranks: Sequence[RankProcess]) -> MeterFeed | None:
     """None where nothing meters this replica: its energy is unknown."""
+    if config.energy_agent:
+        return AgentFeed(address=config.energy_agent, group=group, ranks=ranks, meter=config.meter)
     if config.source == "null" or config.meter == "fake":
         return FakeFeed(power_w=config.null.power_w, idle_power_w=config.null.idle_power_w)
-    if not config.energy_agent:
-        return None
-    return AgentFeed(address=config.energy_agent, group=group, ranks=ranks, meter=config.meter)
+    return None

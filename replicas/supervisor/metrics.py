@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from replicas.config import MetricsAccess
 from replicas.energy.meter import Source
+from replicas.metrics_page import MetricsPage
 from replicas.request import LoadSnapshot, StepRecord
 from replicas.supervisor.energy_account import EnergyQuality, EnergySums
 from replicas.supervisor.expert_metrics import ExpertSnapshot
@@ -39,7 +41,7 @@ class MetricsSnapshot:
 
 
 class ReplicaMetrics(Collector):
-    """Owns a registry of its own and the server that shows it. `publish` replaces the snapshot.
+    """Owns a registry of its own and the page that shows it. `publish` replaces the snapshot.
 
     `engine` is what the engine is: the labels of a series whose value is always 1.
     """
@@ -63,15 +65,13 @@ class ReplicaMetrics(Collector):
         registry.register(self)
         self._registry = registry
 
-    def serve(self, host: str) -> str:
-        """Serve on a free port of `host` until `close`. Returns host:port."""
-        self._server, self._thread = start_http_server(0, addr=host, registry=self._registry)
-        return f"{host}:{self._server.server_port}"
+    def serve(self, access: MetricsAccess) -> str:
+        """Serve on a free port until `close`. Returns the address for scrapers."""
+        self._page = MetricsPage(self._registry, access)
+        return self._page.address
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._page.close()
 
     def publish(self, snapshot: MetricsSnapshot) -> None:
         self._snapshot = snapshot

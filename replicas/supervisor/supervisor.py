@@ -38,7 +38,6 @@ DRAIN_RESERVE_S = 5.0
 LAST_BILLS_TIMEOUT_S = 0.5
 DRAINED = "drained"
 """The last word of a replica whose streams outlast its drain."""
-LOOPBACK = "127.0.0.1"
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +227,7 @@ class Supervisor:
             engine_version=version("wattline"),
             host=socket.gethostname(),
             supervisor_pid=os.getpid(),
-            metrics_address=self._metrics.serve(LOOPBACK),
+            metrics_address=self._metrics.serve(config.metrics),
         )
         return LiveGroup(
             card=card,

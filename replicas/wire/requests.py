@@ -6,6 +6,7 @@ from protos import wattline_link_pb2 as link_pb2
 from replicas.request import GenerationRequest, SamplingParams
 
 NS_PER_MS = 1_000_000
+MAX_TENANT_CHARS = 128
 MAX_DEADLINE_MS = 2**32 - 1
 """The most the wire holds, 49 days; a caller may have more time, which no answer needs."""
 
@@ -29,6 +30,7 @@ def request_to_wire(request: GenerationRequest, *, now_ns: int) -> link_pb2.Subm
         lane=request.lane,
         cache_salt=request.cache_salt,
         prompt_logprobs=request.scores_prompt,
+        tenant=request.tenant,
     )
 
 
@@ -47,6 +49,7 @@ def request_from_wire(message: link_pb2.Submit, *, now_ns: int) -> GenerationReq
         first_offset=message.first_offset,
         cache_salt=message.cache_salt,
         scores_prompt=message.prompt_logprobs,
+        tenant=message.tenant[:MAX_TENANT_CHARS],
     )
 
 

@@ -220,6 +220,7 @@ def assert_same(status: cluster_pb.StatusResponse, snapshot: dict[str, Any]) -> 
     told, shown = status.models[0], snapshot["models"][0]
     assert (told.slo_met, told.slo_missed) == (shown["slo"]["met"], shown["slo"]["missed"])
     assert (told.ttft.p50_ms, told.tpot.p95_ms) == (shown["ttft_ms"]["p50"], shown["tpot_ms"]["p95"])
+    assert told.joules_per_output_token == shown["j_per_output_token"]
     assert told.joules_per_total_token == shown["j_per_total_token"]
     assert told.power.meter_w == shown["power_w"]["meter_w"]
     for name in ("meter_mj", "prefill_mj", "decode_mj", "idle_mj", "unattributed_mj", "static_mj"):

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 NS = 1_000_000_000
 READY = "document.documentElement?.dataset.ready === 'true'"
-PAINTED = """[...document.querySelectorAll('canvas')].map((canvas) => {
+PAINTED = """[...document.querySelectorAll('canvas')].filter((one) => one.offsetParent).map((canvas) => {
   const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
   return data.some((value) => value > 0);
 })"""
@@ -104,7 +104,9 @@ async def test_the_numbers_on_the_page_are_those_of_metrics(router: TestRouter, 
         ):
             value_mj = await shown(page, f"[data-ledger={key}]", "mj")
             name = "wattline_energy_joules_total"
-            assert value_mj == round(1e3 * samples[name, "device", ledger, MODEL, phase, "fake"])
+            labels = (name, "device", ledger, MODEL, phase, "fake")
+            of_tenants = [value for key, value in samples.items() if key[:-1] == labels]
+            assert value_mj == round(1e3 * sum(of_tenants))
             parts_mj += value_mj
         meter_mj = round(1e3 * samples["wattline_energy_meter_joules_total", MODEL, "fake"])
         assert await shown(page, "[data-ledger=meter_mj]", "mj") == parts_mj == meter_mj
@@ -117,6 +119,58 @@ async def test_the_numbers_on_the_page_are_those_of_metrics(router: TestRouter, 
     assert page.complaints == []
     host = f"http://{router.addresses.http}/"
     assert all(url.startswith(host) for url in page.requested)
+
+
+async def test_the_experts_are_drawn_of_a_model_that_has_them_and_keys_walk_over_the_map(
+    router: TestRouter, page: Page
+) -> None:
+    words = "document.getElementById('heat-words').textContent"
+    heat = link.ExpertHeat(
+        num_layers=2,
+        num_experts=4,
+        layers_per_row=1,
+        experts_per_column=1,
+        load_percent=(320, 16, 32, 32, 100, 100, 100, 100),
+        copied_cells=(0,),
+        tokens=400,
+        num_ranks=2,
+        num_copies=1,
+        imbalance=1.06,
+        imbalance_without_copies=1.34,
+    )
+    async with router.replica() as replica:
+        await page.until("document.querySelector('#replicas .state')?.dataset.state === 'ready'")
+        assert await page.evaluate("document.getElementById('experts').hidden")
+        beat = link.Heartbeat(load=replica.load())
+        await replica.send(link.FromReplica(heartbeat=beat, experts=heat))
+        await page.until("!document.getElementById('experts').hidden")
+        assert await page.evaluate(words) == "hottest 3.20× layer 0, expert 0"
+        assert "from 1.34× to 1.06×" in await page.evaluate(
+            "document.getElementById('imbalance-words').textContent"
+        )
+        assert all(await page.evaluate(PAINTED))
+        await page.evaluate("document.getElementById('heat').focus()")
+        await page.press("ArrowRight")
+        assert await page.evaluate(words) == "3.20× layer 0, expert 0, rank 0, copied"
+        for _ in range(2):
+            await page.press("ArrowRight")
+        assert await page.evaluate(words) == "0.32× layer 0, expert 2, rank 1"
+    assert page.complaints == []
+
+
+async def test_a_lost_replica_is_told_with_its_reason_and_rows_stay_where_they_are(
+    router: TestRouter, page: Page
+) -> None:
+    kinds = "[...document.querySelectorAll('#events .state')].map((one) => one.dataset.state).join()"
+    replica = router.replica()
+    await replica.attach()
+    await page.until(f"{kinds} === 'attached'")
+    await page.evaluate("document.querySelector('#events tr').mark = 'kept'")
+    await replica.leave(says_goodbye=False)
+    await page.until(f"{kinds} === 'lost,attached'")
+    assert await page.evaluate("document.querySelectorAll('#events tr')[1].mark") == "kept"
+    notice = await page.evaluate("document.getElementById('notice-text').textContent")
+    assert "was lost at" in notice and "its link ended without a word" in notice
 
 
 async def test_an_empty_page_says_what_to_do(router: TestRouter, page: Page) -> None:
@@ -139,7 +193,10 @@ async def test_keys_reach_everything_and_the_theme_follows_the_system_until_chos
     assert await page.evaluate(f"[{theme}, document.getElementById('theme').textContent].join()") == (
         "light,light"
     )
-    await page.evaluate("document.querySelector('.tiles .term').focus()")
+    await page.set_view(width=1280, height=300)
+    await page.evaluate("document.querySelector('#charts .term').focus()")
+    await page.until("scrollY > 0")
+    await page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert not await page.evaluate("document.getElementById('tip').hidden")
 
 

@@ -6,8 +6,10 @@ One `wattline up` of `examples/demo.yaml` on free ports; the tests run in order,
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +89,20 @@ def test_an_answer_carries_its_measured_joules_and_its_trace(running: Running) -
     assert energy.joules_per_output_token == pytest.approx(energy.total_j / final.usage.completion_tokens)
     assert running.client.get_energy(final.request_id).total_j == energy.total_j
     assert len(final.trace_id) == len(trace_id)
+
+
+def test_the_energy_agent_that_replicas_started_is_listed_and_shows_its_meters(running: Running) -> None:
+    def agents() -> list[str]:
+        with urllib.request.urlopen(f"http://{running.state.http}/metrics/targets", timeout=5) as answered:
+            groups = json.load(answered)
+        return [group["targets"][0] for group in groups if group["labels"].get("job") == "wattline-agent"]
+
+    wait_until(lambda: bool(agents()), 20.0, "an agent among the targets")
+    (address,) = agents()
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answered:
+        text = answered.read().decode()
+    for model in DEMO_MODELS:
+        assert re.search(rf'wattline_meter_state{{hw_id="{model}[^"]*",state="ok"}} 1\.0', text)
 
 
 def test_a_client_written_from_reflection_lists_models_and_streams_a_chat(running: Running) -> None:

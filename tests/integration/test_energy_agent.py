@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
@@ -15,9 +16,10 @@ from grpc import aio
 
 from protos import wattline_energy_pb2 as wire
 from protos.wattline_energy_pb2_grpc import EnergyAgentStub
-from replicas.energy.agent import EnergyAgent
+from replicas.energy.agent import EnergyAgent, WatchKey
 from replicas.energy.agent_client import watch_readings
-from replicas.energy.meter import Reading, Source
+from replicas.energy.meter import MeterScope, Reading, Source
+from replicas.energy.replay import FakeMeter
 from replicas.errors import MeterUnavailable
 
 
@@ -108,6 +110,9 @@ async def test_watchers_of_the_same_processes_share_a_meter(socket_address: str,
         )
         assert {reading.t_ns for reading in first} & {reading.t_ns for reading in second}
         assert 0.0 < agent.cpu_share < 1.5
+        async with asyncio.timeout(20):
+            while list(Path(socket_address.removeprefix("unix:")).parent.glob("*.edges-*")):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 async def test_a_watch_that_nothing_can_serve_says_why(socket_address: str) -> None:
@@ -126,6 +131,25 @@ async def test_gpus_that_cannot_be_read_are_never_answered_with_an_estimate_of_t
     async with running_agent(socket_address):
         with pytest.raises(MeterUnavailable, match=r"NVML|not on this host"):
             await take(socket_address, 1, gpu_uuids=["GPU-00000000"], pids=[busy_pid])
+
+
+async def test_the_cpus_of_a_module_are_not_counted_twice(
+    socket_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_meter(_: EnergyAgent, key: WatchKey) -> FakeMeter:
+        meter = FakeMeter(((0, 100.0),))
+        meter.scope = MeterScope.HOST if key.meter == "rapl" else MeterScope.MODULE
+        return meter
+
+    monkeypatch.setattr(EnergyAgent, "_make_meter", make_meter)
+    async with (
+        asyncio.timeout(30),
+        running_agent(socket_address),
+        aclosing(watch_readings(socket_address, group="gh200")) as stream,
+    ):
+        await anext(stream)
+        with pytest.raises(MeterUnavailable, match="meter of gh200 counts the same CPUs"):
+            await take(socket_address, 1, meter="rapl")
 
 
 async def test_the_fake_meter_is_labelled_fake(socket_address: str) -> None:
@@ -163,9 +187,9 @@ async def test_a_cancelled_watch_leaves_no_poller_behind(socket_address: str, bu
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call.read()
-        polls = [task for task in asyncio.all_tasks() if "energy-poll" in task.get_name()]
-        _, still_running = await asyncio.wait(polls, timeout=20) if polls else (set(), set())
-        assert not still_running
+        async with asyncio.timeout(20):
+            while any("energy-poll" in thread.name for thread in threading.enumerate()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 def test_the_command_line_teaches() -> None:

@@ -170,3 +170,18 @@ async def test_a_router_sends_its_closed_requests_and_the_sums_of_its_replicas(s
     assert found.output_tokens == answer.final.usage.completion_tokens
     assert found.energy is not None
     assert (found.energy.prefill_mj + found.energy.decode_mj) / 1e3 == answer.final.energy.total_j
+
+
+async def test_a_second_store_is_refused_and_leaves_the_first_its_socket(short_folder: Path) -> None:
+    async with running_store(short_folder) as (_, address):
+        second = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "cluster.ledger", "--config", str(short_folder / "wattline.yaml")],
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+        )
+        assert second.returncode == 2
+        assert "another ledger store holds" in second.stderr
+        async with grpc.aio.insecure_channel(address) as channel:
+            await pb_grpc.LedgerStoreStub(channel).Record(pb.RecordRequest(router_id="r"), timeout=WAIT_S)

@@ -12,17 +12,18 @@ import socket
 import subprocess
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.monitoring.grafana import build_dashboard
+from cluster.monitoring.grafana import EXPERTS, ROWS, build_dashboard
 from cluster.monitoring.write import write_all
 from protos import wattline_inference_pb2 as pb
-from replicas.config import EngineLimits, NullEngineConfig, ReplicaConfig
+from replicas.config import EngineLimits, MetricsAccess, NullEngineConfig, ReplicaConfig
+from replicas.energy.agent import EnergyAgent
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
 from tests.router_fixture import MODEL, VOCAB_SIZE, TestRouter, collect, make_config, run_test_router
@@ -67,15 +68,19 @@ def ask(address: str, path: str, **parameters: str) -> Any:
         return None
 
 
-def panel_queries() -> dict[str, str]:
-    """Every expression of the dashboard with its variables filled in, by panel and letter."""
+def panel_queries(*, has_experts: bool) -> dict[str, str]:
+    """The expressions of the dashboard with their variables filled in, by panel and letter: of the row that
+    only a model with experts fills, or of all others."""
     panels: Any = build_dashboard()["panels"]
+    names = {panel.title for panel in ROWS[EXPERTS]}
     return {
         f"{panel['title']} {target['refId']}": target["expr"]
         .replace("$__rate_interval", "10s")
+        .replace("$__range", "1m")
         .replace("$model", ".+")
         for panel in panels
         for target in panel.get("targets", ())
+        if (panel["title"] in names) is has_experts
     }
 
 
@@ -87,9 +92,21 @@ async def ask_for_text(router: TestRouter) -> None:
         await collect(router.inference.Generate(request))
 
 
-async def without_a_series(prometheus: str) -> dict[str, str]:
-    """The queries of panels that stay empty, however long one waits."""
-    missing = panel_queries()
+ENERGY_QUERIES = {
+    "what the alert WattlineMeterStale reads": 'wattline_meter_state{job="wattline-agent",state="stale"}',
+    "joules by tenant": 'wattline_energy_joules_total{ledger="request",tenant="default"} > 0',
+    "the rows that add up to the meter": (
+        "abs(sum by (model, source) (wattline_energy_joules_total) "
+        "- on (model, source) wattline_energy_meter_joules_total) < 1e-6"
+    ),
+    "joules of the meter": 'hw_energy_joules_total{job="wattline-agent",source="fake"}',
+    "the agent's own cost": 'rate(wattline_energy_agent_cpu_seconds_total{job="wattline-agent"}[10s])',
+}
+
+
+async def without_a_series(prometheus: str, queries: Mapping[str, str]) -> dict[str, str]:
+    """The queries that stay empty, however long one waits."""
+    missing = dict(queries)
     with suppress(TimeoutError):
         async with asyncio.timeout(WAIT_S):
             while missing:
@@ -101,9 +118,22 @@ async def without_a_series(prometheus: str) -> dict[str, str]:
     return missing
 
 
+@asynccontextmanager
+async def running_agent(folder: Path) -> AsyncIterator[str]:
+    """An energy agent that shows its metrics on a free port."""
+    agent = EnergyAgent()
+    agent.serve_metrics(MetricsAccess())
+    (address,) = await agent.start(f"unix:{folder}/energy.sock")
+    try:
+        yield address
+    finally:
+        await agent.stop()
+
+
 async def test_every_panel_has_a_series_under_load(tmp_path: Path) -> None:
+    """And the energy agent of the replica's host is scraped, so that the alert on its meter can fire."""
     config = make_config(model={"slo": {"ttft_ms": 500.0}})
-    async with run_test_router(config) as router:
+    async with run_test_router(config) as router, running_agent(tmp_path) as energy_agent:
         supervisor = Supervisor(
             ReplicaConfig(
                 model=MODEL,
@@ -113,6 +143,7 @@ async def test_every_panel_has_a_series_under_load(tmp_path: Path) -> None:
                 limits=EngineLimits(num_blocks=256),
                 null=NULL,
                 runtime_dir=str(tmp_path),
+                energy_agent=energy_agent,
                 meter="fake",
             ),
             SubprocessRankGroup(runtime_dir=tmp_path),
@@ -123,9 +154,14 @@ async def test_every_panel_has_a_series_under_load(tmp_path: Path) -> None:
             write_all(tmp_path, routers=(router.addresses.http,), scrape_s=SCRAPE_S)
             with running_prometheus(tmp_path) as prometheus:
                 load = asyncio.create_task(ask_for_text(router))
-                missing = await without_a_series(prometheus)
+                missing = await without_a_series(
+                    prometheus, {**panel_queries(has_experts=False), **ENERGY_QUERIES}
+                )
                 load.cancel()
                 await asyncio.gather(load, return_exceptions=True)
+                for panel, query in panel_queries(has_experts=True).items():
+                    found = await asyncio.to_thread(ask, prometheus, "query", query=query)
+                    assert found is not None and found["result"] == [], f"{panel} is no PromQL: {query}"
                 targets = await asyncio.to_thread(ask, prometheus, "targets")
         finally:
             await supervisor.stop()
@@ -133,7 +169,7 @@ async def test_every_panel_has_a_series_under_load(tmp_path: Path) -> None:
     up = {target["labels"]["job"]: target["labels"] for target in targets["activeTargets"]}
     assert up["wattline-replica"]["replica"] == "one"
     assert up["wattline-replica"]["model"] == MODEL
-    assert set(up) == {"wattline-router", "wattline-replica"}
+    assert set(up) == {"wattline-router", "wattline-replica", "wattline-agent"}
 
 
 def test_the_rules_are_right_by_their_own_tests(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 from urllib.error import HTTPError
@@ -147,6 +148,10 @@ async def test_pickers_find_the_names_they_know_and_the_ledger_adds_up(router: T
         idle_mj=10,
         unattributed_mj=1,
         static_mj=250,
+        tenants=[
+            link.TenantEnergy(tenant="red", prefill_mj=700, decode_mj=0),
+            link.TenantEnergy(tenant="blue", prefill_mj=300, decode_mj=90),
+        ],
     )
     async with router.replica() as replica:
         await replica.report_ledger(totals)
@@ -166,8 +171,16 @@ async def test_pickers_find_the_names_they_know_and_the_ledger_adds_up(router: T
     ):
         assert line in text.splitlines()
     joules = [line for line in text.splitlines() if line.startswith("wattline_energy_joules_total{")]
-    assert [line.partition("} ")[2] for line in joules] == ["1.0", "0.1", "0.01", "0.001"]
-    assert 'ledger="idle",model="tiny",phase="none",source="counter"' in joules[2]
+    seen = [re.search(r'phase="(\w+)".*tenant="(\w+)"} (.*)', line) for line in joules]
+    assert [found.groups() for found in seen if found] == [
+        ("prefill", "red", "0.7"),
+        ("prefill", "blue", "0.3"),
+        ("decode", "red", "0.0"),
+        ("decode", "blue", "0.09"),
+        ("decode", "none", "0.01"),
+        ("none", "none", "0.01"),
+        ("none", "none", "0.001"),
+    ]
     assert "wattline_power_watts{" not in text
 
 
@@ -256,8 +269,12 @@ def plain(value: AnyValue) -> Any:
 
 async def trace_of_one_request(endpoint: str, *, energy: EnergyMode, closes_energy: bool = False) -> None:
     """Run one request with a caller's trace context; the router's stop exports all its spans."""
-    config = make_config(telemetry={"otlp_endpoint": endpoint})
+    config = make_config(telemetry={"otlp_endpoint": endpoint}, energy={"pue": 1.3})
     async with run_test_router(config) as router, router.replica(energy=energy) as replica:
+        await replica.report_ledger(link.LedgerTotals(source="fake", meter_mj=100))
+        await replica.report_ledger(
+            link.LedgerTotals(source="fake", meter_mj=12_100, decode_mj=10_000, idle_mj=2_000, until_ns=1)
+        )
         metadata = (("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01"),)
         request = make_request(SECRET, energy_wait_ms=0)
         answer = await collect(router.inference.Generate(request, metadata=metadata))
@@ -298,6 +315,10 @@ async def test_the_trace_has_the_callers_id_the_phases_and_the_final_joules(
     assert (values["wattline.energy.total_j"], values["wattline.energy.prefill_j"]) == (3.0, 1.0)
     assert (values["wattline.energy.decode_j"], values["wattline.energy.static_j"]) == (2.0, 0.3)
     assert (values["wattline.energy.source"], values["wattline.energy.final"]) == ("fake", True)
+    # A fifth of what requests took was drawn while nothing ran; it is beside the bill, not in it.
+    assert (values["wattline.energy.idle_share_j"], values["wattline.energy.pue"]) == (0.6, 1.3)
+    assert values["wattline.energy.method"].startswith("step-ledger/")
+    assert (values["wattline.energy.window_ms"], values["wattline.energy.confidence"]) == (30.0, 1.0)
     assert inference.end_time_unix_nano <= rpc.end_time_unix_nano
     assert not any(SECRET in str(span) for span in servicer.spans)
 

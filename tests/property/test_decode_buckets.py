@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from replicas.config import EngineLimits
 from replicas.plan import NewRow, PlannedRow, StepPlan
 from replicas.rank.batch import Rows
-from replicas.rank.buckets import KEY, ROW, SLOT, TEMPERATURE, bucket_of, bucket_sizes, decode_words
+from replicas.rank.buckets import (
+    KEY,
+    ROW,
+    SLOT,
+    TEMPERATURE,
+    bucket_of,
+    bucket_sizes,
+    chunk_sizes,
+    decode_words,
+)
 from replicas.rank.device_steps import DeviceSupport
 from replicas.rank.graphs import EagerBackend
 from replicas.rank.runner import ModelRunner
@@ -31,6 +40,12 @@ def test_the_usual_sizes() -> None:
     assert bucket_sizes(40, has_experts=False) == (1, 2, 4, 8, 16, 24, 32, 40)
     assert bucket_sizes(20, has_experts=True) == (1, 2, 3, 4, 5, 6, 7, 8, 16, 20)
     assert bucket_sizes(3, has_experts=False) == (1, 2, 3)
+
+
+def test_prompt_chunks_of_every_power_of_two_are_warmed_up() -> None:
+    assert chunk_sizes(20) == (2, 4, 8, 16, 20)
+    assert chunk_sizes(16) == (2, 4, 8, 16)
+    assert chunk_sizes(1) == (1,)
 
 
 @settings(derandomize=True)

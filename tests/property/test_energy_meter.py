@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from replicas.energy.meter import Reading
 from replicas.energy.nvml import NvmlMeter
-from replicas.energy.nvml_gpu import FieldValue
+from replicas.energy.nvml_gpu import C2cMode, FieldValue
 
 LIMIT_W = 700
 PERIOD_NS = 100_000_000
@@ -58,8 +58,11 @@ class ScriptedNvml:
     def nvmlDeviceGetPowerManagementLimit(self, handle: object, /) -> int:  # noqa: N802
         return LIMIT_W * 1000
 
+    def nvmlDeviceGetC2cModeInfoV(self, handle: object, /) -> C2cMode:  # noqa: N802
+        raise self.NVMLError("Not Supported")
+
     def nvmlDeviceGetFieldValues(  # noqa: N802
-        self, handle: object, fields: list[int], /
+        self, handle: object, fields: list[tuple[int, int]], /
     ) -> Sequence[FieldValue]:
         raise DriverError("Not Supported")
 

@@ -1,12 +1,13 @@
 // uPlot, dressed: one look for all charts, legends of our own that show the value under the cursor.
 
-import { number, UNKNOWN } from "./format.js";
+import { count, number, short, UNKNOWN } from "./format.js";
 
 const FONT = "11px system-ui, sans-serif";
 export const color = (role) => getComputedStyle(document.documentElement).getPropertyValue(`--${role}`).trim();
 
 const SHORTEST_SPAN_S = 60;
 const STEPS_S = [10, 30, 60, 120, 300, 600];
+const WHOLE_STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000];
 
 function clock(ticks) {
   const hasSeconds = ticks.some((tick) => tick % 60);
@@ -14,11 +15,11 @@ function clock(ticks) {
   return ticks.map((tick) => new Date(tick * 1000).toLocaleTimeString("en-GB", parts));
 }
 
-// `lines`: { name, role, unit?, dash?, width?, fill?, raw? }; `raw(data, i)` is the legend's value where the
-// line itself is a running sum. `data` is uPlot's: times, then one array per line.
+// `lines`: { name, role, dash?, width?, fill?, isObjective? }. `data` is uPlot's: times, then one array per line;
+// `raw` is what the legend says where the lines themselves are running sums.
 export class Chart {
-  constructor(box, { label, unit, lines, max = null, span }) {
-    Object.assign(this, { box, label, unit, lines, max, span, data: null, plot: null });
+  constructor(box, { label, unit, lines, min = 0, max = null, isWhole = false, span }) {
+    Object.assign(this, { box, label, unit, lines, min, max, isWhole, span, data: null, plot: null });
     this.legend = document.createElement("ul");
     this.legend.className = "legend";
     box.after(this.legend);
@@ -42,6 +43,8 @@ export class Chart {
     this.data = data;
     this.raw = raw;
     if (!this.plot) this.make();
+    this.isEmpty = data.slice(1).every((column, i) => this.lines[i]?.isObjective || column.every((value) => value === null));
+    this.box.toggleAttribute("data-empty", this.isEmpty);
     this.plot.setData(data);
     if (this.plot.cursor.idx === null || this.plot.cursor.idx === undefined) this.showValues(null);
   }
@@ -59,7 +62,7 @@ export class Chart {
       },
       axes: [
         { ...axis, grid: { show: false }, size: 24, space: 70, incrs: STEPS_S, values: (_, ticks) => clock(ticks) },
-        { ...axis, size: 44, gap: 4, space: 32, values: (_, ticks) => ticks.map((tick) => number(tick)) },
+        { ...axis, size: 44, gap: 4, space: 32, ...(this.isWhole && { incrs: WHOLE_STEPS }), values: (_, ticks) => ticks.map((tick) => (this.isEmpty ? "" : short(tick))) },
       ],
       series: [{}, ...this.lines.map((line) => this.series(line))],
       hooks: { setCursor: [(plot) => this.showValues(plot.cursor.idx)] },
@@ -85,15 +88,21 @@ export class Chart {
   }
 
   valueRange(high) {
-    if (this.max !== null) return [0, this.max];
-    return [0, high > 0 ? high * 1.12 : 1];
+    if (this.max !== null) return [this.min, this.max];
+    return [this.min, high > this.min ? this.min + (high - this.min) * 1.12 : this.min + 1];
+  }
+
+  text(value, line) {
+    if (this.isWhole) return count(value);
+    if (this.unit === "%") return value.toFixed(1);
+    return line.isObjective ? short(value) : number(value);
   }
 
   showValues(index) {
     const at = index ?? (this.raw[0].length - 1);
     const texts = this.lines.map((line, i) => {
       const value = this.raw[i + 1]?.[at];
-      return value === null || value === undefined ? UNKNOWN : `${number(value)} ${line.unit ?? this.unit}`.trim();
+      return value === null || value === undefined ? UNKNOWN : `${this.text(value, line)} ${this.unit}`.trim();
     });
     this.legend.replaceChildren(
       ...this.lines.map((line, i) => {

@@ -69,5 +69,6 @@ export function installTips() {
     document.addEventListener(leave, hide);
   }
   document.addEventListener("keydown", (event) => event.key === "Escape" && hide());
-  addEventListener("scroll", hide, { passive: true });
+  // Focus may scroll: what has it keeps its tip.
+  addEventListener("scroll", () => (shownFor && shownFor === document.activeElement ? show(shownFor) : hide()), { passive: true });
 }

@@ -1,10 +1,11 @@
 // The page: joins the stream to tiles, charts and tables. Start reading here.
 
 import { installTheme, installTips } from "./chrome.js";
-import { duration } from "./format.js";
+import { showEvents, showReplicas } from "./fleet.js";
+import { clock, duration, element } from "./format.js";
 import { Panels } from "./panels.js";
 import { Stream } from "./stream.js";
-import { element, showEnergy, showReplicas, showRequests, showTiles, showTotals } from "./tables.js";
+import { showEnergy, showRequests, showTiles, showTotals } from "./tables.js";
 
 const byId = (id) => document.getElementById(id);
 const ATTAINMENT_SPAN_S = 900;
@@ -12,21 +13,25 @@ const ATTAINMENT_SPAN_S = 900;
 let chosenModel = null;
 let spanSeconds = 300;
 
-const panels = new Panels({ grid: byId("charts"), powerBox: byId("chart-power"), span: () => spanSeconds });
+const panels = new Panels({
+  grid: byId("charts"), powerBox: byId("chart-power"), imbalanceBox: byId("chart-imbalance"),
+  heatCanvas: byId("heat"), heatWords: byId("heat-words"), span: () => spanSeconds,
+});
 const stream = new Stream({ onChange: show, onState: showLink });
 
 function show() {
   const { snapshot } = stream;
   if (!snapshot) return;
-  const { models, replicas, requests, router } = snapshot;
+  const { models, replicas, events, requests, router } = snapshot;
   showModels(models);
   const model = models.find((one) => one.name === chosenModel) ?? models[0];
   byId("router-id").textContent = `${router.id} · ${router.version}`;
   byId("router-uptime").textContent = `up ${duration(router.uptime_s)}`;
-  showNotice(models, replicas, model);
+  showNotice(snapshot, model);
   showTiles(model, attainment(model));
   showEnergy(model);
   showReplicas(replicas);
+  showEvents(events);
   showRequests(requests);
   showTotals(models);
   panels.show(stream, model);
@@ -58,18 +63,31 @@ function attainment(model) {
   return all > 0 ? good / all : null;
 }
 
-function showNotice(models, replicas, model) {
-  const hasAsked = models.some((one) => one.totals.requests > 0);
-  const notice = byId("notice");
-  notice.hidden = replicas.length > 0 && hasAsked;
-  if (notice.hidden) return;
+function showNotice({ models, replicas, events }, model) {
+  const [text, command] = notice({ models, replicas: replicas.filter((one) => one.model === model.name), events, model }) ?? [];
+  byId("notice").hidden = !text;
+  if (!text || byId("notice-text").textContent === text) return;
+  byId("notice-text").textContent = text;
+  byId("notice-command").textContent = command;
+}
+
+// What to do next: words and a command; undefined while all is well.
+function notice({ models, replicas, events, model }) {
+  const watch = "wattline status --watch";
   if (!replicas.length) {
-    byId("notice-text").textContent = "No replica is attached yet. Models take from seconds to minutes to load; see how far they are, or start them:";
-    byId("notice-command").textContent = "wattline status --watch\nwattline up -f wattline.yaml";
-    return;
+    const last = events.find((one) => one.model === model.name && (one.kind === "lost" || one.kind === "drained"));
+    return last
+      ? [`No replica of ${model.name} is attached. The last one was ${last.kind} at ${clock(last.at)}: ${last.reason}. See how far the next one is:`, watch]
+      : [`No replica of ${model.name} is attached yet. Models take from seconds to minutes to load; see how far they are, or start them:`, `${watch}\nwattline up -f wattline.yaml`];
   }
-  byId("notice-text").textContent = "Everything is ready and nothing has been asked yet. Send a request:";
-  byId("notice-command").textContent = `wattline chat --model ${model.name} "Who are you?"`;
+  if (!replicas.some((one) => one.state === "ready")) {
+    const stands = replicas.slice(0, 3).map((one) => `${one.id} is ${one.last_event?.kind ?? one.state}`).join(", ");
+    return [`No replica of ${model.name} takes new work: ${stands}. What happened is told below; watch for another:`, watch];
+  }
+  if (models.every((one) => one.totals.requests === 0)) {
+    return ["Everything is ready and nothing has been asked yet. Send a request:", `wattline chat --model ${model.name} "Who are you?"`];
+  }
+  return undefined;
 }
 
 function showLink(state, text) {

@@ -1,6 +1,10 @@
 // The charts of the page: what each shows, in which unit, from which series of the stream.
 
 import { Chart, stack } from "./charts.js";
+import { element, times } from "./format.js";
+import { HeatMap } from "./heat.js";
+
+const byId = (id) => document.getElementById(id);
 
 const PARTS = ["prefill_w", "decode_w", "idle_w", "unattributed_w"];
 const SLO_WINDOW = 60;
@@ -33,7 +37,7 @@ const SIMPLE = [
     ],
   },
   {
-    id: "batch", title: "Batch and queue", unit: "",
+    id: "batch", title: "Batch and queue", unit: "", isWhole: true,
     tip: "Requests the engines work on together in a step, and requests that wait for a place.",
     lines: [{ name: "in the batch", role: "a", series: "running" }, { name: "waiting", role: "warn", series: "waiting" }],
   },
@@ -44,12 +48,19 @@ const SIMPLE = [
   },
 ];
 
+const IMBALANCE = [
+  { name: "as placed", role: "a", series: "expert_imbalance" },
+  { name: "without copies", role: "warn", dash: true, series: "expert_imbalance_without_copies" },
+];
+
 export class Panels {
-  constructor({ grid, powerBox, span }) {
+  constructor({ grid, powerBox, imbalanceBox, heatCanvas, heatWords, span }) {
     this.span = span;
     this.charts = new Map();
     this.power = new Chart(powerBox, { label: "Power by purpose", unit: "W", lines: powerLines(), span });
     for (const spec of SIMPLE) this.charts.set(spec.id, this.add(grid, spec));
+    this.imbalance = new Chart(imbalanceBox, { label: "Imbalance of the ranks", unit: "×", lines: IMBALANCE, min: 1, span });
+    this.heat = new HeatMap(heatCanvas, heatWords);
     this.slo = this.add(grid, {
       title: "Answers in time", unit: "%", max: 104, lines: [{ name: "kept the objective", role: "good" }],
       tip: "Of the answers of the last minute, the part that kept the model's time objectives (slo in wattline.yaml).",
@@ -59,7 +70,7 @@ export class Panels {
     });
   }
 
-  add(grid, { title, unit, tip, lines, max }) {
+  add(grid, { title, unit, tip, lines, max, isWhole }) {
     const figure = document.createElement("figure");
     figure.className = "panel";
     figure.style.margin = "0";
@@ -80,16 +91,18 @@ export class Panels {
     box.className = "chart";
     figure.append(head, box);
     grid.append(figure);
-    return new Chart(box, { label: title, unit, lines, max, span: this.span });
+    return new Chart(box, { label: title, unit, lines, max, isWhole, span: this.span });
   }
 
   recolor() {
-    for (const chart of [this.power, this.slo, this.replicas, ...this.charts.values()]) chart.reset();
+    for (const chart of [this.power, this.imbalance, this.slo, this.replicas, ...this.charts.values()]) chart.reset();
+    this.heat.recolor();
   }
 
   show(stream, model) {
     this.showPower(stream, model);
     for (const spec of SIMPLE) this.showSimple(stream, model, spec);
+    this.showExperts(stream, model);
     this.showSlo(stream, model);
     this.showReplicas(stream);
   }
@@ -117,6 +130,26 @@ export class Panels {
     chart.show([times, ...scaled]);
   }
 
+  // Nothing is drawn of a model without experts, and until they worked.
+  showExperts(stream, model) {
+    const { experts } = model;
+    byId("experts").hidden = !experts;
+    if (!experts) return;
+    this.heat.show(experts);
+    const hasRanks = experts.imbalance !== null;
+    byId("imbalance").hidden = !hasRanks;
+    byId("one-rank").hidden = hasRanks;
+    if (!hasRanks) return;
+    this.imbalance.show(stream.columns(model.name, IMBALANCE.map((line) => line.series), this.span()));
+    const copies = experts.num_copies === 1 ? "1 copy" : `${experts.num_copies} copies`;
+    const worst = experts.num_replicas > 1 ? ` The most uneven of ${experts.num_replicas} replicas.` : "";
+    const words = experts.num_copies
+      ? ["Copies of hot experts in spare slots took the busiest of ", `${experts.num_ranks} ranks from `, strong(experts.imbalance_without_copies), " to ",
+        strong(experts.imbalance), ` the mean (${copies}).${worst}`]
+      : [`The busiest of ${experts.num_ranks} ranks has `, strong(experts.imbalance), ` the mean; no expert has a copy.${worst}`];
+    byId("imbalance-words").replaceChildren(...words);
+  }
+
   showSlo(stream, model) {
     const [times, met, missed] = stream.columns(model.name, ["slo_met", "slo_missed"], this.span() + SLO_WINDOW);
     const first = times.findIndex((time) => times.at(-1) - time <= this.span());
@@ -138,6 +171,8 @@ export class Panels {
     this.replicas.show(data);
   }
 }
+
+const strong = (ratio) => element("b", {}, times(ratio));
 
 // In the order they are painted: the top of the stack first.
 function powerLines() {

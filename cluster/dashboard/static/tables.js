@@ -1,20 +1,9 @@
 // Tiles and tables: text nodes only, so nothing a server says can become markup.
 
-import { count, duration, isKnown, joules, milliseconds, number, percent, provenance, UNKNOWN } from "./format.js";
+import { count, duration, element, isKnown, joules, milliseconds, number, percent, provenance, short, shortMilliseconds, UNKNOWN } from "./format.js";
+import { cell, fill, heading, state } from "./rows.js";
 
 const byId = (id) => document.getElementById(id);
-
-export function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === "class") made.className = value;
-    else made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
-
-const cell = (text, kind = "") => element("td", kind ? { class: kind } : {}, text);
 
 function term(text, tip) {
   return element("span", { class: "term", tabindex: "0", "data-tip": tip }, text);
@@ -31,7 +20,9 @@ function tile(key, label, tip, value, unit, sub, tone = "") {
     tiles.set(key, parts);
   }
   const { box, big, sub: below } = tiles.get(key);
-  big.replaceChildren(value, ...(unit && value !== UNKNOWN ? [element("small", {}, unit)] : []));
+  // A unit that comes with the number is as small as any other.
+  const [figure, ...own] = value.split(" ");
+  big.replaceChildren(figure, ...(value !== UNKNOWN ? [element("small", {}, [...own, unit].join(" "))] : []));
   below.textContent = sub;
   below.title = sub;
   box.dataset.tone = tone;
@@ -39,10 +30,9 @@ function tile(key, label, tip, value, unit, sub, tone = "") {
 
 export function showTiles(model, attainment) {
   const { slo, power_w: power } = model;
-  const objective = [slo.ttft_ms && `≤ ${milliseconds(slo.ttft_ms)}`, slo.tpot_ms && `≤ ${milliseconds(slo.tpot_ms)}`].filter(Boolean);
   const tone = !isKnown(attainment) || attainment >= 0.99 ? "" : attainment >= 0.95 ? "warn" : "bad";
-  tile("slo", "In time", "Part of the answers of the last 15 minutes that kept the model's time objectives, slo in wattline.yaml. Failed answers count as late; cancelled ones do not count.",
-    isKnown(attainment) ? number(attainment * 100) : UNKNOWN, "%", objective.join(" · ") || "no objective set", tone);
+  tile("slo", "In time", "Part of the answers of the last 15 minutes that kept the model's time objectives, to the first token and for each later one: slo in wattline.yaml. Failed answers count as late; cancelled ones do not count.",
+    attained(attainment), "%", objective(slo), tone);
   tile("ttft", "First token", "Time to first token, half of the answers of the last 30 s (p50), and 95 of 100 (p95).",
     milliseconds(model.ttft_ms.p50), "p50", `p95 ${milliseconds(model.ttft_ms.p95)}`);
   tile("tpot", "Later tokens", "Mean time per token after the first, half of the answers of the last 30 s (p50), and 95 of 100 (p95).",
@@ -52,21 +42,34 @@ export function showTiles(model, attainment) {
   tile("cost", "Energy per token", "Joules of the requests billed in the last 30 s, divided by the tokens of their answers; and by all their tokens, prompts included.",
     number(model.j_per_output_token), "J/output", `${number(model.j_per_total_token)} J/total token`);
   tile("power", "Power", "What the devices of this model's replicas draw now, by the meter.",
-    number(power?.meter_w), "W", power ? `${number(power.idle_w)} W of it idle` : "no meter yet");
+    number(power?.meter_w), "W", power ? `${number(power.idle_w)} W of it idle` : isMeterSilent(model) ? "the meter is silent" : "no meter yet");
   tile("batch", "Batch", "Requests the engines work on together, and those that wait for a place.",
     count(model.running), "running", `${count(model.waiting)} waiting`, model.waiting > model.running && model.waiting > 4 ? "warn" : "");
   tile("kv", "KV cache", "Part of the cache of keys and values that requests hold. At 100 % new requests wait.",
-    isKnown(model.kv_used_ratio) ? number(model.kv_used_ratio * 100) : UNKNOWN, "% used", replicasReady(model.replicas));
+    isKnown(model.kv_used_ratio) ? (100 * model.kv_used_ratio).toFixed(1) : UNKNOWN, "% used", replicasReady(model.replicas));
 }
+
+// Example: "≤ 500 / 100 ms": to the first token, and for each later one.
+function objective({ ttft_ms: first, tpot_ms: later }) {
+  if (!first && !later) return "no objective set";
+  if (!first || !later) return `${first ? "first" : "later"} ≤ ${shortMilliseconds(first || later)}`;
+  return `≤ ${(first < 1000 ? short : shortMilliseconds)(first)} / ${shortMilliseconds(later)}`;
+}
+
+// Two digits, rounded down: 100 is said only where no answer was late.
+const attained = (ratio) => (!isKnown(ratio) ? UNKNOWN : ratio === 1 ? "100" : (Math.floor(ratio * 1e4) / 100).toFixed(2));
 
 function replicasReady({ ready, min }) {
   if (ready < min) return `${ready} of ${min} replicas ready`;
   return ready === 1 ? "1 replica ready" : `${ready} replicas ready`;
 }
 
+// It counted before, and nothing comes of it now.
+const isMeterSilent = (model) => !model.power_w && model.energy.ledger.length > 0;
+
 export function showEnergy(model) {
   const { source, confidence_factor: factor, ledger } = model.energy;
-  const { kind, text, tip } = provenance(source, factor);
+  const { kind, text, tip } = provenance(source, factor, isMeterSilent(model));
   const badge = byId("badge");
   badge.textContent = text;
   badge.dataset.kind = kind;
@@ -87,7 +90,7 @@ export function showEnergy(model) {
     swatch.style.background = rowClass ? "transparent" : `var(--${name})`;
     const share = sums.meter_mj ? percent(sums[key] / sums.meter_mj) : UNKNOWN;
     const value = element("td", { "data-ledger": key, "data-mj": String(sums[key]) }, joules(sums[key]));
-    return element("tr", { class: rowClass }, element("th", { scope: "row" }, swatch, name), value, cell(share));
+    return element("tr", { class: rowClass }, element("th", { scope: "row" }, swatch, name), value, element("td", {}, share));
   };
   body.replaceChildren(
     row("prefill", "prefill_mj"), row("decode", "decode_mj"), row("idle", "idle_mj"), row("unattributed", "unattributed_mj"),
@@ -99,37 +102,23 @@ export function showEnergy(model) {
   check.textContent = (sums.is_conserved ? "✓ the four parts equal the meter, to the millijoule" : "✗ the parts do not equal the meter") + apart;
 }
 
-export function showReplicas(replicas) {
-  const rows = replicas.map((replica) => {
-    const bar = element("i");
-    bar.style.width = `${Math.round(100 * (replica.kv_used_ratio ?? 0))}%`;
-    const kv = element("td", { class: "num" }, element("span", { class: "meter", "aria-hidden": "true" }, bar), percent(replica.kv_used_ratio));
-    return element("tr", {},
-      element("th", { scope: "row", class: "mono" }, replica.id), cell(replica.model),
-      element("td", {}, element("span", { class: "state", "data-state": replica.state }, replica.state)),
-      cell(`tp ${replica.tensor_parallel}, ep ${replica.expert_parallel}`),
-      cell(replica.ranks.map((rank) => `${rank.rank}: ${rank.device || replica.device}`).join(", ") || replica.device),
-      cell(number(replica.power_w), "num"), kv, cell(count(replica.running), "num"), cell(count(replica.waiting), "num"),
-      cell(milliseconds(replica.step_ms), "num"));
-  });
-  byId("replicas").replaceChildren(...(rows.length ? rows : [empty(10, "No replica is attached.")]));
-  byId("replicas-note").textContent = rows.length ? `${rows.length} attached` : "";
-}
-
 export function showRequests(requests) {
   const rows = requests.map((request) => {
     const isError = request.outcome === request.outcome.toUpperCase();
-    const energy = element("td", { class: "num" }, joules(request.energy_mj));
-    if (isKnown(request.energy_mj) && !request.is_final) energy.append(element("span", { class: "est", title: "not final yet" }, " ~"));
-    return element("tr", {},
-      element("th", { scope: "row", class: "mono" }, request.id.slice(0, 8)), cell(request.model), cell(duration(request.age_s), "num"),
-      cell(count(request.prompt_tokens), "num"), cell(count(request.output_tokens), "num"),
-      cell(milliseconds(request.ttft_ms), "num"), cell(milliseconds(request.total_ms), "num"),
-      energy, cell(number(request.j_per_output_token), "num"),
-      element("td", {}, element("span", { class: "state", "data-state": isError ? "error" : request.outcome }, request.outcome)),
-      element("td", { class: "mono quiet" }, request.trace_id));
+    const isOpen = isKnown(request.energy_mj) && !request.is_final;
+    return {
+      key: request.id,
+      cells: [
+        heading(request.id.slice(0, 8), "mono", `wattline why ${request.id}`), cell(request.model, "wide"), cell(duration(request.age_s), "num"),
+        cell(count(request.prompt_tokens), "num"), cell(count(request.output_tokens), "num"),
+        cell(`${joules(request.energy_mj)}${isOpen ? " ~" : ""}`, "num", null, isOpen ? "not final yet" : ""),
+        cell(number(request.j_per_output_token), "num"),
+        cell(milliseconds(request.ttft_ms), "num"), cell(milliseconds(request.total_ms), "num"), state(request.outcome, isError ? "error" : request.outcome),
+        cell(request.trace_id, "mono quiet id"),
+      ],
+    };
   });
-  byId("requests").replaceChildren(...(rows.length ? rows : [empty(11, "No request has ended yet.")]));
+  fill(byId("requests"), rows, "No request has ended yet.");
 }
 
 export function showTotals(models) {
@@ -139,5 +128,3 @@ export function showTotals(models) {
     ...total("requests", count, "requests,"), ...total("refused", count, "refused,"), ...total("prompt_tokens", count, "tokens in,"),
     ...total("output_tokens", count, "tokens out,"), ...total("request_energy_mj", joules, "J billed to requests."));
 }
-
-const empty = (columns, text) => element("tr", {}, element("td", { colspan: String(columns), class: "none" }, text));

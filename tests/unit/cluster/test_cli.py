@@ -31,6 +31,16 @@ def test_help_names_every_command_and_shows_examples() -> None:
     assert "wattline demo" in text
 
 
+@pytest.mark.parametrize("command", ["up", "down", "router", "ledger"])
+def test_a_configuration_that_is_named_has_to_be_there(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, command, "-f", "nowhere.yaml") == 1
+    assert capsys.readouterr().err.strip() == (
+        "wattline: nowhere.yaml: cannot be read (No such file or directory); give a file with -f"
+    )
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
@@ -47,15 +57,6 @@ def test_help_imports_nothing_slow() -> None:
 
 def test_version_is_the_package_s() -> None:
     assert CliRunner().invoke(app, ["--version"]).output.startswith("wattline 0.")
-
-
-def test_a_missing_configuration_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_main(monkeypatch, "up", "-f", "nowhere.yaml") == 1
-    assert capsys.readouterr().err.strip() == (
-        "wattline: nowhere.yaml: cannot be read (No such file or directory); give a file with -f"
-    )
 
 
 def test_an_unknown_key_is_named(
@@ -78,7 +79,8 @@ def test_down_without_a_stack_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WATTLINE_RUNTIME_DIR", str(tmp_path))
-    assert run_main(monkeypatch, "down", "-f", "nowhere.yaml") == 1
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, "down") == 1
     assert f"nothing runs in {tmp_path}" in capsys.readouterr().err
 
 

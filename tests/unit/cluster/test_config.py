@@ -32,7 +32,7 @@ def test_every_mistake_has_its_line() -> None:
     raw = {"models": [MODEL], "router": {"grpc_port": 99999}, "energy": {"meter": "guess"}}
     assert problems(raw) == [
         "w.yaml: router.grpc_port: got 99999; allowed: 65535 or less",
-        "w.yaml: energy.meter: got 'guess'; allowed: 'auto', 'nvml', 'rapl', 'cpu-model' or 'fake'",
+        "w.yaml: energy.meter: got 'guess'; allowed: 'auto', 'nvml', 'rapl', 'zeus', 'cpu-model' or 'fake'",
     ]
 
 

@@ -43,6 +43,31 @@ def test_each_change_is_told_once_with_its_reason() -> None:
     ]
 
 
+def test_silence_counts_at_the_second_look() -> None:
+    record = make_record()
+    attach(record)
+    for stand in (Stand.SILENT, Stand.READY, Stand.SILENT, Stand.SILENT, Stand.READY):
+        see(record, stand)
+    assert [kind for kind, _ in told(record)] == ["attached", "silent", "recovered"]
+
+
+def test_silence_again_and_again_does_not_push_out_what_matters() -> None:
+    record = make_record()
+    attach(record)
+    see(record, Stand.FROZEN, "silent for 2.0 s with 3 in flight")
+    see(record, Stand.READY)
+    for _ in range(LAST_EVENTS):
+        for stand in (Stand.SILENT, Stand.SILENT, Stand.READY):
+            see(record, stand, "nothing heard for 2 s")
+    assert told(record) == [
+        ("attached", "tp 2, ep 1"),
+        ("frozen", "silent for 2.0 s with 3 in flight"),
+        ("recovered", "it was frozen and speaks again"),
+        ("silent", f"nothing heard for 2 s ({LAST_EVENTS} times since it attached)"),
+        ("recovered", "it was silent and speaks again"),
+    ]
+
+
 def test_one_that_comes_back_is_told_apart_from_a_new_group() -> None:
     record = make_record()
     for epoch in (1, 1, 2):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.router.ledger_book import RATE_AGE_S, LedgerBook, LedgerSums, ReplicaLedger, total
+from cluster.router.ledger_book import RATE_AGE_S, LedgerBook, LedgerSums, ReplicaLedger, TenantSums, total
 
 NS = 1_000_000_000
 
@@ -123,3 +125,19 @@ def test_the_parts_are_the_whole_whatever_the_replicas_do(
     if power is not None:
         parts_w = power.prefill_w + power.decode_w + power.idle_w + power.unattributed_w
         assert parts_w == pytest.approx(power.meter_w)
+
+
+def test_tenants_of_all_replicas_are_added_up_and_those_beyond_the_bound_are_one() -> None:
+    book = LedgerBook()
+    for number in range(3):
+        names = [f"tenant-{number}-{index}" for index in range(30)] + ["red"]
+        sums = replace(
+            make_sums(2 * len(names), 0),
+            tenants={name: TenantSums(prefill_mj=2) for name in names},
+        )
+        book.add(make_ledger(sums, until_s=1, replica_id=str(number)), now_s=1.0)
+    sums = book.sums["counter"]
+    assert sums.tenants["red"] == TenantSums(prefill_mj=6)
+    assert sum(each.prefill_mj for each in sums.tenants.values()) == sums.prefill_mj == 186
+    assert len(sums.tenants) == 65
+    assert sums.tenants["other"].prefill_mj == 2 * (90 + 1 - 64)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.monitoring.grafana import COLUMNS, build_dashboard
+from cluster.link.replica_pool import ReplicaPool
+from cluster.monitoring.grafana import COLUMNS, EXPERTS, ROWS, build_dashboard
+from cluster.monitoring.targets import target_groups
 from cluster.monitoring.write import write_all
+from replicas.expert_loads import ExpertLoads
+from replicas.supervisor.expert_metrics import next_snapshot
 
 
 def rules() -> list[dict[str, Any]]:
@@ -38,6 +43,14 @@ def test_every_recorded_series_that_a_panel_or_rule_reads_is_recorded() -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     read = re.findall(r"\bmodel:wattline_\w+:\w+", json.dumps(build_dashboard()) + json.dumps(rules()))
     assert set(read) <= recorded
+
+
+def test_the_row_of_experts_reads_what_a_replica_with_experts_shows() -> None:
+    loads = ExpertLoads(num_experts=2, tokens=(3, 1), num_ranks=2)
+    shown = {sample.name for family in next_snapshot(None, loads).families() for sample in family.samples}
+    for panel in ROWS[EXPERTS]:
+        for query in panel.queries:
+            assert set(re.findall(r"\bwattline_\w+", query.expr)) <= shown
 
 
 def test_alerts_say_what_to_do() -> None:
@@ -70,3 +83,22 @@ def test_the_command_names_the_files_it_wrote(tmp_path: Path) -> None:
         "rules_test.yaml",
     ]
     assert json.loads((tmp_path / "new" / "grafana-wattline.json").read_text())["uid"] == "wattline"
+
+
+def test_replicas_and_the_agents_of_their_hosts_are_targets_each_agent_once() -> None:
+    connections = [
+        SimpleNamespace(
+            replica_id=f"llama#{number}",
+            hello=SimpleNamespace(model="llama", metrics_address=f"10.0.0.7:{number}", host="node-7"),
+            agent_metrics_address="https://10.0.0.7:9102",
+        )
+        for number in (1, 2)
+    ]
+    assert target_groups(cast(ReplicaPool, connections)) == [
+        {"targets": ["10.0.0.7:1"], "labels": {"model": "llama", "replica": "llama#1"}},
+        {"targets": ["10.0.0.7:2"], "labels": {"model": "llama", "replica": "llama#2"}},
+        {
+            "targets": ["10.0.0.7:9102"],
+            "labels": {"job": "wattline-agent", "host": "node-7", "__scheme__": "https"},
+        },
+    ]

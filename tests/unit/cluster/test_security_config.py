@@ -89,3 +89,13 @@ def test_reflection_is_off_where_callers_are_asked() -> None:
     assert parse({}).router.has_reflection
     assert not parse(asked).router.has_reflection
     assert parse({**asked, "reflection": "on"}).router.has_reflection
+
+
+def test_metrics_of_replicas_on_a_public_address_want_certificates_of_scrapers() -> None:
+    def parse_telemetry(**telemetry: object) -> Config:
+        return parse_config({"models": [{"name": "m", "source": "null"}], "telemetry": telemetry})
+
+    with pytest.raises(ConfigError, match=r"set metrics_tls\.cert, \.key and \.client_ca"):
+        parse_telemetry(metrics_host="0.0.0.0", metrics_tls=TLS)
+    parse_telemetry(metrics_host="0.0.0.0", metrics_tls=TLS | {"client_ca": "ca.pem"})
+    parse_telemetry(metrics_host="0.0.0.0", allow_insecure_metrics=True)

@@ -105,3 +105,14 @@ def test_batch_sizes_are_summed_up(sizes: list[int], spread: BatchSpread | None)
     for size in sizes:
         histogram.add(size)
     assert histogram.spread() == spread
+
+
+def test_the_beginning_of_an_id_will_do_if_it_is_long_enough() -> None:
+    record = StoryRecord()
+    for request_id, trace_id in (("0011223344", "aabbccddee"), ("0011229999", "aabbccddee"), ("77", "88")):
+        record.add(make_story(request_id, trace_id))
+    assert ids(record, "00112233") == ["0011223344"]
+    assert ids(record, "aabbccdd") == ["0011223344", "0011229999"]
+    for too_short in ("0011", "", "7"):
+        with pytest.raises(UnknownRequest):
+            record.find(too_short)

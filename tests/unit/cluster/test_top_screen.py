@@ -16,7 +16,16 @@ from cluster.commands.top_screen import (
     share_cells,
     show_duration,
 )
-from cluster.replies import Latency, LedgerState, ModelState, PowerState, RequestState, RouterState
+from cluster.replies import (
+    ExpertState,
+    FleetEvent,
+    Latency,
+    LedgerState,
+    ModelState,
+    PowerState,
+    RequestState,
+    RouterState,
+)
 
 LEDGER = LedgerState(
     source="tdp",
@@ -93,6 +102,40 @@ def test_every_number_is_on_the_screen() -> None:
         "0.115",
     ):
         assert shown in text
+
+
+def test_experts_and_what_happened_to_replicas_are_lines_of_eighty_columns() -> None:
+    experts = ExpertState(
+        imbalance=1.062,
+        imbalance_without_copies=1.344,
+        num_copies=48,
+        num_ranks=2,
+        hottest_load=5.92,
+        hottest_layer=18,
+        hottest_expert=31,
+    )
+    event = FleetEvent(model="m", replica_id="m#4f0a1c2e", kind="frozen", reason="x" * 200, age_s=75.0)
+    text = draw(replace(STATE, models=(replace(MODEL, experts=experts),), events=(event,) * 9))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "5.92× hottest (layer 18 expert 31)  ranks 1.06×, 1.34× without copies" in text
+    assert text.count("1m ago  m#4f0a1c2e  frozen: xxx") == 3
+    alone = replace(experts, imbalance=None, imbalance_without_copies=None)
+    assert "1.06" not in draw(replace(STATE, models=(replace(MODEL, experts=alone),)))
+
+
+def test_a_small_terminal_shows_the_numbers_of_two_models_and_a_request() -> None:
+    event = FleetEvent(model="m", replica_id="r", kind="attached", reason="tp 2", age_s=1.0)
+    models = (MODEL, replace(MODEL, name="other"))
+    state = replace(STATE, models=models, last_requests=(REQUEST,) * 50, events=(event,) * 9)
+    for height in (24, 40):
+        out = io.StringIO()
+        screen = TopScreen()
+        screen.add(state)
+        Console(file=out, width=80).print(screen.render(height=height))
+        text = out.getvalue()
+        assert len(text.splitlines()) == height
+        assert text.count("1,234.5") == 2
+        assert ("attached: tp 2" in text) is (height == 40)
 
 
 def test_keys_are_named_where_there_are_any() -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from replicas.energy.meter import MeterState, Reading, Source
+from replicas.energy.meter import MeterScope, MeterState, Reading, Source, hold_the_same
 from replicas.energy.nvml import GpuDescription, NvmlMeter, discover_gpus
 from replicas.energy.nvml_gpu import FieldValue
 from replicas.errors import MeterUnavailable
@@ -34,6 +34,11 @@ class FakeField:
 
 
 @dataclass
+class FakeC2c:
+    isC2cEnabled: int
+
+
+@dataclass
 class FakeGpu:
     """A counter in mJ that moves every 100 ms, `phase_ms` after the full tenth; 200 W unless told."""
 
@@ -42,6 +47,7 @@ class FakeGpu:
     limit_w: int = 700
     phase_ms: int = 0
     is_mig: bool = False
+    is_module: bool = False
     is_lost: bool = False
     has_counter: bool = True
     sensor_w: int | None = None
@@ -105,10 +111,17 @@ class FakeNvml:
             raise DriverError("GPU is lost" if gpu.is_lost else "Not Supported")
         return gpu.counter_mj(self.now_ms)
 
+    def nvmlDeviceGetC2cModeInfoV(self, handle: object, /) -> FakeC2c:  # noqa: N802
+        if not self._gpu(handle).is_module:
+            raise DriverError("Not Supported")
+        return FakeC2c(isC2cEnabled=1)
+
     def nvmlDeviceGetFieldValues(  # noqa: N802
-        self, handle: object, fields: list[int], /
+        self, handle: object, fields: list[tuple[int, int]], /
     ) -> Sequence[FieldValue]:
-        sensor_w = self._gpu(handle).sensor_w
+        gpu = self._gpu(handle)
+        assert fields == [(186, int(gpu.is_module))]
+        sensor_w = gpu.sensor_w
         return (
             [FakeField(nvmlReturn=3, value=FakeNumber(0))]
             if sensor_w is None
@@ -308,3 +321,14 @@ def test_the_state_tells_of_a_reset_for_a_minute_and_of_a_loss_while_it_lasts() 
     nvml.gpus[0].is_lost = True
     poll_until(nvml, meter, 61_100)
     assert meter.health().state is MeterState.LOST
+
+
+def test_a_gpu_on_a_module_with_its_cpu_is_labelled_so_and_its_power_is_the_modules() -> None:
+    nvml = FakeNvml(gpus=[FakeGpu(is_module=True, power_w=900, sensor_w=900), FakeGpu(uuid=OTHER)])
+    assert [gpu.scope for gpu in discover_gpus(nvml)] == [MeterScope.MODULE, MeterScope.DEVICE]
+    assert NvmlMeter([OTHER], nvml, clock=nvml.clock_ns).scope is MeterScope.DEVICE
+    meter = NvmlMeter([UUID], nvml, clock=nvml.clock_ns)
+    assert meter.scope is MeterScope.MODULE
+    poll_until(nvml, meter, 3000)
+    assert meter.health().check_ratio == pytest.approx(1.0, rel=0.05)
+    assert [hold_the_same(meter.scope, other) for other in MeterScope] == [False, False, True]

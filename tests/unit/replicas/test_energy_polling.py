@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from replicas.energy.agent_metrics import MeterSeries
-from replicas.energy.meter import HEALTHY, MeterHealth, MeterState, Reading, Source
+from replicas.energy.meter import HEALTHY, MeterHealth, MeterScope, MeterState, Reading, Source
 from replicas.energy.polling import MeterPoller, Subscriber
 
 MS = 1_000_000
@@ -16,6 +16,8 @@ MS = 1_000_000
 
 class ScriptedMeter:
     """Gives the readings it was made with, one per read, the last one again and again."""
+
+    scope = MeterScope.DEVICE
 
     def __init__(self, *readings: Reading | None) -> None:
         self._readings = list(readings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.request
 
+from replicas.config import MetricsAccess
 from replicas.energy.meter import Source
 from replicas.request import LoadSnapshot, StepMember, StepRecord
 from replicas.supervisor.energy_account import EnergyQuality, EnergySums
@@ -25,7 +26,7 @@ ENGINE = {"device": "cpu", "kernels": "avx2-float32"}
 
 
 def scrape(metrics: ReplicaMetrics) -> dict[str, float]:
-    address = metrics.serve("127.0.0.1")
+    address = metrics.serve(MetricsAccess())
     try:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
             text = str(answer.read(), "utf-8")

@@ -1,0 +1,49 @@
+"""Where /metrics of replicas and agents listens, and who may read it."""
+
+from __future__ import annotations
+
+import ssl
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+
+from replicas.config import MetricsAccess
+from replicas.metrics_page import MetricsPage
+from tests.certificates import Authority
+
+
+def make_registry() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    Counter("seen", "Something.", registry=registry).inc(3)
+    return registry
+
+
+def test_what_is_announced_may_differ_from_where_it_listens() -> None:
+    assert MetricsAccess(host="0.0.0.0", announced_host="10.0.0.7").address(9102) == "10.0.0.7:9102"
+    assert MetricsAccess(host="::1").address(9102) == "[::1]:9102"
+    page = MetricsPage(make_registry(), MetricsAccess())
+    try:
+        with urllib.request.urlopen(f"http://{page.address}/metrics", timeout=10) as answer:
+            assert b"seen_total 3.0" in answer.read()
+    finally:
+        page.close()
+
+
+def test_over_tls_scrapers_show_a_certificate(tmp_path: Path) -> None:
+    nodes, scrapers = Authority(tmp_path / "nodes"), Authority(tmp_path / "scrapers")
+    node, scraper = nodes.issue("node"), scrapers.issue("prometheus")
+    access = MetricsAccess(cert=str(node.cert), key=str(node.key), client_ca=str(scrapers.ca))
+    page = MetricsPage(make_registry(), access)
+    trusting = ssl.create_default_context(cafile=str(nodes.ca))
+    try:
+        assert page.address.startswith("https://127.0.0.1:")
+        with pytest.raises((urllib.error.URLError, ConnectionError)):
+            urllib.request.urlopen(f"{page.address}/metrics", timeout=10, context=trusting)
+        trusting.load_cert_chain(scraper.cert, scraper.key)
+        with urllib.request.urlopen(f"{page.address}/metrics", timeout=10, context=trusting) as answer:
+            assert b"seen_total 3.0" in answer.read()
+    finally:
+        page.close()
