@@ -5,13 +5,14 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ONCE   ?=
 ARGS   ?=
+FUZZ_S ?= 30
 
 BIN    := $(VENV)/bin
 # The stamp names what was installed and for which checkout: a changed pin, or a virtual environment shared
 # with another checkout, is noticed.
 STAMP_TEXT := $(shell cat pyproject.toml constraints.txt 2>/dev/null | sha256sum | cut -c1-16) $(CURDIR)
 
-.PHONY: help venv demo test lint types layers proto proto-check pytest bench gpu-check soak chaos format
+.PHONY: help venv demo test lint types layers proto proto-check pytest bench gpu-check soak chaos fuzz format
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +57,10 @@ soak: venv ## mixed load on the demonstration models, 10,000 simulated bad after
 
 chaos: venv ## the fault matrix of docs/reliability.md: kill, stop, cut, fill, all of it
 	@$(BIN)/python -m pytest -m chaos --durations=15 $(ARGS)
+
+fuzz: venv ## search the parsers for inputs that raise our bugs, 30 s each (FUZZ_S=300; ARGS="config keys")
+	@$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[fuzz]'
+	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_S) $(ARGS)
 
 bench: venv ## measure engine, line and edge on this machine; results go to bench/results/
 	@$(BIN)/python -m bench $(ARGS)

@@ -103,6 +103,40 @@ def engine(
 
 
 @app.command()
+def ranks(
+    model: ModelOption,
+    split: Annotated[
+        str, typer.Option(help="comma separated: solo, tp2, ep2, dispatch2; the first is the measure")
+    ] = "solo,tp2",
+    threads: Annotated[int, typer.Option(min=1, help="of every engine; its ranks share them")] = 2,
+    kernels: Annotated[str, typer.Option(help="CPU kernels: auto, float32, off")] = "auto",
+    workload: WorkloadOption = "mix",
+    concurrency: ConcurrencyOption = "8",
+    rounds: Annotated[int, typer.Option(min=1, help="times every split runs every case, in turn")] = 5,
+    output_tokens: Annotated[int, typer.Option(min=1, help="tokens each request produces")] = 64,
+    json: JsonOption = None,
+) -> None:
+    """One rank on all cores beside several that share them: tensor parallel, experts shared or dispatched."""
+    from bench.ranks import RanksPlan, parse_split, run_ranks_suite, setup_of
+
+    try:
+        plan = RanksPlan(
+            models=tuple(model),
+            splits=tuple(parse_split(one) for one in split.split(",")),
+            cases=tuple(parse_cases(workload, concurrency)),
+            kernels=kernels,
+            threads=threads,
+            rounds=rounds,
+            output_tokens=output_tokens,
+        )
+        for one in plan.splits:
+            setup_of(one, model[0], plan)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    asyncio.run(run_ranks_suite(plan, json))
+
+
+@app.command()
 def peers(
     model: ModelOption,
     peer: Annotated[

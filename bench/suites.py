@@ -29,6 +29,7 @@ WARM_UP_OUTPUT_TOKENS = 8
 COLUMNS = (
     "system",
     "model",
+    "split",
     "kernels",
     "workload",
     "concurrency",
@@ -211,10 +212,11 @@ def show(row: dict[str, object]) -> None:
 def finish(name: str, rows: list[dict[str, object]], path: Path | None, **more: object) -> None:
     """Print the table and write the file, with what else it says."""
     table = Table(title=name)
-    for column in COLUMNS:
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
+    for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in COLUMNS))
+        table.add_row(*(str(row.get(column, "")) for column in columns))
     console.print(table)
     for title, said in more.items():
         console.print(title, said)

@@ -652,7 +652,7 @@ class RequestStory(_message.Message):
     """
     @_builtins.property
     def arrival(self) -> Global___ArrivalCheck:
-        """Unset where it was refused, and where it was not known."""
+        """Unset where it was not known."""
 
     @_builtins.property
     def queue(self) -> Global___QueueCheck:

@@ -1,7 +1,9 @@
-"""Messages nobody means: made from their descriptors, or real ones with bytes changed."""
+"""Messages and bodies nobody means: made from their descriptors, or real ones with parts changed."""
 
 from __future__ import annotations
 
+import json
+from math import isfinite
 from typing import Any, TypeVar, cast
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -64,10 +66,15 @@ def changed(draw: Draw, base: M) -> M:
     return message
 
 
+def mutated(base: st.SearchStrategy[Message]) -> st.SearchStrategy[bytes]:
+    """The bytes of a message, spoilt."""
+    return spoilt(base.map(lambda message: message.SerializeToString()))
+
+
 @st.composite
-def mutated(draw: Draw, base: st.SearchStrategy[Message]) -> bytes:
-    """The bytes of a message, some of them flipped, cut out, doubled or put in."""
-    content = bytearray(draw(base).SerializeToString())
+def spoilt(draw: Draw, base: st.SearchStrategy[bytes]) -> bytes:
+    """Bytes, some of them flipped, cut out, doubled or put in."""
+    content = bytearray(draw(base))
     for _ in range(draw(st.integers(1, MAX_MUTATIONS))):
         at = draw(st.integers(0, len(content)))
         match draw(st.sampled_from(["flip", "cut", "double", "insert", "end"])):
@@ -84,6 +91,37 @@ def mutated(draw: Draw, base: st.SearchStrategy[Message]) -> bytes:
     return bytes(content)
 
 
+JSON_VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        integers(-(2**63), 2**64),
+        FLOATS.filter(isfinite),
+        TEXTS,
+        st.sampled_from([10**30, "9" * 5000, "-1", "1.5", "7"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=MAX_REPEATED),
+        st.dictionaries(
+            st.one_of(TEXTS, st.sampled_from(["7", "type", "text"])), inner, max_size=MAX_REPEATED
+        ),
+    ),
+    max_leaves=6,
+)
+
+
+@st.composite
+def changed_json(draw: Draw, base: dict[str, Any]) -> bytes:
+    """A JSON body with a few of its fields drawn anew, left out, or added."""
+    body = dict(base)
+    for name in draw(st.lists(st.sampled_from([*base, "suffix", "echo", "unknown"]), max_size=3)):
+        if draw(st.booleans()):
+            body[name] = draw(JSON_VALUES)
+        else:
+            body.pop(name, None)
+    return json.dumps(body).encode()
+
+
 def _fill(draw: Draw, message: Message, depth: int) -> None:
     fields = _fields(message)
     if not fields:
@@ -97,8 +135,11 @@ def _fill_field(draw: Draw, message: Message, field: FieldDescriptor, depth: int
         entry: Any = field.message_type
         target = getattr(message, field.name)
         for _ in range(draw(st.integers(0, MAX_REPEATED))):
-            key, value = (_value(draw, entry.fields_by_name[name], 0) for name in ("key", "value"))
-            target[key] = value
+            key, value = (_value(draw, entry.fields_by_name[name], 1) for name in ("key", "value"))
+            if isinstance(value, Message):
+                target[key].CopyFrom(value)
+            else:
+                target[key] = value
         return
     if field.is_repeated:
         values = [_value(draw, field, depth) for _ in range(draw(st.integers(0, MAX_REPEATED)))]

@@ -14,6 +14,7 @@ from rich.console import Console
 from cluster.command_error import CommandError
 from cluster.commands.interrupts import ForcedStop, Interrupts
 from cluster.commands.loading_screen import LoadingScreen
+from cluster.commands.shortage import Shortage
 from cluster.config import Config
 from cluster.serving.ports import check_ports
 from cluster.serving.ray_environment import settle_ray_environment
@@ -89,13 +90,19 @@ def _wait_ready(stack: Stack, config: Config, interrupts: Interrupts, console: C
 def serve_until_interrupted(stack: Stack, interrupts: Interrupts, console: Console) -> None:
     """Keep the router alive until the first signal, and say when the number of ready replicas changes."""
     known: dict[str, int] = {}
+    shortage = Shortage(stack.shortages, console)
     while not interrupts.wait(TEND_PERIOD_S):
         if interrupts.take_roll():
             console.print("Replacing the routers.")
             stack.roll_routers()
+        was_rolling = stack.is_rolling
         stack.tend()
+        if was_rolling and not stack.is_rolling:
+            console.print("Every router is a new one.")
         state = stack.status()
         for model in state.models if state else ():
             if known.get(model.name, model.num_ready) != model.num_ready:
                 console.print(f"{model.name}: {model.num_ready} of {model.min_replicas} replicas ready")
             known[model.name] = model.num_ready
+        if state:
+            shortage.note(any(model.num_ready < model.min_replicas for model in state.models))

@@ -37,7 +37,8 @@ def _headline(story: pb.RequestStory) -> list[Text]:
 
 def _sentences(story: pb.RequestStory) -> list[str]:
     if story.refusal:
-        return [f"refused: {story.refusal}"]
+        queue = [_queue(story)] if story.HasField("queue") else []
+        return [f"not served: {story.refusal}", *queue, *_deadline(story)]
     return [_limits(story), _queue(story), *_deadline(story), _tokens(story), _energy(story)]
 
 
@@ -64,10 +65,9 @@ def _queue(story: pb.RequestStory) -> str:
 def _deadline(story: pb.RequestStory) -> list[str]:
     if not story.HasField("deadline_ms"):
         return []
+    since = "before it waited" if story.refusal else "at submission"
     word = "left of it" if story.slack_ms >= 0 else "over it"
-    return [
-        f"deadline: {story.deadline_ms:.0f} ms at submission, {abs(story.slack_ms):.0f} ms {word} in the end"
-    ]
+    return [f"deadline: {story.deadline_ms:.0f} ms {since}, {abs(story.slack_ms):.0f} ms {word} in the end"]
 
 
 def _tokens(story: pb.RequestStory) -> str:

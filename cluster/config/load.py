@@ -68,16 +68,28 @@ def load_config(path: Path) -> Config:
     Raises ConfigError naming every wrong key with its value and fix.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a file with -f") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds no mapping; start with `models:`")
+    raw = read_yaml(content, origin=str(path))
     return resolve_paths(parse_config(raw, origin=str(path)), base=path.resolve().parent)
+
+
+def read_yaml(content: bytes, *, origin: str) -> dict[str, Any]:
+    """The mapping of a YAML file, its values not yet looked at. Raises ConfigError."""
+    try:
+        raw = yaml.safe_load(content.decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{origin}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except (yaml.YAMLError, ValueError) as error:  # Its dates and numbers raise Python's own.
+        raise ConfigError(f"{origin}: is not YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"{origin}: is nested too deeply to be a configuration; look for [[[ or {{{{{{"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{origin}: holds no mapping; start with `models:`")
+    return raw
 
 
 def parse_config(raw: dict[str, Any], *, origin: str = "config") -> Config:
@@ -136,17 +148,25 @@ def _with_files(router: RouterSection, base: Path) -> RouterSection:
 
 
 def _with_absolute(section: SectionT, keys: tuple[str, ...], base: Path, *, owner: str) -> SectionT:
-    paths = {key: base / Path(getattr(section, key)).expanduser() for key in keys if getattr(section, key)}
+    paths = {key: base / _at_home(getattr(section, key)) for key in keys if getattr(section, key)}
     for key, path in paths.items():
         if not path.is_file():
             raise ConfigError(f"{owner}.{key}: {path} is no file; fix the path or make the file")
     return section.model_copy(update={key: str(path.resolve()) for key, path in paths.items()})
 
 
+def _at_home(path: str) -> Path:
+    """With `~` replaced. Raises ConfigError for the home of nobody."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path!r}: there is no such home folder; write the whole path") from error
+
+
 def _resolve_source(source: str, base: Path) -> str:
     if not source or source == "null":
         return source
-    folder = base / Path(source).expanduser()
+    folder = base / _at_home(source)
     if folder.is_dir():
         return str(folder.resolve())
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1

@@ -13,6 +13,7 @@ from cluster.router.errors import InvalidRequest
 from protos import wattline_inference_pb2 as pb
 
 UINT64 = 2**64
+UINT32_DIGITS = 10
 ALL_TOKENS = -1
 """Of `top_k`, in vLLM's words."""
 THEIR_NAMES = {"prompt.text": "prompt", "prompt.tokens.ids": "prompt"}
@@ -93,7 +94,8 @@ def generate_request(
 def _logit_bias(biases: dict[str, float]) -> dict[int, float]:
     """Its keys are token ids as texts."""
     for key in biases:
-        if not (key.isascii() and key.isdecimal() and int(key) < 2**32):
+        # Python converts no more than some thousand digits.
+        if not (key.isascii() and key.isdecimal() and len(key) <= UINT32_DIGITS and int(key) < 2**32):
             raise InvalidRequest(
                 field="logit_bias", got="a key that is no token id", limit="0 or more", fix="use token ids"
             )

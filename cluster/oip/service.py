@@ -32,6 +32,7 @@ from cluster.router.streams import Streams
 from cluster.router.wire import energy_trailers
 from protos import wattline_oip_pb2 as pb
 from protos import wattline_oip_pb2_grpc as pb_grpc
+from replicas.strict_messages import MalformedMessage
 
 MAX_REQUESTS_PER_STREAM = 256
 """Under way at once; more wait unread, which the caller feels."""
@@ -119,10 +120,16 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
                 finally:
                     room.release()
 
+            malformed: MalformedMessage | None = None
             async with asyncio.TaskGroup() as answering:
-                async for request in requests:
-                    await room.acquire()
-                    answering.create_task(answer(request))
+                try:
+                    async for request in requests:
+                        await room.acquire()
+                        answering.create_task(answer(request))
+                except MalformedMessage as error:
+                    malformed = error  # Behind the answers to what came before.
+            if malformed is not None:
+                raise malformed
 
     async def _answer_one(
         self,

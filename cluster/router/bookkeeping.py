@@ -9,7 +9,6 @@ from time import monotonic, time
 
 from cluster.ledger.recorder import LedgerRecorder
 from cluster.router.answer import Timing, Usage, join_timing, sum_usage
-from cluster.router.caller import Caller
 from cluster.router.energy_account import EnergyAccount, joined, summed
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
 from cluster.router.errors import LimitReached, NoReplica, RouterError, status_of
@@ -17,14 +16,17 @@ from cluster.router.journal import ClosedRequest, Journal
 from cluster.router.ledger_entries import entry_of
 from cluster.router.run import Run
 from cluster.router.served_model import ServedModel
-from cluster.router.story import Story, story_of
+from cluster.router.story import story_of, story_of_unserved
 from cluster.router.story_record import StoryRecord
+from cluster.router.way_in import WayIn
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from replicas.request import FinishReason
 
 REFUSALS: dict[type[RouterError], str] = {LimitReached: "tenant_limit", NoReplica: "no_replica"}
 """Labels of those that are not about load."""
+CANCELLED = "cancelled"
+"""The outcome of what its caller gave up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,17 +73,15 @@ class Books:
         self._metrics.count_admission(model.name, tenant, outcome)
         self._metrics.observe_refusal(model.name, self._clock_s() - arrived_s)
 
-    def tell_refusal(self, model: ServedModel, caller: Caller, refusal: RouterError) -> None:
-        """Remember for `wattline why` what a request was refused for."""
+    def tell_unserved(self, way_in: WayIn, end: RouterError | None) -> None:
+        """Remember for `wattline why` a request that no replica had. `end` None: its caller gave it up."""
+        status = None if end is None else status_of(end)
         self._stories.add(
-            Story(
-                request_id=caller.request_id,
-                trace_id=caller.span.trace_id,
-                tenant=caller.tenant,
-                model=model.name,
-                ended_s=self._clock_s(),
-                outcome=status_of(refusal).code.name,
-                refusal=status_of(refusal).message,
+            story_of_unserved(
+                way_in,
+                now_s=self._clock_s(),
+                outcome=CANCELLED if status is None else status.code.name,
+                refusal="its caller gave it up before a replica had it" if status is None else status.message,
             )
         )
 
@@ -187,7 +187,7 @@ def _outcome(outcomes: Sequence[FinishReason | RouterError | None]) -> str:
         if isinstance(outcome, RouterError):
             return status_of(outcome).code.name
         if outcome is None:
-            return "cancelled"
+            return CANCELLED
     assert isinstance(outcomes[0], FinishReason)
     return outcomes[0].name.lower()
 
@@ -208,7 +208,7 @@ def _timing(run: Run, *, now_s: float) -> Timing:
     engine = run.attempt.timing
     first_s = run.first_token_s
     return Timing(
-        queue_ms=run.queued_s * 1e3 + (engine.queue_us / 1e3 if engine else 0.0),
+        queue_ms=run.way_in.queued_s * 1e3 + (engine.queue_us / 1e3 if engine else 0.0),
         prefill_ms=engine.prefill_us / 1e3 if engine else 0.0,
         decode_ms=engine.decode_us / 1e3 if engine else 0.0,
         ttft_ms=(first_s - run.arrived_s) * 1e3 if first_s is not None else 0.0,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
@@ -85,10 +85,17 @@ class Gate:
 
     @asynccontextmanager
     async def place(
-        self, errand: Errand, *, tenant: Tenant, priority: int, deadline_s: float | None
+        self,
+        errand: Errand,
+        *,
+        tenant: Tenant,
+        priority: int,
+        deadline_s: float | None,
+        asked: Callable[[Wait], None] = lambda _: None,
     ) -> AsyncIterator[Place]:
         """A place for the request, held for it inside the block; submit it there.
 
+        `asked` is told what is known where it cannot begin at once, whatever is decided then.
         Raises Overloaded where waiting would be in vain, NoReplica where there is nothing to wait for.
         """
         cost = virtual_tokens(uncached_tokens=len(errand.prompt_ids), output_tokens=errand.output_tokens)
@@ -103,7 +110,7 @@ class Gate:
                 tokens=len(errand.prompt_ids) + errand.output_tokens,
                 cost=cost,
             )
-            held = await self._wait(waiting, deadline_s)
+            held = await self._wait(waiting, deadline_s, asked)
         try:
             yield held.place
         finally:
@@ -140,8 +147,11 @@ class Gate:
             self._pace.waited(head.item.forecast, actual_s=now_s - head.item.since_s)
             head.item.place.set_result(held)
 
-    async def _wait(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Held:
+    async def _wait(
+        self, waiting: Waiting[Ticket], deadline_s: float | None, asked: Callable[[Wait], None]
+    ) -> Held:
         question = self._question(waiting, deadline_s)
+        asked(question)
         decision = decide_wait(question)
         if decision.verdict is not Verdict.ADMIT:
             raise self._refusals.of(decision)
@@ -161,7 +171,7 @@ class Gate:
         finally:
             if held is None:
                 self._leave(waiting)
-        return replace(held, place=replace(held.place, wait=question))
+        return held
 
     def _question(self, waiting: Waiting[Ticket], deadline_s: float | None) -> Wait:
         """What the pure decision is asked."""

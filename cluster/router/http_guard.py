@@ -22,6 +22,8 @@ PEER_NAMES = "wattline.peer_names"
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 """Probes send no key; what they learn is no secret."""
 TENANT_PREFIX = "/v1/"
+MAX_DIGITS = 20
+"""Of a length; no body is as long as that."""
 
 
 class HttpGuard:
@@ -88,7 +90,10 @@ class HttpGuard:
 
 def _announced_bytes(headers: Iterable[tuple[str, str]]) -> int:
     lengths = [value for name, value in headers if name == "content-length"]
-    return max((int(length) for length in lengths if length.isdigit()), default=0)
+    # Python converts no more than some thousand digits.
+    return max(
+        (int(length[:MAX_DIGITS]) for length in lengths if length.isascii() and length.isdigit()), default=0
+    )
 
 
 def _refusal(error: RouterError) -> Response:

@@ -13,7 +13,6 @@ from random import Random
 from cluster.config import ModelSection
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.admission.decision import Wait
 from cluster.router.balancing.balancer import choose
 from cluster.router.balancing.decision import Candidate, Policy, Question, Target
 from cluster.router.balancing.lane_view import LaneView
@@ -45,13 +44,12 @@ class Errand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where it goes, and the decisions that led there. `wait` None: it did not have to."""
+    """Where it goes, and the decision that led there."""
 
     connection: ReplicaConnection
     lane: int
     cached_tokens: int
     decision: RecordedDecision
-    wait: Wait | None = None
 
 
 class RouteFinder:

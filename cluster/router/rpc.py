@@ -20,6 +20,7 @@ from cluster.telemetry import semconv
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.rpc_span import RpcSpan
 from cluster.telemetry.tracing import Telemetry
+from replicas.strict_messages import MalformedMessage
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,9 @@ class RpcGuard:
             code = status_of(rpc.interruption).code
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
             await _abort(context, rpc.interruption, rpc)
+        except MalformedMessage:
+            code = grpc.StatusCode.INVALID_ARGUMENT
+            raise
         except Exception:
             if context.cancelled() or context.done():
                 # A write that fails because the caller is gone raises an internal type of gRPC.

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from cluster.link.engine_job import EngineJob
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.token_stream import TokenStream
-from cluster.router.admission.decision import Arrival, Wait
 from cluster.router.balancing.recording import RecordedDecision
 from cluster.router.energy_account import EnergyAccount
 from cluster.router.errors import RouterError
 from cluster.router.failover import LossReason
 from cluster.router.served_model import ServedModel
+from cluster.router.way_in import WayIn
 from cluster.telemetry.inference_span import InferenceSpan
 from replicas.request import FinishReason, SequenceTiming
 
@@ -78,16 +78,11 @@ class Run:
     tenant: str
     arrived_s: float
     model: ServedModel
+    way_in: WayIn
     job: EngineJob
     span: InferenceSpan
     attempts: list[Attempt]
     index: int = 0
-    arrival: Arrival | None = None
-    """What was known when it came in."""
-    wait: Wait | None = None
-    """What the queue knew when it joined. None: it did not have to."""
-    queued_s: float = 0.0
-    """In this router, before a replica could begin it."""
     losses: list[LossReason] = field(default_factory=list)
     delivered_ids: array[int] = field(default_factory=lambda: array("I"))
     outcome: FinishReason | RouterError | None = None

@@ -31,6 +31,11 @@ def file_stem(index: int) -> str:
     return f"router-{index}" if index else "router"
 
 
+def index_of_file(stem: str) -> int:
+    """The number of the router whose file is called so."""
+    return int(stem.partition("-")[2] or 0)
+
+
 def index_of(request_id: str) -> int | None:
     """The number of the router that a request came to; None: it is no id of ours."""
     try:

@@ -16,6 +16,7 @@ from cluster.router.energy_account import EnergyAccount
 from cluster.router.failover import LossReason
 from cluster.router.journal import ClosedRequest
 from cluster.router.run import Attempt, Run
+from cluster.router.way_in import WayIn
 from replicas.request import SequenceTiming
 
 
@@ -52,8 +53,8 @@ class Leg:
 class Story:
     """`wait` None: a lane could begin it at once. `refusal`: why it was not served, for those that were not.
 
-    `closed` None: it was refused before a replica had it. `deadline_s`: the time its caller had left when it
-    was submitted; `slack_s`: what was left of it in the end, negative where it was late.
+    `closed` None: no replica had it. `deadline_s`: the time its caller had left when it was submitted, or
+    else when it came to the queue; `slack_s`: what was left of it in the end, negative where it was late.
     """
 
     request_id: str
@@ -77,6 +78,26 @@ class Story:
         return sum(leg.num_candidates for leg in self.legs)
 
 
+def story_of_unserved(way_in: WayIn, *, now_s: float, outcome: str, refusal: str) -> Story:
+    """The story of a request that ended before a replica had it."""
+    caller = way_in.caller
+    deadline_s = way_in.wait.deadline_s if way_in.wait else None
+    return Story(
+        request_id=caller.request_id,
+        trace_id=caller.span.trace_id,
+        tenant=caller.tenant,
+        model=way_in.model.name,
+        ended_s=now_s,
+        outcome=outcome,
+        refusal=refusal,
+        arrival=way_in.arrival,
+        wait=way_in.wait,
+        queued_s=way_in.waited_s(now_s=now_s),
+        deadline_s=deadline_s,
+        slack_s=None if deadline_s is None else caller.time_remaining_s(),
+    )
+
+
 def story_of(runs: Sequence[Run], closed: ClosedRequest) -> Story:
     """The story of a request that reached a replica."""
     first = runs[0]
@@ -89,9 +110,9 @@ def story_of(runs: Sequence[Run], closed: ClosedRequest) -> Story:
         model=closed.model,
         ended_s=closed.ended_s,
         outcome=closed.outcome,
-        arrival=first.arrival,
-        wait=first.wait,
-        queued_s=first.queued_s,
+        arrival=first.way_in.arrival,
+        wait=first.way_in.wait,
+        queued_s=first.way_in.queued_s,
         deadline_s=deadline_s,
         slack_s=None if deadline_s is None else deadline_s - elapsed_s,
         legs=tuple([leg for run in runs for leg in _legs(run)]),

@@ -35,6 +35,7 @@ from cluster.router.choices import deliver_choices
 from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
 from cluster.router.continuation import Continuations
 from cluster.router.errors import (
+    DeadlinePassed,
     InvalidRequest,
     LimitReached,
     NoReplica,
@@ -50,6 +51,7 @@ from cluster.router.run import Attempt, Run
 from cluster.router.served_model import ServedModel
 from cluster.router.submission import Submission, new_text
 from cluster.router.tenants import Charge, Tenants
+from cluster.router.way_in import WayIn
 from cluster.telemetry import semconv
 from replicas.request import FinishReason
 
@@ -58,6 +60,8 @@ DEFAULT_ENERGY_WAIT_SHARE = 0.1
 """Of the time the answer took: a short answer is not held long for its joules."""
 DEADLINE_MARGIN_S = 0.010
 """Left to bring the last message to a caller with a deadline."""
+LATE_S = 0.05
+"""A caller's own clock ends a call a moment before ours does."""
 NOT_READY = "no replica of this model is attached and ready"
 STOP_WAIT_S = 2.0
 """How long an engine may take to end a sequence whose answer is complete."""
@@ -114,21 +118,19 @@ class Streams:
         """
         model = self._models[completion.model]
         account = self._tenants.account(caller.tenant)
-        with caller.span.stage(semconv.ADMISSION):
+        way_in = WayIn(model=model, caller=caller)
+        with self._told(way_in), caller.span.stage(semconv.ADMISSION):
             await self._tenants.lease_joules(account)
-            with self._counted(model, account, caller):
-                arrival = self._admit(model, account)
+            with self._counted(way_in, account):
+                self._admit(way_in, account)
         with self._under_way(model), self._tenants.charging(account) as charge:
-            with caller.span.stage(semconv.TOKENIZE):
-                prompt_ids = await self.tokenize(model, completion.prompt)
-            self._resumption.admit(model.name, prompt_ids)
-            completion = self._continuations.recall(completion, prompt_ids, tenant=caller.tenant)
-            with caller.span.stage(semconv.ROUTE):
-                order = self._size(model, completion, caller, charge.tenant, prompt_ids)
-                charge.expect(tokens=order.expected_tokens, energy_mj=order.expected_mj(model))
-                with self._counted(model, account, caller, is_last=True):
-                    route, run = await self._begin(model, completion, caller, charge.tenant, order)
-                run.arrival = arrival
+            with self._told(way_in):
+                completion, prompt_ids = await self._read(way_in, completion)
+                with caller.span.stage(semconv.ROUTE):
+                    order = self._size(model, completion, caller, charge.tenant, prompt_ids)
+                    charge.expect(tokens=order.expected_tokens, energy_mj=order.expected_mj(model))
+                    with self._counted(way_in, account, is_last=True):
+                        route, run = await self._begin(way_in, completion, charge.tenant, order)
             runs = [run]
             token = self._continuations.token(
                 completion, prompt_ids, route.connection.identity, tenant=caller.tenant
@@ -136,7 +138,7 @@ class Streams:
             deltas = deliver_choices(
                 runs,
                 completion.num_choices,
-                submit=lambda index: self._submit_beside(runs[0], completion, caller, route, index),
+                submit=lambda index: self._submit_beside(runs[0], completion, route, index),
                 deliver=lambda run: self._deliver(run, caller),
             )
             try:
@@ -190,34 +192,53 @@ class Streams:
             if self.in_flight == 0:
                 self.idle.set()
 
+    async def _read(self, way_in: WayIn, completion: Completion) -> tuple[Completion, tuple[int, ...]]:
+        """The completion as it has to be drawn, and its prompt. Raises Quarantined, ResumeRefused."""
+        model, caller = way_in.model, way_in.caller
+        with caller.span.stage(semconv.TOKENIZE):
+            prompt_ids = await self.tokenize(model, completion.prompt)
+        self._resumption.admit(model.name, prompt_ids)
+        return self._continuations.recall(completion, prompt_ids, tenant=caller.tenant), prompt_ids
+
     @contextmanager
-    def _counted(
-        self, model: ServedModel, account: TenantAccount, caller: Caller, *, is_last: bool = False
-    ) -> Iterator[None]:
+    def _counted(self, way_in: WayIn, account: TenantAccount, *, is_last: bool = False) -> Iterator[None]:
         """Count the refusal that happens inside; behind the last hurdle, count an admission else."""
-        tenant = self._tenants.label(account.tenant.name)
+        model, tenant = way_in.model, self._tenants.label(account.tenant.name)
         try:
             yield
         except (Overloaded, LimitReached, NoReplica) as refusal:
-            self._books.count_refusal(model, refusal, tenant=tenant, arrived_s=caller.arrived_s)
-            self._books.tell_refusal(model, caller, refusal)
+            self._books.count_refusal(model, refusal, tenant=tenant, arrived_s=way_in.caller.arrived_s)
             raise
         if is_last:
             self._books.count_admission(model, tenant=tenant)
 
-    def _admit(self, model: ServedModel, account: TenantAccount) -> Arrival:
+    @contextmanager
+    def _told(self, way_in: WayIn) -> Iterator[None]:
+        """Whatever ends the request inside, before a replica has it, is remembered."""
+        try:
+            yield
+        except RouterError as error:
+            self._books.tell_unserved(way_in, error)
+            raise
+        except asyncio.CancelledError:
+            remaining_s = way_in.caller.time_remaining_s()
+            is_late = remaining_s is not None and remaining_s <= LATE_S
+            self._books.tell_unserved(way_in, DeadlinePassed() if is_late else None)
+            raise
+
+    def _admit(self, way_in: WayIn, account: TenantAccount) -> None:
         """Refuse what need not be tokenised to know that it cannot be served now."""
         arrival = Arrival(
             is_stopping=self.is_stopping,
             in_flight=self.in_flight,
             max_streams=self._section.max_streams,
-            has_replica=bool(self._pool.ready(model.name)),
+            has_replica=bool(self._pool.ready(way_in.model.name)),
             tenant_limit=account.limit_hit(now_s=self._clock_s()),
         )
+        way_in.arrival = arrival
         decision = decide_arrival(arrival)
         if decision.verdict is not Verdict.ADMIT:
             raise self._refusals.of(decision, tenant=account.tenant.name)
-        return arrival
 
     def _size(
         self,
@@ -252,41 +273,43 @@ class Streams:
         )
 
     async def _begin(
-        self, model: ServedModel, completion: Completion, caller: Caller, tenant: Tenant, order: Order
+        self, way_in: WayIn, completion: Completion, tenant: Tenant, order: Order
     ) -> tuple[Route, Run]:
         """Wait for a place, and submit the first choice there."""
-        since_s = self._clock_s()
-        async with self._place(model, completion, caller, tenant, order) as place:
+        way_in.since_s = self._clock_s()
+        async with self._place(way_in, completion, tenant, order) as place:
             route = route_to(place, order)
-            text = await self._submission.text_so_far(model, completion, route)
-            run = self._submission.submit(model, completion, caller, route, text)
-            run.queued_s = self._clock_s() - since_s
+            text = await self._submission.text_so_far(way_in.model, completion, route)
+            run = self._submission.submit(way_in, completion, route, text)
+            way_in.queued_s = way_in.waited_s(now_s=self._clock_s())
             return route, run
 
     @asynccontextmanager
     async def _place(
-        self, model: ServedModel, completion: Completion, caller: Caller, tenant: Tenant, order: Order
+        self, way_in: WayIn, completion: Completion, tenant: Tenant, order: Order
     ) -> AsyncIterator[Place]:
         """In turn; an answer that goes on was in turn before, and needs the weights it began with."""
         if completion.resume:
-            yield self._continuations.place(model, completion, order)
+            yield self._continuations.place(way_in.model, completion, order)
             return
-        gate, deadline_s = self._gates[model.name], caller.deadline_s()
+        gate, deadline_s = self._gates[way_in.model.name], way_in.caller.deadline_s()
         async with gate.place(
-            order.errand, tenant=tenant, priority=order.priority, deadline_s=deadline_s
+            order.errand,
+            tenant=tenant,
+            priority=order.priority,
+            deadline_s=deadline_s,
+            asked=way_in.note_wait,
         ) as place:
             yield place
 
-    def _submit_beside(
-        self, first: Run, completion: Completion, caller: Caller, route: Route, index: int
-    ) -> Run:
+    def _submit_beside(self, first: Run, completion: Completion, route: Route, index: int) -> Run:
         """Begin another choice where the first is, since the prompt is cached there."""
         connection, lane = first.attempt.connection, first.attempt.lane
         beside = route.beside(connection, lane)
         if connection.state is ReplicaState.STALLED:
             beside = route_to(self._gates[first.model.name].place_now(route.order.errand), route.order)
         text = new_text(first.model, completion, beside)
-        return self._submission.submit(first.model, completion, caller, beside, text, index=index)
+        return self._submission.submit(first.way_in, completion, beside, text, index=index)
 
     async def _deliver(self, run: Run, caller: Caller) -> AsyncGenerator[TextDelta, None]:
         """Deltas up to the one with the finish reason; then the engine's own end, which has the timing."""

@@ -10,13 +10,13 @@ from functools import partial
 
 from cluster.config import RouterSection
 from cluster.link.engine_job import EngineJob
-from cluster.router.caller import Caller
 from cluster.router.choices import choice_seed
 from cluster.router.completion import Completion
 from cluster.router.errors import ResumeRefused, SlowConsumer
 from cluster.router.order import Route
 from cluster.router.run import Attempt, Run
 from cluster.router.served_model import ServedModel
+from cluster.router.way_in import WayIn
 from cluster.text.answer_text import AnswerText
 
 
@@ -38,16 +38,10 @@ class Submission:
         return text
 
     def submit(
-        self,
-        model: ServedModel,
-        completion: Completion,
-        caller: Caller,
-        route: Route,
-        text: AnswerText,
-        *,
-        index: int = 0,
+        self, way_in: WayIn, completion: Completion, route: Route, text: AnswerText, *, index: int = 0
     ) -> Run:
         """Choice `index`, from where its caller has it. Raises Overloaded, ReplicaStopped, DeadlinePassed."""
+        caller = way_in.caller
         order, deadline_s = route.order, caller.deadline_s()
         span = caller.span.start_inference(
             completion, request_id=caller.request_id, max_tokens=order.max_tokens
@@ -86,12 +80,12 @@ class Submission:
             request_id=caller.request_id,
             tenant=caller.tenant,
             arrived_s=caller.arrived_s,
-            model=model,
+            model=way_in.model,
+            way_in=way_in,
             job=job,
             span=span,
             attempts=[first_attempt(route, rest)],
             index=index,
-            wait=route.place.wait if route.place else None,
             delivered_ids=array("I", completion.delivered_ids),
         )
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from ray import serve
 from ray.serve.api import RunTarget, run_many
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+from ray.util import placement_group_table
 
 from cluster.app import build, has_gpus
 from cluster.config import Config, ModelSection
 from cluster.serving.failure_report import is_permanent, summarise_failure
-from cluster.serving.placement import application_name, place, resolve_device
+from cluster.serving.placement import Placement, application_name, place, resolve_device
 
+UNPLACED = ("PENDING", "RESCHEDULING")
+"""States of a placement group that has no node."""
 DELETE_POLL_S = 0.1
 DELETE_GRACE_S = 10.0
 """Beyond the drain budget, for Serve's own work."""
@@ -56,6 +59,21 @@ class Deployments:
             _progress(section, applications.get(self._names[section.name])) for section in self._config.models
         )
 
+    def shortages(self) -> list[str]:
+        """Why models that were whole once are not: of a lack of room Serve says nothing then."""
+        unplaced = [
+            list(group["bundles"].values())
+            for group in placement_group_table().values()
+            if group["state"] in UNPLACED
+        ]
+        reasons = []
+        for section, one in zip(self._config.models, self.progress(), strict=True):
+            has_no_room = _placement(section).bundles() in unplaced
+            reason = one.failure or one.hint or (_no_room(section) if has_no_room else "")
+            if reason:
+                reasons.append(f"{one.model}: {reason}")
+        return reasons
+
     def delete(self) -> bool:
         """Drain and end every replica; False if they did not end in time."""
         for name in self._names.values():
@@ -90,5 +108,12 @@ def _hint(section: ModelSection, message: str) -> str:
         return f"trying again: {summarise_failure(message)}"
     if "to be scheduled" not in message:
         return ""
-    placement = place(section, device=resolve_device(section, has_gpus=has_gpus()))
-    return f"Ray has no room yet: a replica needs {placement.describe()}"
+    return _no_room(section)
+
+
+def _no_room(section: ModelSection) -> str:
+    return f"Ray has no room yet: a replica needs {_placement(section).describe()}"
+
+
+def _placement(section: ModelSection) -> Placement:
+    return place(section, device=resolve_device(section, has_gpus=has_gpus()))

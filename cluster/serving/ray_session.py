@@ -48,17 +48,23 @@ class RaySession:
 
     def _start_own(self) -> None:
         shutil.rmtree(self._folder.ray_dir, ignore_errors=True)
-        ray.init(
-            address="local",
-            num_cpus=logical_cpus(self._config),
-            object_store_memory=self._config.ray.object_store_mib * 2**20,
-            include_dashboard=False,
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(self._folder.ray_dir),
-            _node_ip_address="127.0.0.1",
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=logical_cpus(self._config),
+                object_store_memory=self._config.ray.object_store_mib * 2**20,
+                include_dashboard=False,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(self._folder.ray_dir),
+                _node_ip_address="127.0.0.1",
+            )
+        except Exception as error:  # Ray raises no narrower one.
+            reason = str(error).strip().split("\n")[0]
+            raise CommandError(
+                f"Ray did not start: {reason} Its logs: {self._folder.ray_dir}/session_latest/logs"
+            ) from error
 
     def _join(self) -> None:
         address = self._config.ray.address

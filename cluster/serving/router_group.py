@@ -68,6 +68,11 @@ class RouterGroup:
             self._to_roll.extend(self._routers)
             self._to_roll[0].restart()
 
+    @property
+    def is_rolling(self) -> bool:
+        """From `roll` until the last one listens."""
+        return bool(self._to_roll)
+
     def stop(self) -> None:
         for router in self._routers:
             router.stop()

@@ -10,14 +10,16 @@ import hashlib
 import json
 import os
 import stat
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 import psutil
 
+from cluster.addresses import read_addresses
 from cluster.command_error import CommandError
-from cluster.router.siblings import socket_name
+from cluster.router.siblings import index_of_file, socket_name
 
 MAX_PATH_CHARS = 38
 """Unix socket paths end at 107 characters, and Ray appends 68."""
@@ -87,6 +89,14 @@ class RunFolder:
     def router_socket(self, index: int) -> Path:
         """Where commands of this machine's user find router `index`, whatever its ports ask of callers."""
         return self.path / socket_name(index)
+
+    def router_pids(self) -> dict[int, int]:
+        """Of the routers that listen, by their number; one that leaves takes its file away."""
+        found: dict[int, int] = {}
+        for path in sorted(self.path.glob("router*.json")):
+            with suppress(FileNotFoundError):
+                found[index_of_file(path.stem)] = read_addresses(path).pid
+        return dict(sorted(found.items()))
 
     @property
     def shared_dir(self) -> Path:

@@ -78,6 +78,8 @@ class Stack:
         self._ledger = LedgerProcess(config, folder)
         self._deployments: Deployments | None = None
         self._client: Client | None = None
+        self._each: tuple[Client, ...] = ()
+        """One per router: the first is asked for most things, all for what they have."""
         self._state = UpState(pid=os.getpid(), created_s=psutil.Process().create_time())
 
     @property
@@ -99,8 +101,9 @@ class Stack:
         self._ray.start()
         while (routers := self._routers.poll_addresses()) is None:
             time.sleep(POLL_S)
-        sockets = (self._folder.router_socket(index) for index in range(len(routers)))
-        self._client = Client(",".join(f"unix:{path}" for path in sockets))
+        sockets = [f"unix:{self._folder.router_socket(index)}" for index in range(len(routers))]
+        self._client = Client(",".join(sockets))
+        self._each = tuple(Client(socket) for socket in sockets)
         addresses = routers[0]
         self._state = replace(
             self._state,
@@ -126,8 +129,7 @@ class Stack:
     def progress(self) -> tuple[ModelProgress, ...]:
         """How far every model is. Raises CommandError if one cannot be served."""
         assert self._deployments, "start the stack first"
-        state, loading = self.status(), read_loading(self._folder.path)
-        attached = {model.name: model.num_ready for model in state.models} if state else {}
+        attached, loading = self._attached(), read_loading(self._folder.path)
         models = tuple(
             ModelProgress(
                 model=one.model,
@@ -145,6 +147,11 @@ class Stack:
             raise CommandError("\n".join(failures))
         return models
 
+    def shortages(self) -> list[str]:
+        """Why models have fewer replicas than they should; it blocks while Ray is not well."""
+        assert self._deployments, "start the stack first"
+        return self._deployments.shortages()
+
     def mark_ready(self) -> None:
         """Tell other commands that every model answers."""
         self._state = replace(self._state, is_ready=True)
@@ -159,12 +166,22 @@ class Stack:
         """Replace the routers one after another; `tend` goes on with it. One alone has nobody to stand in."""
         self._routers.roll()
 
+    @property
+    def is_rolling(self) -> bool:
+        """From `roll_routers` until the last one listens."""
+        return self._routers.is_rolling
+
     def status(self) -> RouterState | None:
         """What the router says; None while it does not answer."""
-        try:
-            return self.client.status(timeout_s=STATUS_TIMEOUT_S)
-        except CallError:
-            return None
+        return _status_of(self.client)
+
+    def _attached(self) -> dict[str, int]:
+        """By model, the replicas that every router has: a caller may come to any of them."""
+        states = [state for client in self._each if (state := _status_of(client))]
+        if len(states) < len(self._each):
+            return {}
+        counts = [{model.name: model.num_ready for model in state.models} for state in states]
+        return {name: min(count[name] for count in counts) for name in counts[0]}
 
     def stop(self) -> None:
         """Drain and end everything. Replicas go first, so that streams under way end through the router."""
@@ -175,8 +192,16 @@ class Stack:
             self._routers.stop()
             self._ledger.stop()
             self._ray.stop()
-            if self._client:
-                self._client.close()
+            for client in (*self._each, *([self._client] if self._client else [])):
+                client.close()
+
+
+def _status_of(client: Client) -> RouterState | None:
+    """None while it does not answer."""
+    try:
+        return client.status(timeout_s=STATUS_TIMEOUT_S)
+    except CallError:
+        return None
 
 
 def _dialable(address: str) -> str:

@@ -17,8 +17,6 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from replicas.layers.huge_pages import huge_zeros
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeGroup:
@@ -76,15 +74,15 @@ class PagedKV:
     ) -> None:
         shape = (num_blocks, block_tokens, num_kv_heads, head_dim)
         # Zeros: a finite value that is masked stays without effect, a NaN would not.
-        self.keys = [_zeros(shape, device, dtype) for _ in range(num_layers)]
-        self.values = [_zeros(shape, device, dtype) for _ in range(num_layers)]
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
 
     def resize(self, num_blocks: int) -> None:
         """An empty cache of `num_blocks`. Only before anything holds on to the memory of the old one."""
         for caches in (self.keys, self.values):
             for layer, old in enumerate(caches):
                 caches[layer] = old.new_empty(0)
-                caches[layer] = _zeros((num_blocks, *old.shape[1:]), old.device, old.dtype)
+                caches[layer] = torch.zeros((num_blocks, *old.shape[1:]), device=old.device, dtype=old.dtype)
 
     def write(self, layer: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, slots_T: torch.Tensor) -> None:
         """Store the tokens at `slots_T` = block * block tokens + place in the block."""
@@ -102,12 +100,6 @@ class PagedKV:
         for cache in (*self.keys, *self.values):
             clean = cache.index_select(0, index).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             cache.index_copy_(0, index, clean)
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return (
-        huge_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, device=device, dtype=dtype)
-    )
 
 
 def attend(

@@ -84,18 +84,26 @@ class Decoder:
         if self._device_layers is not None and has_tokens:
             assert batch.device_sequences is not None, "device layers read device sequences"
             self._device_layers.begin(rotation, batch.slots_T, batch.device_sequences)
-        experts_hit: torch.Tensor | int = 0
-        # What a half layer gives is added by the next one, which on a device is part of its norm.
-        delta_TH: torch.Tensor | None = None
-        for index in range(spec.num_layers):
-            delta_TH = self._attention(index, x_TH, delta_TH, rotation, batch)
-            delta_TH, layer_hit = self._ffn(index, x_TH, delta_TH, batch.lane_tokens)
-            experts_hit = experts_hit + layer_hit
-        self._add(x_TH, delta_TH)
+        if self._kernels is not None and self._shard.is_whole:
+            experts_hit: torch.Tensor | int = self._kernels.run(x_TH)
+        else:
+            experts_hit = self._run_layers(x_TH, rotation, batch)
         if self._device_layers is not None and not self._routes:
             self._tally_LX += self._device_layers.expert_counts_LX
         logits_SV = self._head(x_TH.index_select(0, batch.sampled_S))
         return finish_logits(logits_SV, self._shard.vocab_valid, spec.logits_divisor), experts_hit
+
+    def _run_layers(self, x_TH: torch.Tensor, rotation: Rotation, batch: Batch) -> torch.Tensor | int:
+        """All layers, in place; the experts hit."""
+        experts_hit: torch.Tensor | int = 0
+        # What a half layer gives is added by the next one, which on a device is part of its norm.
+        delta_TH: torch.Tensor | None = None
+        for index in range(self._spec.num_layers):
+            delta_TH = self._attention(index, x_TH, delta_TH, rotation, batch)
+            delta_TH, layer_hit = self._ffn(index, x_TH, delta_TH, batch.lane_tokens)
+            experts_hit = experts_hit + layer_hit
+        self._add(x_TH, delta_TH)
+        return experts_hit
 
     def _add(self, x_TH: torch.Tensor, delta_TH: torch.Tensor | None) -> None:
         if delta_TH is not None:

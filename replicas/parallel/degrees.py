@@ -49,6 +49,11 @@ class Shard:
     num_spare_experts: int = 0
     """Slots behind the rank's own experts, for copies of others."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank alone computes every layer of its tokens."""
+        return not (self.is_attention_split or self.is_ffn_split or self.is_dispatched)
+
 
 def shard_of(spec: ModelSpec, parallel: ParallelConfig, rank: int) -> Shard:
     """The shard of `rank`; BadParallelism lists every degree that does not divide."""

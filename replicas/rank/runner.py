@@ -59,7 +59,7 @@ from replicas.rank.logprobs import (
 )
 from replicas.rank.pending import Drawn, FinishedStep
 from replicas.rank.rank_experts import RankExperts
-from replicas.rank.sampler import NOT_FINITE, draw_tokens, stage_sampling
+from replicas.rank.sampler import NOT_FINITE, Peaks, draw_tokens, peaks, stage_sampling
 from replicas.rank.transfer import Upload
 from replicas.request import TORCH_KERNELS, SamplingParams
 
@@ -112,6 +112,7 @@ class ModelRunner:
         self.costs = costs_of(spec, config.parallel, weight_bytes=weight_bytes, kv_bytes=dtype.itemsize)
         if config.quantization == "int8" and self._kernels is None:
             weights = round_weights(weights)
+        self._find_peaks: Peaks = peaks if self._kernels is None else self._kernels.peaks
         self._store: ExpertStore = self._kernels or StackedExperts(weights.layers)
         device_kernels = None if support is None else support.kernels
         device_layers = None if device_kernels is None else device_kernels.layers(spec, shard, weights, kv)
@@ -250,7 +251,8 @@ class ModelRunner:
         if edits is None:
             return Sampled(ids_S=batch.sampled_S[:0], scores_MK=scores)
         logits_SV = logits_SV[: len(draws)]
-        ids_S = draw_tokens(self._edits.apply(logits_SV, edits), sampling, self._shard, ranks)
+        edited_SV = self._edits.apply(logits_SV, edits)
+        ids_S = draw_tokens(edited_SV, sampling, self._shard, ranks, self._find_peaks)
         self._rows.remember(draws, ids_S)
         self._edits.remember(edits, ids_S)
         logprobs = measure_logprobs(logits_SV, ids_S, asked, ranks)

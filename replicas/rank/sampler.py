@@ -32,6 +32,13 @@ _MASK64 = 2**64 - 1
 _UNIT = 2.0**-31
 
 
+class Peaks(Protocol):
+    """The best of every row of logits: in torch here, in one pass by a compiled kernel."""
+
+    def __call__(self, logits_SV: torch.Tensor, num_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score [S], NaN where one of the first `num_valid` is not finite; column [S] of the first best."""
+
+
 class BestTokens(Protocol):
     """The best token of every row of a rank's logits: in torch here, in one pass by a device kernel."""
 
@@ -94,16 +101,28 @@ def sample(
     return draw_tokens(logits_SV, sampling, shard, collectives)
 
 
+def peaks(logits_SV: torch.Tensor, num_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Peaks` in torch."""
+    score_S, column_S = _argmax(logits_SV)
+    return score_S.masked_fill(~_is_finite(logits_SV, num_valid), torch.nan), column_S
+
+
 def draw_tokens(
-    logits_SV: torch.Tensor, sampling: Sampling, shard: Shard, collectives: Collectives
+    logits_SV: torch.Tensor,
+    sampling: Sampling,
+    shard: Shard,
+    collectives: Collectives,
+    find_peaks: Peaks = peaks,
 ) -> torch.Tensor:
     """One id per row, the same on every rank: int64 [S]. Lowest id of equal scores; NOT_FINITE per row."""
     assert shard.vocab_ranks * shard.vocab_rows <= MAX_VOCAB, shard
-    is_finite_S = _is_finite(logits_SV, shard.vocab_valid)
-    if sampling.hot_S is not None:
-        logits_SV = _with_noise(logits_SV, sampling, shard, collectives)
-    score_S, index_S = _argmax(logits_SV)
-    return _agree(score_S.masked_fill(~is_finite_S, torch.nan), index_S + shard.vocab_start, collectives)
+    if sampling.hot_S is None:
+        score_S, column_S = find_peaks(logits_SV, shard.vocab_valid)
+    else:
+        is_finite_S = _is_finite(logits_SV, shard.vocab_valid)
+        score_S, column_S = _argmax(_with_noise(logits_SV, sampling, shard, collectives))
+        score_S = score_S.masked_fill(~is_finite_S, torch.nan)
+    return _agree(score_S, column_S + shard.vocab_start, collectives)
 
 
 def pick_tokens(

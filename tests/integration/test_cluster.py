@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,14 +19,13 @@ import psutil
 import pytest
 import yaml
 
-from cluster.client import Ask, CallError, Client
+from cluster.client import Ask, CallError
 from cluster.replies import Delta, Final
-from tests.running_up import Running, running_up, wait_until
+from tests.running_up import NUM_STREAMS, Running, Streaming, running_up, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(150)]
 
 RECOVERY_TIMEOUT_S = 60.0
-PAIR_STREAMS = 3
 
 logger = logging.getLogger(__name__)
 
@@ -186,39 +184,6 @@ def redeploy_pair(running: Running) -> None:
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
 
 
-class Streaming:
-    """Streams to one model, one after another in each thread, until told to end; failures are kept."""
-
-    def __init__(self, client: Client, model: str) -> None:
-        self._client = client
-        self._model = model
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._stream) for _ in range(PAIR_STREAMS)]
-        self.num_finished = 0
-        self.failures: list[str] = []
-
-    def __enter__(self) -> Streaming:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join(timeout=30)
-
-    def _stream(self) -> None:
-        while not self._over.is_set():
-            try:
-                *_, final = self._client.generate(self._model, "go on", Ask(max_tokens=80))
-                assert isinstance(final, Final)
-                assert final.usage.completion_tokens == 80
-                self.num_finished += 1
-            except (CallError, AssertionError) as error:
-                self.failures.append(repr(error))
-                return
-
-
 def test_a_rolling_redeploy_breaks_no_stream(running: Running) -> None:
     before = {replica.replica_id for replica in running.model("pair").replicas}
     with Streaming(running.client, "pair") as streaming:
@@ -233,7 +198,7 @@ def test_a_rolling_redeploy_breaks_no_stream(running: Running) -> None:
         rolling_s = wait_until(is_replaced, RECOVERY_TIMEOUT_S, "two new replicas")
     logger.info("measured rolling_redeploy_s=%.1f streams=%d", rolling_s, streaming.num_finished)
     assert streaming.failures == []
-    assert streaming.num_finished >= PAIR_STREAMS
+    assert streaming.num_finished >= NUM_STREAMS
 
 
 def test_down_leaves_no_process_no_shared_memory_and_no_port(running: Running) -> None:

@@ -173,3 +173,52 @@ async def test_the_command_tells_the_story_and_records_the_decision(
     (decision,) = read_decisions(path.read_text())
     assert replay(decision) == decision.choice
     assert SECRET not in told.output + again.output + path.read_text()
+
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+TRACE = (("traceparent", f"00-{TRACE_ID}-b7ad6b7169203331-01"),)
+PATIENCE_S = 1.0
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["given up", "late"])
+async def test_who_left_the_queue_has_a_story_too(is_late: bool) -> None:
+    """It is found by its trace: who hangs up learns no id."""
+    async with (
+        asyncio.timeout(WAIT_S),
+        run_test_router() as router,
+        router.replica(max_sequences=1) as replica,
+    ):
+        replica.running.clear()
+        before = [router.inference.Generate(make_request()) for _ in range(6)]
+        await replica.wait_command("submit")
+        timeout_s = PATIENCE_S if is_late else None
+        call = router.inference.Generate(make_request(SECRET), metadata=TRACE, timeout=timeout_s)
+        status = (await router.cluster.Status(cluster_pb.StatusRequest())).models[0]
+        while status.active_requests <= len(before):
+            status = (await router.cluster.Status(cluster_pb.StatusRequest())).models[0]
+        if is_late:
+            assert (await fail(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        else:
+            call.cancel()
+        story = await story_of_trace(router)
+        for one in before:
+            one.cancel()
+    assert not story.legs and story.arrival.in_flight == len(before) and story.HasField("queue")
+    assert SECRET.encode() not in story.SerializeToString()
+    if is_late:
+        assert story.outcome == "DEADLINE_EXCEEDED"
+        assert story.slack_ms < story.deadline_ms
+    else:
+        assert (story.outcome, story.HasField("slack_ms")) == ("cancelled", False)
+        assert story.refusal == "its caller gave it up before a replica had it"
+
+
+async def story_of_trace(router: TestRouter) -> cluster_pb.RequestStory:
+    """Once the router has noticed."""
+    while True:
+        try:
+            (story,) = await explain(router, TRACE_ID)
+            return story
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.NOT_FOUND
+            await asyncio.sleep(0.02)

@@ -7,7 +7,7 @@ import os
 import signal
 import urllib.request
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 import grpc
 import pytest
 
-from cluster.addresses import read_addresses
 from cluster.client import Ask, Client
 from cluster.config import parse_config
 from cluster.serving.router_group import RouterGroup
@@ -51,12 +50,8 @@ class Two:
         return self.group.addresses[0].grpc
 
     def pids(self) -> list[int]:
-        """Of the routers that listen now; one that leaves takes its file away."""
-        found = []
-        for path in sorted(self.folder.path.glob("router*.json")):
-            with suppress(FileNotFoundError):
-                found.append(read_addresses(path).pid)
-        return found
+        """Of the routers that listen now."""
+        return list(self.folder.router_pids().values())
 
 
 @asynccontextmanager

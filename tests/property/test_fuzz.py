@@ -7,9 +7,11 @@ Real servers: a router with a null replica in processes of its own, and an energ
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
+from http.client import HTTPConnection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
@@ -26,12 +28,13 @@ from protos import wattline_cluster_pb2 as cluster_pb
 from protos import wattline_energy_pb2 as energy_pb
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_link_pb2 as link
+from protos import wattline_oip_pb2 as oip
 from replicas.config import EngineLimits, NullEngineConfig, ReplicaConfig
 from replicas.energy.agent import EnergyAgent
 from replicas.link.messages import PROTOCOL_VERSION
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
-from tests.fuzzing import changed, messages, mutated
+from tests.fuzzing import JSON_VALUES, changed, changed_json, messages, mutated, spoilt
 from tests.router_fixture import MODEL, VOCAB_SIZE, TestRouter, make_config, make_request, run_test_router
 
 pytestmark = pytest.mark.processes
@@ -53,6 +56,35 @@ GENERATE = make_request(max_tokens=4)
 CHAT = pb.ChatRequest(
     model=MODEL, messages=[pb.Message(role="user", content="hello")], limits=pb.Limits(max_tokens=4)
 )
+TENSORS = oip.ModelInferRequest(
+    model_name=MODEL,
+    parameters={"max_tokens": oip.InferParameter(int64_param=4)},
+    inputs=[
+        oip.InferInputTensor(
+            name="text_input",
+            datatype="BYTES",
+            shape=[1],
+            contents=oip.InferTensorContents(bytes_contents=[b"hello"]),
+        )
+    ],
+)
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {
+        "model": MODEL,
+        "prompt": "hello",
+        "max_tokens": 4,
+        "logit_bias": {"7": 1},
+        "stop": [],
+    },
+    "/v1/chat/completions": {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 4,
+        "stream": True,
+        "top_logprobs": None,
+    },
+}
+"""Good HTTP requests."""
 HELLO = link.FromReplica(
     epoch=7,
     hello=link.Hello(
@@ -76,6 +108,9 @@ BASES: dict[str, tuple[Message, bool]] = {
     "/wattline.v1.Cluster/WatchSignals": (cluster_pb.WatchSignalsRequest(), True),
     "/wattline.v1.Cluster/DrainReplica": (cluster_pb.DrainReplicaRequest(replica_id="nobody"), False),
     "/grpc.health.v1.Health/Check": (health_pb2.HealthCheckRequest(service=MODEL), False),
+    "/inference.GRPCInferenceService/ModelInfer": (TENSORS, False),
+    "/inference.GRPCInferenceService/ModelMetadata": (oip.ModelMetadataRequest(name=MODEL), False),
+    "/inference.GRPCInferenceService/ModelReady": (oip.ModelReadyRequest(name=MODEL), False),
 }
 """Each method with a good request, and whether its answer is a stream."""
 
@@ -105,6 +140,7 @@ class Target:
 
     def __init__(self, router: TestRouter) -> None:
         self.clients = grpc.insecure_channel(router.addresses.grpc)
+        self.http = router.addresses.http
         self.links = grpc.insecure_channel(router.addresses.link)
 
     def call(self, method: str, content: bytes, *, is_stream: bool) -> grpc.StatusCode:
@@ -122,6 +158,30 @@ class Target:
             for _ in stream:
                 stream.cancel()
                 break
+        except grpc.RpcError as error:
+            return _code(error)
+        return grpc.StatusCode.OK
+
+    def post(self, path: str, body: bytes) -> tuple[int, str]:
+        """Status and text of an HTTP request."""
+        connection = HTTPConnection(self.http, timeout=CALL_TIMEOUT_S)
+        try:
+            connection.request("POST", path, body)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
+
+    def stream_tensors(self, contents: list[bytes]) -> grpc.StatusCode:
+        """The status of a stream of tensors that are all answered."""
+        ask = self.clients.stream_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=bytes,
+            response_deserializer=oip.ModelStreamInferResponse.FromString,
+        )
+        try:
+            for response in ask(iter(contents), timeout=CALL_TIMEOUT_S):
+                assert "internal error" not in response.error_message
         except grpc.RpcError as error:
             return _code(error)
         return grpc.StatusCode.OK
@@ -240,12 +300,47 @@ def fuzz_calls(target: Target, call: tuple[str, bytes]) -> None:
     assert target.call(method, content, is_stream=BASES[method][1]) not in IMPROPER
 
 
+bodies = st.sampled_from(sorted(BODIES)).flatmap(
+    lambda path: st.tuples(
+        st.just(path),
+        st.one_of(
+            changed_json(BODIES[path]),
+            spoilt(changed_json(BODIES[path])),
+            JSON_VALUES.map(lambda value: json.dumps(value).encode()),
+        ),
+    )
+)
+
+
+def fuzz_bodies(target: Target, body: tuple[str, bytes]) -> None:
+    """A proper answer, or an error with words; never one that says it was our mistake."""
+    status, text = target.post(*body)
+    assert status != 500, text
+    assert status == 200 or json.loads(text)["error"]["message"]
+
+
+def fuzz_tensor_stream(target: Target, contents: list[bytes]) -> None:
+    assert target.stream_tensors(contents) not in IMPROPER
+
+
 def fuzz_links(target: Target, contents: list[bytes]) -> None:
     assert target.attach(contents) not in IMPROPER
 
 
 def test_no_call_harms_the_router(target: Target) -> None:
     settings(QUICK, max_examples=300)(given(calls)(lambda call: fuzz_calls(target, call)))()
+    target.assert_whole()
+
+
+def test_no_body_harms_the_router(target: Target) -> None:
+    settings(QUICK, max_examples=100)(given(bodies)(lambda body: fuzz_bodies(target, body)))()
+    target.assert_whole()
+
+
+def test_no_tensor_stream_harms_the_router(target: Target) -> None:
+    """Requests side by side in one call: an error of one is a message, and bytes that are none end it."""
+    stream = st.lists(any_bytes(TENSORS), max_size=4)
+    QUICK(given(stream)(lambda contents: fuzz_tensor_stream(target, contents)))()
     target.assert_whole()
 
 

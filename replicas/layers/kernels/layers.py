@@ -1,14 +1,15 @@
-"""A rank's decoder layers on the compiled kernels: packed weights, and one call per half layer.
+"""A rank's decoder layers on the compiled kernels: packed weights, and one call for all layers of a step.
 
-Holds its own copy of the matrices; the KV cache is the rank's, in the same layout as torch reads it. Partial
-sums come back as the torch path gives them, so that the decoder adds up ranks either way. Shape letters:
-T tokens, H hidden, S sampled tokens, V local vocabulary rows.
+Where ranks add up what each gives, it is one call per half layer. Holds its own copy of the matrices; the KV
+cache is the rank's, in the same layout as torch reads it. Partial sums come back as the torch path gives
+them, so that the decoder adds up ranks either way. Shape letters: T tokens, H hidden, S sampled tokens, V
+local vocabulary rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import byref
+from ctypes import byref, pointer
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from replicas.layers.expert_routes import ExpertRoutes
 from replicas.layers.kernels.library import (
     CAttentionLayer,
     CExpertLayer,
+    CLayer,
     CMatrix,
     CMlpLayer,
     CStep,
@@ -72,6 +74,7 @@ class CpuLayers:
             else self._pack_experts(index, layer, layer.ffn)
             for index, layer in enumerate(weights.layers)
         ]
+        self._layers = (CLayer * spec.num_layers)(*map(_joined, self._attention, self._ffn))
         self._final_norm_H = weights.final_norm_H
         self._head = self._pack(weights.head_VH)
         self._step: _KernelStep | None = None
@@ -109,6 +112,22 @@ class CpuLayers:
             scale=spec.attention_scale,
         )
         self._step = _KernelStep(layout=layout, owners=(cos_TD, sin_TD, slots_T, sequences))
+
+    def run(self, x_TH: torch.Tensor) -> int:
+        """All layers, in place, where no other rank has a part of them; how many experts were hit."""
+        assert self._step is not None
+        assert x_TH.is_contiguous()
+        delta_TH = torch.empty_like(x_TH)
+        num_hit: int = self._pool.library.wl_layers(
+            self._pool.handle,
+            self._layers,
+            len(self._layers),
+            byref(self._step.layout),
+            x_TH.data_ptr(),
+            delta_TH.data_ptr(),
+            self._spec.residual_multiplier,
+        )
+        return num_hit
 
     def attention(self, index: int, x_TH: torch.Tensor) -> torch.Tensor:
         """This rank's heads' part of attention over normed `x_TH`; writes the new tokens to the cache."""
@@ -152,6 +171,10 @@ class CpuLayers:
             self._spec.norm_eps,
         )
         return logits_SV
+
+    def peaks(self, logits_SV: torch.Tensor, num_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`replicas.rank.sampler.Peaks`."""
+        return self._pool.peaks(logits_SV, num_valid)
 
     def expert_tensors(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
         """What the matrices of one expert are packed in: gate, up, down."""
@@ -237,3 +260,9 @@ class CpuLayers:
         """The address of a tensor that C structures point into from now on."""
         self._owned.append(tensor)
         return tensor.data_ptr()
+
+
+def _joined(attention: CAttentionLayer, ffn: CMlpLayer | CExpertLayer) -> CLayer:
+    if isinstance(ffn, CMlpLayer):
+        return CLayer(attention=pointer(attention), mlp=pointer(ffn))
+    return CLayer(attention=pointer(attention), experts=pointer(ffn))

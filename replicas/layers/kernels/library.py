@@ -1,7 +1,7 @@
 """The compiled kernels as Python sees them: C structures, a pool of threads, and packed matrices.
 
 A `KernelPool` belongs to one rank; its workers look for work for 0.1 ms after the last and then sleep in the
-kernel, so an idle rank uses no CPU. Shape letters: O outputs, I inputs, T tokens.
+kernel, so an idle rank uses no CPU. Shape letters: O outputs, I inputs, T tokens, R rows, C columns.
 """
 
 from __future__ import annotations
@@ -74,6 +74,16 @@ class CExpertLayer(Structure):
         *((name, c_long) for name in ("num_choices", "first_expert", "num_local")),
         *((name, c_void_p) for name in ("tally", "copies", "slots")),
         ("num_ranks", c_long),
+    ]
+
+
+class CLayer(Structure):
+    """`Layer` of the C file."""
+
+    _fields_ = [
+        ("attention", POINTER(CAttentionLayer)),
+        ("mlp", POINTER(CMlpLayer)),
+        ("experts", POINTER(CExpertLayer)),
     ]
 
 
@@ -175,6 +185,23 @@ class KernelPool:
         )
         return y_TO
 
+    def peaks(self, x_RC: torch.Tensor, num_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Best value and its first column, per contiguous row; NaN where one of `num_valid` is not finite."""
+        num_rows, width = x_RC.shape
+        assert x_RC.is_contiguous()
+        best_R = x_RC.new_empty(num_rows)
+        column_R = torch.empty(num_rows, dtype=torch.int64)
+        self.library.wl_peaks(
+            self.handle,
+            x_RC.data_ptr(),
+            num_rows,
+            width,
+            num_valid,
+            best_R.data_ptr(),
+            column_R.data_ptr(),
+        )
+        return best_R, column_R
+
 
 def open_pool(num_threads: int) -> KernelPool | None:
     """A pool, or None where the kernels cannot be built; the reason is logged once."""
@@ -201,12 +228,17 @@ def _load(path: Path) -> ctypes.CDLL:
             None,
             (c_void_p, c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_long, c_float),
         ),
+        "wl_peaks": (None, (c_void_p, c_void_p, c_long, c_long, c_long, c_void_p, c_void_p)),
         "wl_attention": (
             None,
             (c_void_p, POINTER(CAttentionLayer), POINTER(CStep), c_void_p, c_void_p),
         ),
         "wl_mlp": (None, (c_void_p, POINTER(CMlpLayer), c_void_p, c_void_p, c_long, c_float)),
         "wl_experts": (c_long, (c_void_p, POINTER(CExpertLayer), c_void_p, c_void_p, c_long, c_float)),
+        "wl_layers": (
+            c_long,
+            (c_void_p, POINTER(CLayer), c_long, POINTER(CStep), c_void_p, c_void_p, c_float),
+        ),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

@@ -1,4 +1,4 @@
-"""Memory on huge pages: what is in it, and that copies keep it alive."""
+"""Copies on huge pages: what is in them, and that they keep their memory alive."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ import gc
 
 import torch
 
-from replicas.layers.huge_pages import CHUNK_BYTES, HugeArena, huge_zeros
-
-
-def test_zeros_have_the_shape_and_type_that_is_asked_for() -> None:
-    zeros = huge_zeros((3, 5), torch.float32)
-    assert torch.equal(zeros, torch.zeros(3, 5))
-    assert huge_zeros((0, 4), torch.int8).shape == (0, 4)
+from replicas.layers.huge_pages import CHUNK_BYTES, HugeArena
 
 
 def test_copies_of_an_arena_are_contiguous_apart_and_outlive_it() -> None:

@@ -15,6 +15,7 @@ from replicas.layers.kernels import build
 from replicas.layers.kernels.build import KernelsUnavailable, build_library
 from replicas.layers.kernels.library import KernelPool, Storage, open_pool
 from replicas.layers.quantize import rounded
+from replicas.rank.sampler import peaks
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -74,6 +75,20 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(pool: KernelPool, storage: 
     for row in (0, 11, 12, 298):
         assert torch.equal(pool.linear(x[row : row + 1].contiguous(), weight)[0], whole[row])
         assert torch.equal(pool.linear(x[row : row + 2].contiguous(), weight), whole[row : row + 2])
+
+
+@pytest.mark.parametrize(("width", "num_valid"), [(16, 3), (1040, 1031)])
+def test_peaks_are_those_of_torch(pool: KernelPool, width: int, num_valid: int) -> None:
+    """Of equals the first; none where a valid logit is not finite, whatever the padding holds."""
+    logits_SV = torch.randn(6, width, generator=torch.Generator().manual_seed(width)).round(decimals=1)
+    logits_SV[:, num_valid:] = -torch.inf
+    for row, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+        logits_SV[row, num_valid - 1 - row] = bad
+    best_S, column_S = pool.peaks(logits_SV, num_valid)
+    wanted_best_S, wanted_column_S = peaks(logits_SV, num_valid)
+    assert best_S[:3].isnan().all()
+    assert torch.equal(best_S[3:], wanted_best_S[3:])
+    assert torch.equal(column_S[3:], wanted_column_S[3:])
 
 
 def test_weights_that_are_not_bfloat16_keep_all_their_bits(pool: KernelPool) -> None:

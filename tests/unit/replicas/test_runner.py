@@ -84,10 +84,11 @@ def test_warmup_leaves_nothing_behind(llama: Path) -> None:
     assert run_new(runner, start(0, (3, 4, 5), (2,))) == before
 
 
-def test_a_broken_row_fails_alone_and_its_blocks_can_be_used_again(llama: Path) -> None:
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_broken_row_fails_alone_and_its_blocks_can_be_used_again(llama: Path, quantization: str) -> None:
     """The next owner of the blocks decodes beside a longer row, whose padding covers what was left there."""
     short, long = (3, 4, 5, 6, 8), tuple(range(10, 19))
-    runner = build(make_config(llama))
+    runner = build(replace(make_config(llama), quantization=quantization))
     wanted = run_new(runner, start(0, short, (1, 2)), start(1, long, (3, 4, 5)))
     wanted_next = decode(runner, (0, 5, wanted[0]), (1, 9, wanted[1]))
     with torch.inference_mode():
