@@ -169,27 +169,24 @@ class Cashier:
         assert weight > 0.0, "busy energy without anybody to bill"
         price = max(pool_nj, 0) / weight
         static_price = min(static_nj, max(pool_nj, 0)) / static_weight if static_weight else 0.0
-        total_nj = _whole(price * claims.weight)
-        prefill_nj = np.minimum(_whole(price * claims.prefill), total_nj)
-        owed_nj = (
-            prefill_nj,
-            total_nj - prefill_nj,
-            np.minimum(_whole(static_price * claims.static), total_nj),
-            _whole(price * claims.wasted),
-        )
-        for account, ran_ns, *parts_nj in zip(
-            accounts, claims.ran_ns, *(column.tolist() for column in owed_nj), strict=True
-        ):
-            account.note_window(window, ran_ns, *parts_nj)
-        given_nj, given_prefill_nj = int(total_nj.sum()), int(prefill_nj.sum())
+        total = _whole(price * claims.weight)
+        prefill = np.minimum(_whole(price * claims.prefill), total)
+        static = np.minimum(_whole(static_price * claims.static), total)
+        prefills_nj, decodes_nj = prefill.tolist(), (total - prefill).tolist()
+        statics_nj, wastes_nj = static.tolist(), _whole(price * claims.wasted).tolist()
+        columns = (claims.ran_ns, prefills_nj, decodes_nj, statics_nj, wastes_nj)
+        for account, *row in zip(accounts, *columns, strict=True):
+            account.note_window(window, *row)
+        given_prefill_nj = sum(prefills_nj)
+        given_nj = given_prefill_nj + sum(decodes_nj)
         prefill_mj = self._note_prefill(given_prefill_nj, busy_mj)
         self.payers.take(
-            _by_payer(accounts, prefill_nj.tolist(), owed_nj[1].tolist()),
+            _by_payer(accounts, prefills_nj, decodes_nj),
             prefill_mj=prefill_mj,
             decode_mj=busy_mj - prefill_mj,
         )
-        self.static_nj += int(owed_nj[2].sum())
-        self.wasted_nj += int(owed_nj[3].sum())
+        self.static_nj += sum(statics_nj)
+        self.wasted_nj += sum(wastes_nj)
         self._dust_nj = pool_nj - given_nj
         self.open_nj += given_nj
         last = self.nj_per_weight
@@ -222,9 +219,12 @@ class Cashier:
 def _by_payer(
     accounts: Sequence[Account], prefill_nj: Sequence[int], decode_nj: Sequence[int]
 ) -> dict[str, tuple[int, int]]:
-    sums: dict[str, tuple[int, int]] = {}
+    payers = {account.payer for account in accounts}
+    if len(payers) == 1:
+        return {payers.pop(): (sum(prefill_nj), sum(decode_nj))}
+    sums: dict[str, tuple[int, int]] = dict.fromkeys(payers, (0, 0))
     for account, prefill, decode in zip(accounts, prefill_nj, decode_nj, strict=True):
-        so_far = sums.get(account.payer, (0, 0))
+        so_far = sums[account.payer]
         sums[account.payer] = (so_far[0] + prefill, so_far[1] + decode)
     return sums
 

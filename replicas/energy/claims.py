@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +96,9 @@ def _numbered(id_rows: Sequence[tuple[int, ...]]) -> tuple[list[int], NDArray[np
     for ids in id_rows:
         if ids != last:
             last = ids
-            of_step = np.array([numbers.setdefault(one, len(numbers)) for one in ids], dtype=np.intp)
+            new_ids = dict.fromkeys([one for one in ids if one not in numbers])
+            numbers.update(zip(new_ids, count(len(numbers)), strict=False))
+            of_step = np.array([numbers[one] for one in ids], dtype=np.intp)
         of_rows.append(of_step)
     return list(numbers), np.concatenate(of_rows)
 

@@ -40,13 +40,16 @@ class Subscriber:
         base = self._base
         if base is None:
             base = self._base = reading
-            reading = replace(reading, gap=False)
         static_mj = reading.static_mj
         if static_mj is not None:
             static_mj -= base.static_mj or 0
-        has_gap = reading.gap or self._has_gap
-        edge = replace(
-            reading, energy_mj=reading.energy_mj - base.energy_mj, static_mj=static_mj, gap=has_gap
+        has_gap = self._has_gap or (reading.gap and reading is not base)
+        edge = Reading(
+            t_ns=reading.t_ns,
+            energy_mj=reading.energy_mj - base.energy_mj,
+            source=reading.source,
+            static_mj=static_mj,
+            gap=has_gap,
         )
         if self._pipe is not None:
             is_taken = self._pipe.write(edge)

@@ -163,7 +163,10 @@ class FakeMeter:
         """Nothing to release."""
 
     def _is(self, kind: str, now_ns: int) -> bool:
-        return any(f.kind == kind and f.start_ns <= now_ns < f.start_ns + f.duration_ns for f in self._faults)
+        for fault in self._faults:
+            if fault.kind == kind and fault.start_ns <= now_ns < fault.start_ns + fault.duration_ns:
+                return True
+        return False
 
     def _count_edge(self) -> None:
         start_ns = self._edge_count * self._edge_ns
