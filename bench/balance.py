@@ -22,9 +22,9 @@ from bench.record import percentile, write_results
 from bench.simulation.sim_replica import ReplicaShape
 from bench.simulation.virtual_time import run_virtual
 from bench.simulation.world import Told, World
+from cluster.balancing.decision import Policy
 from cluster.config import Config, parse_config
-from cluster.router.balancing.decision import Policy
-from cluster.router.completion import Completion, TokenPrompt
+from cluster.request.completion import Completion, TokenPrompt
 from replicas.config import EngineLimits, NullEngineConfig
 from replicas.request import SamplingParams
 

@@ -23,9 +23,9 @@ from bench.record import percentile
 from bench.rows import checkpoint_shape, make_workload
 from bench.suites import serving
 from bench.workload import ModelShape
+from cluster.balancing.decision import Policy
 from cluster.config import Config, parse_config
 from cluster.replies import LedgerState
-from cluster.router.balancing.decision import Policy
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc
 

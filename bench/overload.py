@@ -33,8 +33,8 @@ from bench.simulation.sim_replica import ReplicaShape
 from bench.simulation.virtual_time import run_virtual
 from bench.simulation.world import Told, World
 from cluster.config import parse_config
-from cluster.router.api_keys import make_key
-from cluster.router.completion import Completion, TokenPrompt
+from cluster.request.completion import Completion, TokenPrompt
+from cluster.security.api_keys import make_key
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc
 from replicas.config import EngineLimits, NullEngineConfig, ReplicaConfig
@@ -313,7 +313,7 @@ async def serving() -> AsyncIterator[Served]:
         router = {"grpc_port": 0, "http_port": 0, "link_port": 0, "auth": auth}
         tenants = {"tenants": TENANTS, "ledger": {"enabled": False}}
         config.write_text(json.dumps({"models": [MODEL], "router": router} | tenants))
-        arguments = ("-m", "cluster.router", "--config", str(config), "--addresses", str(told))
+        arguments = ("-m", "cluster.edge", "--config", str(config), "--addresses", str(told))
         process = await asyncio.create_subprocess_exec(sys.executable, *arguments)
         stack.push_async_callback(process.wait)
         stack.callback(process.terminate)

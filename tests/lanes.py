@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cluster.router.balancing.lane_view import LaneView
+from cluster.balancing.lane_view import LaneView
 
 
 def make_lane(replica_id: str = "a", **fields: object) -> LaneView:

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from cluster.addresses import RouterAddresses
 from cluster.config import Config, parse_config
-from cluster.router.process import Router
+from cluster.edge.process import Router
 from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_cluster_pb2_grpc as cluster_grpc
 from protos import wattline_inference_pb2 as pb

@@ -90,7 +90,7 @@ async def running_line(models: tuple[NullModel, ...], *, routers: int) -> AsyncI
 async def _router(config: Path, told: Path) -> AsyncIterator[RouterAddresses]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "replicas.rank.launch", str(os.getpid()), "cluster.router"),
+        *("-m", "replicas.rank.launch", str(os.getpid()), "cluster.edge"),
         *("--config", str(config), "--addresses", str(told)),
         start_new_session=True,
     )

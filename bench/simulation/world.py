@@ -9,32 +9,32 @@ from dataclasses import dataclass, field
 from random import Random
 
 from bench.simulation.sim_replica import ReplicaShape, SimReplica
+from cluster.admission.energy_lease import LocalLeases
+from cluster.admission.tenants import Tenants
 from cluster.config import Config, TelemetrySection
+from cluster.link.detokenize_worker import DetokenizeWorker, StreamTokens, deliver, detokenize
 from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.admission.energy_lease import LocalLeases
-from cluster.router.answer import Completed, TextDelta
+from cluster.request.answer import Completed, TextDelta
+from cluster.request.completion import Completion
+from cluster.request.errors import DeadlinePassed, RouterError
+from cluster.request.resume_token import ResumeSeal
 from cluster.router.bookkeeping import Books
-from cluster.router.cache_salt import CacheSalts
 from cluster.router.caller import Caller
-from cluster.router.completion import Completion
 from cluster.router.continuation import Continuations
 from cluster.router.energy_record import EnergyRecord
-from cluster.router.errors import DeadlinePassed, RouterError
 from cluster.router.gate import Gate
-from cluster.router.journal import Journal, Objective
 from cluster.router.refusal import Refusals
-from cluster.router.resume_token import ResumeSeal
 from cluster.router.resumption import Resumption
 from cluster.router.route_finder import RouteFinder
-from cluster.router.served_model import ServedModel
 from cluster.router.story_record import StoryRecord
 from cluster.router.streams import Streams
-from cluster.router.tenants import Tenants
+from cluster.security.cache_salt import CacheSalts
+from cluster.served_model import ServedModel
+from cluster.telemetry.journal import Journal, Objective
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
-from cluster.text.detokenize_worker import DetokenizeWorker, StreamTokens, deliver, detokenize
 from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_link_pb2 as link
 from replicas.wire.caches import cache_from_wire

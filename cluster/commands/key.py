@@ -32,7 +32,7 @@ def new(
     from datetime import UTC, datetime, timedelta
 
     from cluster.command_error import CommandError
-    from cluster.router.api_keys import make_key
+    from cluster.security.api_keys import make_key
 
     expires_on = datetime.now(UTC).date() + timedelta(days=days) if days else None
     text, made = make_key(tenant, label=label, expires_on=expires_on)

@@ -20,7 +20,7 @@ def router(
     import asyncio
     import logging
 
-    from cluster.router.serve import run_router
+    from cluster.edge.serve import run_router
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     asyncio.run(run_router(read_config(file), addresses_path=addresses))

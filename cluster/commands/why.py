@@ -53,7 +53,7 @@ def why(
 
 def record_decisions(recordings: list[str], path: Path) -> None:
     """One document of all decisions. Raises CommandError where there are none, or the file cannot be."""
-    from cluster.router.balancing.recording import read_decisions, write_decisions
+    from cluster.balancing.recording import read_decisions, write_decisions
 
     decisions = [decision for text in recordings for decision in read_decisions(text)]
     if not decisions:

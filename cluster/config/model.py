@@ -140,7 +140,7 @@ class ModelSection(Section):
     limits: LimitsSection = LimitsSection()
     slo: SloSection = SloSection()
     balancing: Literal["energy", "prefix", "least_loaded", "p2c", "round_robin"] = Field(
-        "energy", description="which replica takes a request; see cluster/router/balancing/decision.py"
+        "energy", description="which replica takes a request; see cluster/balancing/decision.py"
     )
     null_engine: NullSection = NullSection()
     threads_per_rank: int = Field(1, ge=1, le=256)

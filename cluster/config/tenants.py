@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from cluster.admission.tenant import Tenant
 from cluster.config.section import Section
-from cluster.router.admission.tenant import Tenant
 
 
 class TenantSection(Section):

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
+from cluster.link.fleet_record import FleetEvent, FleetRecord
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.fleet_record import FleetEvent, FleetRecord
-from cluster.router.journal import Answers, ClosedRequest, Journal, Spread
-from cluster.router.served_model import ServedModel
+from cluster.served_model import ServedModel
+from cluster.telemetry.journal import Answers, ClosedRequest, Journal, Spread
 from replicas.expert_heat import ExpertHeat, merge_heat
 
 Json: TypeAlias = dict[str, Any]

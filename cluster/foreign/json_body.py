@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cluster.router.errors import InvalidRequest
+from cluster.request.errors import InvalidRequest
 
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 """They label a request, or say how it is filed; no answer depends on them."""

@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import Field
 
 from cluster.foreign.json_body import Body
-from cluster.router.completion import Completion
-from cluster.router.errors import InvalidRequest
+from cluster.request.completion import Completion
+from cluster.request.errors import InvalidRequest
 from protos import wattline_inference_pb2 as pb
 
 UINT64 = 2**64

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import grpc
 
-from cluster.router.admission.energy_lease import Grant
+from cluster.admission.energy_lease import Grant
 from protos import wattline_ledger_pb2 as pb
 from protos import wattline_ledger_pb2_grpc as pb_grpc
 

@@ -20,7 +20,7 @@ from cluster.ledger.database import Database, LedgerFileError
 from cluster.ledger.location import SOCKET_NAME, ledger_path
 from cluster.ledger.lock import held_alone
 from cluster.ledger.service import LedgerServicer
-from cluster.router.grpc_servers import Port, bind, bind_socket
+from cluster.servers.grpc_servers import Port, bind, bind_socket
 from protos import wattline_ledger_pb2_grpc
 
 PRUNE_PERIOD_S = 600.0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from cluster.energy.account import RequestEnergy
+from cluster.energy.ledger_book import LedgerSums, ReplicaLedger, TenantSums
 from cluster.link.engine_job import EngineJob
 from cluster.link.token_stream import End, Finished
-from cluster.router.energy_account import RequestEnergy
-from cluster.router.errors import DeadlinePassed, ReplicaStopped, engine_error
-from cluster.router.failover import LossReason
-from cluster.router.ledger_book import LedgerSums, ReplicaLedger, TenantSums
+from cluster.request.errors import DeadlinePassed, ReplicaStopped, engine_error
+from cluster.request.failover import LossReason
 from protos import wattline_link_pb2 as link
 from replicas.expert_heat import ExpertHeat
 from replicas.request import GenerationRequest

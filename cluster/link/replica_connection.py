@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from cluster.balancing.lane_view import LaneView
+from cluster.balancing.step_fit import StepFit
+from cluster.energy.account import EnergyAccount
+from cluster.link.detokenize_worker import DetokenizeWorker, StreamNews, StreamTokens
 from cluster.link.engine_job import EngineJob
+from cluster.link.fleet_record import Stand, Standing
 from cluster.link.messages import parse_end, parse_energy, submit_command
 from cluster.link.reader_pace import ReaderPace
 from cluster.link.token_stream import TokenStream
-from cluster.router.balancing.lane_view import LaneView
-from cluster.router.balancing.step_fit import StepFit
-from cluster.router.energy_account import EnergyAccount
-from cluster.router.errors import EngineFault, Overloaded, ReplicaStopped
-from cluster.router.failover import LossReason, ReplicaIdentity
-from cluster.router.fleet_record import Stand, Standing
-from cluster.text.detokenize_worker import DetokenizeWorker, StreamNews, StreamTokens
+from cluster.request.errors import EngineFault, Overloaded, ReplicaStopped
+from cluster.request.failover import LossReason, ReplicaIdentity
 from protos import wattline_link_pb2 as link
 from replicas.expert_heat import ExpertHeat
 from replicas.strict_messages import MalformedMessage

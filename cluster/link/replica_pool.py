@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from cluster.balancing.lane_view import LaneView
+from cluster.balancing.prefix_index import PrefixIndex
+from cluster.link.fleet_record import FleetRecord
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
-from cluster.router.balancing.lane_view import LaneView
-from cluster.router.balancing.prefix_index import PrefixIndex
-from cluster.router.errors import UnknownReplica
-from cluster.router.fleet_record import FleetRecord
+from cluster.request.errors import UnknownReplica
 
 
 class ReplicaPool:

@@ -14,13 +14,13 @@ from typing import TypeAlias
 
 import grpc
 
+from cluster.link.detokenize_worker import DetokenizeWorker
 from cluster.link.messages import parse_heat, parse_ledger
 from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.served_model import ServedModel
+from cluster.served_model import ServedModel
 from cluster.telemetry.metrics import RouterMetrics
-from cluster.text.detokenize_worker import DetokenizeWorker
 from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
 from replicas.strict_messages import MalformedMessage

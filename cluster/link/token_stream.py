@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from cluster.link.batch_sizes import BatchSizes
 from cluster.link.reader_pace import ReaderPace
-from cluster.router.errors import RouterError
+from cluster.request.errors import RouterError
 from cluster.text.answer_text import AnswerText, Piece
 from replicas.request import FinishReason, SequenceTiming, TokenLogprobs
 

@@ -16,9 +16,9 @@ from cluster.foreign.sampling_body import (
     seed_of,
 )
 from cluster.oip.tensors import OUTPUTS, read_inputs
-from cluster.router.completion import Completion
-from cluster.router.errors import InvalidRequest
-from cluster.router.validation import RequestBounds, parse_generate
+from cluster.request.completion import Completion
+from cluster.request.errors import InvalidRequest
+from cluster.request.validation import RequestBounds, parse_generate
 from protos import wattline_oip_pb2 as pb
 
 DEFAULT_TOKENS = 16

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from cluster.oip.asks import InferAsk
 from cluster.oip.descriptions import MODEL_VERSION
 from cluster.oip.tensors import response_tensors
-from cluster.router.answer import Completed, TextDelta
+from cluster.request.answer import Completed, TextDelta
 from cluster.router.wire import energy_trailers
 from cluster.telemetry import semconv
 from protos import wattline_oip_pb2 as pb

@@ -21,15 +21,15 @@ from cluster.oip.asks import InferAsk, infer_ask
 from cluster.oip.descriptions import MODEL_VERSION, model_config, model_metadata, server_metadata
 from cluster.oip.responses import Choices
 from cluster.oip.wire_name import SERVICE
-from cluster.router.answer import Completed
-from cluster.router.auth import Identity
+from cluster.request.answer import Completed
+from cluster.request.completion import TokenPrompt
+from cluster.request.errors import UnknownModel
 from cluster.router.caller import Caller
-from cluster.router.completion import TokenPrompt
-from cluster.router.errors import UnknownModel
 from cluster.router.rpc import Rpc, RpcGuard
-from cluster.router.served_model import ServedModel, find_model
 from cluster.router.streams import Streams
 from cluster.router.wire import energy_trailers
+from cluster.security.auth import Identity
+from cluster.served_model import ServedModel, find_model
 from protos import wattline_oip_pb2 as pb
 from protos import wattline_oip_pb2_grpc as pb_grpc
 from replicas.strict_messages import MalformedMessage

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from cluster.router.errors import InvalidRequest
+from cluster.request.errors import InvalidRequest
 from protos import wattline_oip_pb2 as pb
 
 MAX_INPUTS = 32

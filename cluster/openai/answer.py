@@ -17,12 +17,12 @@ from cluster.openai.choice_text import ChoiceText
 from cluster.openai.exchange import Exchange
 from cluster.openai.figures import Figures, figures_of
 from cluster.openai.shapes import Shape
-from cluster.router.answer import Completed, TextDelta
-from cluster.router.completion import Completion, TextPrompt, TokenPrompt
-from cluster.router.errors import EngineFault
-from cluster.router.served_model import ServedModel
+from cluster.request.answer import Completed, TextDelta
+from cluster.request.completion import Completion, TextPrompt, TokenPrompt
+from cluster.request.errors import EngineFault
 from cluster.router.side_by_side import side_by_side
 from cluster.router.streams import Streams
+from cluster.served_model import ServedModel
 from replicas.request import TokenLogprobs
 
 Piece: TypeAlias = tuple[int, ChoiceText]

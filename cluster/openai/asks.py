@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from cluster.foreign.sampling_body import check_best_of, generate_request, in_their_words, seed_of
 from cluster.openai.bodies import AnswerBody, ChatBody, CompletionBody, MessageBody
-from cluster.router.completion import Completion
-from cluster.router.errors import InvalidRequest
-from cluster.router.validation import RequestBounds, parse_chat, parse_generate
+from cluster.request.completion import Completion
+from cluster.request.errors import InvalidRequest
+from cluster.request.validation import RequestBounds, parse_chat, parse_generate
 from protos import wattline_inference_pb2 as pb
 from replicas.engine.request_check import MAX_PROMPT_LOGPROBS
 

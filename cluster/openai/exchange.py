@@ -16,10 +16,10 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.openai.failures import Failure, failure_of, internal_failure, plain_failure
 from cluster.openai.reply import Reply
-from cluster.router.auth import ANYBODY, Identity
+from cluster.request.errors import RouterError
 from cluster.router.caller import Caller
-from cluster.router.errors import RouterError
-from cluster.router.http_guard import IDENTITY
+from cluster.security.auth import ANYBODY, Identity
+from cluster.servers.http_guard import IDENTITY
 from cluster.telemetry import semconv
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.rpc_span import RpcSpan

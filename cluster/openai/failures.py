@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from cluster.router.errors import InvalidRequest, RouterError, UnknownModel, status_of
+from cluster.request.errors import InvalidRequest, RouterError, UnknownModel, status_of
 
 HTTP_STATUSES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,

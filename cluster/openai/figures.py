@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.router.answer import Completed, Usage, sum_usage
-from cluster.router.energy_account import RequestEnergy, add_up
+from cluster.energy.account import RequestEnergy, add_up
+from cluster.request.answer import Completed, Usage, sum_usage
 from cluster.router.wire import energy_trailers
 from cluster.telemetry import semconv
 

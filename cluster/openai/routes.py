@@ -18,9 +18,9 @@ from cluster.openai.bodies import AnswerBody, ChatBody, CompletionBody
 from cluster.openai.exchange import Exchange, ExchangeGuard
 from cluster.openai.failures import plain_failure
 from cluster.openai.shapes import ChatShape, CompletionShape, Shape
-from cluster.router.served_model import ServedModel, find_model
+from cluster.request.validation import RequestBounds
 from cluster.router.streams import Streams
-from cluster.router.validation import RequestBounds
+from cluster.served_model import ServedModel, find_model
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from functools import partial
 from time import monotonic, time
 
+from cluster.energy.account import EnergyAccount, joined, summed
 from cluster.ledger.recorder import LedgerRecorder
-from cluster.router.answer import Timing, Usage, join_timing, sum_usage
-from cluster.router.energy_account import EnergyAccount, joined, summed
+from cluster.request.answer import Timing, Usage, join_timing, sum_usage
+from cluster.request.errors import LimitReached, NoReplica, RouterError, status_of
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
-from cluster.router.errors import LimitReached, NoReplica, RouterError, status_of
-from cluster.router.journal import ClosedRequest, Journal
 from cluster.router.ledger_entries import entry_of
 from cluster.router.run import Run
-from cluster.router.served_model import ServedModel
 from cluster.router.story import story_of, story_of_unserved
 from cluster.router.story_record import StoryRecord
 from cluster.router.way_in import WayIn
+from cluster.served_model import ServedModel
+from cluster.telemetry.journal import ClosedRequest, Journal
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from replicas.request import FinishReason

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from time import monotonic
 
-from cluster.router.errors import DeadlinePassed, RouterError
+from cluster.request.errors import DeadlinePassed, RouterError
 from cluster.telemetry.rpc_span import RpcSpan
 
 

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from hashlib import blake2b
 
 from cluster.link.replica_connection import ReplicaState
-from cluster.router.answer import TextDelta
+from cluster.request.answer import TextDelta
 from cluster.router.run import Run
 from cluster.router.side_by_side import side_by_side
 

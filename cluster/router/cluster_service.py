@@ -10,17 +10,17 @@ from typing import TypeAlias
 
 import grpc
 
+from cluster.link.fleet_record import FleetEvent
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.auth import Need
-from cluster.router.errors import UnknownRequest
-from cluster.router.fleet_record import FleetEvent
-from cluster.router.journal import ClosedRequest, Journal, Spread
+from cluster.request.errors import UnknownRequest
 from cluster.router.rpc import RpcGuard
-from cluster.router.served_model import ServedModel
 from cluster.router.siblings import Siblings
 from cluster.router.story_record import StoryRecord
 from cluster.router.story_wire import story_message
+from cluster.security.auth import Need
+from cluster.served_model import ServedModel
+from cluster.telemetry.journal import ClosedRequest, Journal, Spread
 from protos import wattline_cluster_pb2 as pb
 from protos import wattline_cluster_pb2_grpc as pb_grpc
 from protos import wattline_link_pb2 as link

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.completion import Completion
-from cluster.router.errors import Overloaded, ResumeRefused
-from cluster.router.failover import ReplicaIdentity
+from cluster.request.completion import Completion
+from cluster.request.errors import Overloaded, ResumeRefused
+from cluster.request.failover import ReplicaIdentity
+from cluster.request.resume_token import ResumeSeal, digest_identity, digest_question
 from cluster.router.order import Order
-from cluster.router.resume_token import ResumeSeal, digest_identity, digest_question
 from cluster.router.route_finder import Place, RouteFinder
-from cluster.router.served_model import ServedModel
+from cluster.served_model import ServedModel
 
 FULL_RETRY_MS = 250
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from cluster.router.answer import Usage
-from cluster.router.energy_account import EnergyAccount
-from cluster.router.errors import UnknownRequest
+from cluster.energy.account import EnergyAccount
+from cluster.request.answer import Usage
+from cluster.request.errors import UnknownRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
+from cluster.admission.decision import Verdict, Wait, decide_wait
+from cluster.admission.fair_queue import FairQueue, Waiting, virtual_tokens
+from cluster.admission.pace import AHEAD_S, Forecast, Pace, takes_more
+from cluster.admission.tenant import Tenant
+from cluster.balancing.lane_view import LaneView
+from cluster.balancing.prediction import prefill_rate
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.admission.decision import Verdict, Wait, decide_wait
-from cluster.router.admission.fair_queue import FairQueue, Waiting, virtual_tokens
-from cluster.router.admission.pace import AHEAD_S, Forecast, Pace, takes_more
-from cluster.router.admission.tenant import Tenant
-from cluster.router.balancing.lane_view import LaneView
-from cluster.router.balancing.prediction import prefill_rate
-from cluster.router.errors import NoReplica, RouterError
+from cluster.request.errors import NoReplica, RouterError
 from cluster.router.refusal import Refusals
 from cluster.router.route_finder import Errand, Place, RouteFinder
-from cluster.router.served_model import ServedModel
+from cluster.served_model import ServedModel
 
 FULL_RETRY_MS = 250
 TURNED_OUT_RETRY_MS = 1000

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from cluster.energy.account import RequestEnergy
 from cluster.ledger.entries import BilledEnergy, ReplicaSums, RequestEntry
-from cluster.router.energy_account import RequestEnergy
-from cluster.router.journal import ClosedRequest
-from cluster.router.served_model import ServedModel
+from cluster.served_model import ServedModel
+from cluster.telemetry.journal import ClosedRequest
 
 
 def entry_of(closed: ClosedRequest, *, ended_s: float) -> RequestEntry:

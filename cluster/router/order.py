@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cluster.link.replica_connection import ReplicaConnection
-from cluster.router.completion import Completion
+from cluster.request.completion import Completion
+from cluster.request.validation import output_tokens_allowed
 from cluster.router.route_finder import Errand, Place
-from cluster.router.served_model import ServedModel
-from cluster.router.validation import output_tokens_allowed
+from cluster.served_model import ServedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from cluster.router.admission.decision import Decision, Verdict
-from cluster.router.errors import LimitReached, NoReplica, Overloaded, RouterError
+from cluster.admission.decision import Decision, Verdict
+from cluster.request.errors import LimitReached, NoReplica, Overloaded, RouterError
 
 JITTER = 0.5
 """Of the advised wait, at most, on top: those refused at one time do not come back at one time."""

@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary
 
 from cluster.config import FailoverSection
 from cluster.link.replica_connection import ReplicaConnection
+from cluster.request.errors import FailoverSpent, Overloaded, Quarantined, ReplicaStopped, RouterError
+from cluster.request.failover import FailoverBudget, LossReason, Quarantine, Verdict, decide
 from cluster.router.caller import Caller
-from cluster.router.errors import FailoverSpent, Overloaded, Quarantined, ReplicaStopped, RouterError
-from cluster.router.failover import FailoverBudget, LossReason, Quarantine, Verdict, decide
 from cluster.router.route_finder import Errand, Place, RouteFinder
 from cluster.router.run import Attempt, Run
 from cluster.router.suspicion import Probation, Standing, standing_of

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from cluster.balancing.balancer import choose
+from cluster.balancing.decision import Candidate, Policy, Question, Target
+from cluster.balancing.lane_view import LaneView
+from cluster.balancing.prefix_index import LaneKey
+from cluster.balancing.recording import RecordedDecision
+from cluster.balancing.session import session_owner
 from cluster.config import ModelSection
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.balancing.balancer import choose
-from cluster.router.balancing.decision import Candidate, Policy, Question, Target
-from cluster.router.balancing.lane_view import LaneView
-from cluster.router.balancing.prefix_index import LaneKey
-from cluster.router.balancing.recording import RecordedDecision
-from cluster.router.balancing.session import session_owner
-from cluster.router.failover import ReplicaIdentity
+from cluster.request.failover import ReplicaIdentity
 from replicas.engine.prefix_hash import extend_hashes
 
 SAMPLE_SIZE = 8

@@ -14,8 +14,8 @@ from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
 
-from cluster.router.auth import ANYBODY, Authenticator, Identity, Need, credential_of_call
-from cluster.router.errors import RouterError, status_of
+from cluster.request.errors import RouterError, status_of
+from cluster.security.auth import ANYBODY, Authenticator, Identity, Need, credential_of_call
 from cluster.telemetry import semconv
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.rpc_span import RpcSpan

@@ -6,15 +6,15 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cluster.balancing.recording import RecordedDecision
+from cluster.energy.account import EnergyAccount
 from cluster.link.engine_job import EngineJob
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.token_stream import TokenStream
-from cluster.router.balancing.recording import RecordedDecision
-from cluster.router.energy_account import EnergyAccount
-from cluster.router.errors import RouterError
-from cluster.router.failover import LossReason
-from cluster.router.served_model import ServedModel
+from cluster.request.errors import RouterError
+from cluster.request.failover import LossReason
 from cluster.router.way_in import WayIn
+from cluster.served_model import ServedModel
 from cluster.telemetry.inference_span import InferenceSpan
 from replicas.request import FinishReason, SequenceTiming
 

@@ -12,17 +12,17 @@ from typing import TypeAlias
 import grpc
 
 from cluster.link.replica_pool import ReplicaPool
+from cluster.request.answer import TextDelta
+from cluster.request.completion import Completion
+from cluster.request.errors import InvalidRequest, UnknownRequest
+from cluster.request.validation import parse_chat, parse_generate, parse_text, parse_token_ids, parse_turns
 from cluster.router import wire
-from cluster.router.answer import TextDelta
 from cluster.router.caller import Caller
-from cluster.router.completion import Completion
 from cluster.router.energy_record import EnergyRecord
-from cluster.router.errors import InvalidRequest, UnknownRequest
 from cluster.router.rpc import Rpc, RpcGuard
-from cluster.router.served_model import ServedModel, find_model
 from cluster.router.siblings import Siblings
 from cluster.router.streams import Streams
-from cluster.router.validation import parse_chat, parse_generate, parse_text, parse_token_ids, parse_turns
+from cluster.served_model import ServedModel, find_model
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.admission.decision import Arrival, Wait
+from cluster.balancing.recording import RecordedDecision
+from cluster.energy.account import EnergyAccount
 from cluster.link.batch_sizes import BatchSpread
-from cluster.router.admission.decision import Arrival, Wait
-from cluster.router.balancing.recording import RecordedDecision
-from cluster.router.energy_account import EnergyAccount
-from cluster.router.failover import LossReason
-from cluster.router.journal import ClosedRequest
+from cluster.request.failover import LossReason
 from cluster.router.run import Attempt, Run
 from cluster.router.way_in import WayIn
+from cluster.telemetry.journal import ClosedRequest
 from replicas.request import SequenceTiming
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from cluster.router.errors import UnknownRequest
+from cluster.request.errors import UnknownRequest
 from cluster.router.story import Story
 
 MAX_STORIES = 1024

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.router.admission.decision import Wait
-from cluster.router.balancing.recording import RecordedDecision, write_decisions
-from cluster.router.energy_account import EnergyAccount
+from cluster.admission.decision import Wait
+from cluster.balancing.recording import RecordedDecision, write_decisions
+from cluster.energy.account import EnergyAccount
 from cluster.router.story import Leg, Story
 from protos import wattline_cluster_pb2 as pb
 

@@ -20,21 +20,17 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from time import monotonic
 
+from cluster.admission.decision import Arrival, Verdict, decide_arrival
+from cluster.admission.tenant import Tenant
+from cluster.admission.tenant_account import TenantAccount
+from cluster.admission.tenants import Charge, Tenants
 from cluster.config import RouterSection
 from cluster.link.replica_connection import ReplicaState
 from cluster.link.replica_pool import ReplicaPool
 from cluster.link.token_stream import Finished
-from cluster.router.admission.decision import Arrival, Verdict, decide_arrival
-from cluster.router.admission.tenant import Tenant
-from cluster.router.admission.tenant_account import TenantAccount
-from cluster.router.answer import Completed, TextDelta
-from cluster.router.bookkeeping import Books, ClosedBooks
-from cluster.router.cache_salt import CacheSalts
-from cluster.router.caller import Caller
-from cluster.router.choices import deliver_choices
-from cluster.router.completion import ChatPrompt, Completion, Prompt, TokenPrompt
-from cluster.router.continuation import Continuations
-from cluster.router.errors import (
+from cluster.request.answer import Completed, TextDelta
+from cluster.request.completion import ChatPrompt, Completion, Prompt, TokenPrompt
+from cluster.request.errors import (
     DeadlinePassed,
     InvalidRequest,
     LimitReached,
@@ -42,16 +38,20 @@ from cluster.router.errors import (
     Overloaded,
     RouterError,
 )
+from cluster.router.bookkeeping import Books, ClosedBooks
+from cluster.router.caller import Caller
+from cluster.router.choices import deliver_choices
+from cluster.router.continuation import Continuations
 from cluster.router.gate import Gate
 from cluster.router.order import Order, Route, route_to, size_order
 from cluster.router.refusal import Refusals
 from cluster.router.resumption import Resumption
 from cluster.router.route_finder import Place
 from cluster.router.run import Attempt, Run
-from cluster.router.served_model import ServedModel
 from cluster.router.submission import Submission, new_text
-from cluster.router.tenants import Charge, Tenants
 from cluster.router.way_in import WayIn
+from cluster.security.cache_salt import CacheSalts
+from cluster.served_model import ServedModel
 from cluster.telemetry import semconv
 from replicas.request import FinishReason
 

@@ -10,13 +10,13 @@ from functools import partial
 
 from cluster.config import RouterSection
 from cluster.link.engine_job import EngineJob
+from cluster.request.completion import Completion
+from cluster.request.errors import ResumeRefused, SlowConsumer
 from cluster.router.choices import choice_seed
-from cluster.router.completion import Completion
-from cluster.router.errors import ResumeRefused, SlowConsumer
 from cluster.router.order import Route
 from cluster.router.run import Attempt, Run
-from cluster.router.served_model import ServedModel
 from cluster.router.way_in import WayIn
+from cluster.served_model import ServedModel
 from cluster.text.answer_text import AnswerText
 
 

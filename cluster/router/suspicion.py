@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Protocol
 
-from cluster.router.failover import LossReason
+from cluster.request.failover import LossReason
 
 PROOF_TOKENS = 4
 """Given by one replica they prove a request harmless so far: more than a step or two that is still under way

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.router.admission.decision import Arrival, Wait
+from cluster.admission.decision import Arrival, Wait
 from cluster.router.caller import Caller
-from cluster.router.served_model import ServedModel
+from cluster.served_model import ServedModel
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.router.answer import Completed, TextDelta, Timing, Usage
-from cluster.router.energy_account import RequestEnergy
+from cluster.energy.account import RequestEnergy
+from cluster.request.answer import Completed, TextDelta, Timing, Usage
 from cluster.telemetry import semconv
 from protos import wattline_inference_pb2 as pb
 from replicas.request import FinishReason

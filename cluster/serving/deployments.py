@@ -10,8 +10,8 @@ from ray.serve.api import RunTarget, run_many
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from ray.util import placement_group_table
 
-from cluster.app import build, has_gpus
 from cluster.config import Config, ModelSection
+from cluster.serving.application import build, has_gpus
 from cluster.serving.failure_report import is_permanent, summarise_failure
 from cluster.serving.placement import Placement, application_name, place, resolve_device
 

@@ -11,7 +11,7 @@ from collections import deque
 
 from cluster.addresses import RouterAddresses
 from cluster.config import Config, RouterSection
-from cluster.router.secret import write_secret
+from cluster.security.secret import write_secret
 from cluster.serving.router_process import RouterProcess
 from cluster.serving.run_folder import RunFolder
 

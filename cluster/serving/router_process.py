@@ -43,7 +43,7 @@ class RouterProcess:
         folder: RunFolder,
         *,
         index: int = 0,
-        module: str = "cluster.router",
+        module: str = "cluster.edge",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config

@@ -17,9 +17,9 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from cluster.router.answer import Usage
-from cluster.router.energy_account import RequestEnergy
-from cluster.router.errors import RouterError
+from cluster.energy.account import RequestEnergy
+from cluster.request.answer import Usage
+from cluster.request.errors import RouterError
 from cluster.telemetry import semconv
 from replicas.request import FinishReason, SequenceTiming
 

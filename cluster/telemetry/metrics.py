@@ -8,9 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from cluster.router.answer import Usage
-from cluster.router.energy_account import RequestEnergy
-from cluster.router.journal import ClosedRequest
+from cluster.energy.account import RequestEnergy
+from cluster.request.answer import Usage
+from cluster.telemetry.journal import ClosedRequest
 
 # Buckets of the GenAI conventions; the first-token ones go on past 10 s for cold prompts on CPU.
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, format_trace_id, set_span_in_context
 
-from cluster.router.completion import ChatPrompt, Completion, Prompt, TextPrompt, Turn
+from cluster.request.completion import ChatPrompt, Completion, Prompt, TextPrompt, Turn
 from cluster.telemetry import semconv
 from cluster.telemetry.inference_span import InferenceSpan
 

@@ -21,8 +21,8 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler, T
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from cluster.config import TelemetrySection
-from cluster.router.energy_account import EnergyAccount
-from cluster.router.idle_share import IdleShare
+from cluster.energy.account import EnergyAccount
+from cluster.energy.idle_share import IdleShare
 from cluster.telemetry import semconv
 from cluster.telemetry.inference_span import InferenceSpan
 from cluster.telemetry.rpc_span import RpcSpan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.router.completion import Turn
+from cluster.request.completion import Turn
 
 NUM_SPECIAL = 3
 """Ids 0, 1, 2: padding, beginning and end of text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from cluster.router.completion import Turn
+from cluster.request.completion import Turn
 
 
 class Tokenizer(Protocol):

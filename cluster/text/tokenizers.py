@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from cluster.config import ConfigError, ModelSection
-from cluster.router.completion import Turn
+from cluster.request.completion import Turn
 from cluster.sources import resolve_source
 from cluster.text.null_tokenizer import NullTokenizer
 from cluster.text.tokenizer import Tokenizer

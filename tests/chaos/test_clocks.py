@@ -16,16 +16,16 @@ READS_THE_WALL_CLOCK = {
     "cluster/dashboard/feed.py",
     "cluster/openai/answer.py",
     "cluster/openai/routes.py",
-    "cluster/router/auth.py",
-    "cluster/router/fleet_record.py",
+    "cluster/security/auth.py",
+    "cluster/link/fleet_record.py",
     # A jump ahead may end resume tokens early; spans carry the times of the wall.
-    "cluster/router/resume_token.py",
+    "cluster/request/resume_token.py",
     "cluster/telemetry/inference_span.py",
     # Entries of the ledger, and the day that a budget of joules is of.
     "cluster/ledger/process.py",
     "cluster/router/bookkeeping.py",
-    "cluster/router/process.py",
-    "cluster/router/parts.py",
+    "cluster/edge/process.py",
+    "cluster/edge/parts.py",
     # Epochs of replicas; of two lives on one host the later one has the greater.
     "replicas/supervisor/supervisor.py",
 }

@@ -21,9 +21,9 @@ INSTRUMENTED = [
     "cluster.link.messages",
     "cluster.oip",
     "cluster.openai",
-    "cluster.router.api_keys",
-    "cluster.router.resume_token",
-    "cluster.router.validation",
+    "cluster.security.api_keys",
+    "cluster.request.resume_token",
+    "cluster.request.validation",
     "yaml",
 ]
 

@@ -22,12 +22,12 @@ from cluster.link.messages import parse_end, parse_energy
 from cluster.oip.asks import infer_ask
 from cluster.openai.asks import Ask, chat_ask, completion_ask
 from cluster.openai.bodies import ChatBody, CompletionBody
-from cluster.router.api_keys import parse_keys
-from cluster.router.completion import Completion
-from cluster.router.errors import InvalidRequest, ResumeRefused
-from cluster.router.failover import ReplicaIdentity
-from cluster.router.resume_token import ResumeSeal
-from cluster.router.validation import RequestBounds, parse_chat, parse_generate
+from cluster.request.completion import Completion
+from cluster.request.errors import InvalidRequest, ResumeRefused
+from cluster.request.failover import ReplicaIdentity
+from cluster.request.resume_token import ResumeSeal
+from cluster.request.validation import RequestBounds, parse_chat, parse_generate
+from cluster.security.api_keys import parse_keys
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_link_pb2 as link
 from protos import wattline_oip_pb2 as oip

@@ -104,9 +104,7 @@ def test_a_killed_router_comes_back_and_no_replica_is_restarted(running: Running
     before = {
         replica.replica_id: replica for model in running.client.status().models for replica in model.replicas
     }
-    (router,) = (
-        child for child in running.process.children() if "cluster.router" in " ".join(child.cmdline())
-    )
+    (router,) = (child for child in running.process.children() if "cluster.edge" in " ".join(child.cmdline()))
     router.kill()
 
     def is_back() -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.router.completion import Turn
+from cluster.request.completion import Turn
 from cluster.text.tokenizers import CheckpointTokenizer
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.frames import Shutdown, Submit

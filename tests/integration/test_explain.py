@@ -11,8 +11,8 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
+from cluster.balancing.recording import read_decisions, replay
 from cluster.cli import app
-from cluster.router.balancing.recording import read_decisions, replay
 from protos import wattline_cluster_pb2 as cluster_pb
 from tests.fake_replica import MJ_PER_TOKEN, Fate
 from tests.router_fixture import (

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from tritonclient.grpc.aio import InferenceServerClient, InferInput
 
 from cluster.addresses import RouterAddresses
-from cluster.router.process import Router
+from cluster.edge.process import Router
 from cluster.text.null_tokenizer import NullTokenizer
 from cluster.text.tokenizer import Tokenizer
 from cluster.text.tokenizers import CheckpointTokenizer

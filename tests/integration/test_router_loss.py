@@ -69,7 +69,7 @@ async def router_child(folder: Path, name: str, model: dict[str, Any]) -> AsyncI
     path.write_text(yaml.safe_dump(config))
     with (own / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "cluster.router", "-f", str(path), stdout=log, stderr=log
+            sys.executable, "-m", "cluster.edge", "-f", str(path), stdout=log, stderr=log
         )
     try:
         while not addresses.exists():

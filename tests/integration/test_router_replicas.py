@@ -14,8 +14,8 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.addresses import PortInUse, read_addresses
+from cluster.edge.process import Router
 from cluster.link.replica_connection import STALL_S
-from cluster.router.process import Router
 from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_cluster_pb2 as pb
 from protos import wattline_link_pb2 as link
@@ -224,7 +224,7 @@ async def test_the_process_writes_its_addresses_and_ends_on_sigterm(tmp_path: Pa
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "cluster.router",
+        "cluster.edge",
         "--config",
         str(config_path),
         "--addresses",

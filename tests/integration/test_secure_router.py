@@ -18,9 +18,9 @@ import pytest
 
 from cluster.access import Access
 from cluster.client import CallError, Client
-from cluster.router import watched_files
-from cluster.router.api_keys import make_key
-from cluster.router.cache_salt import cache_salt
+from cluster.security import watched_files
+from cluster.security.api_keys import make_key
+from cluster.security.cache_salt import cache_salt
 from protos import wattline_cluster_pb2 as cluster_pb
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as inference_grpc
@@ -190,7 +190,7 @@ async def test_a_body_over_the_limit_is_not_read(keys: Keys) -> None:
 
 
 async def test_a_private_socket_asks_nobody(keys: Keys, tmp_path: Path) -> None:
-    from cluster.router.process import Router
+    from cluster.edge.process import Router
     from cluster.text.null_tokenizer import NullTokenizer
 
     config = make_config(router={"auth": {"keys_file": str(keys.path)}})

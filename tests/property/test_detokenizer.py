@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from cluster.router.completion import Turn
+from cluster.request.completion import Turn
 from cluster.text.answer_text import AnswerText
 from cluster.text.null_tokenizer import NullTokenizer
 from cluster.text.tokenizer import Tokenizer

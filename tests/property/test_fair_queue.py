@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.router.admission.fair_queue import FairQueue, Waiting, virtual_tokens
-from cluster.router.admission.tenant import Tenant
+from cluster.admission.fair_queue import FairQueue, Waiting, virtual_tokens
+from cluster.admission.tenant import Tenant
 
 
 def make_waiting(tenant: Tenant, item: int = 0, *, priority: int = 0, tokens: int = 10) -> Waiting[int]:

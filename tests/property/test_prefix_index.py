@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.router.balancing.prefix_index import LaneKey, PrefixIndex
+from cluster.balancing.prefix_index import LaneKey, PrefixIndex
 from replicas.engine.prefix_hash import extend_hashes
 
 OWNERS: list[LaneKey] = [("a", 0), ("a", 1), ("b", 0)]

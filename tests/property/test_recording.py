@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.router.balancing.balancer import choose
-from cluster.router.balancing.decision import Candidate, Policy, Question, Target
-from cluster.router.balancing.lane_view import LaneView
-from cluster.router.balancing.recording import (
+from cluster.balancing.balancer import choose
+from cluster.balancing.decision import Candidate, Policy, Question, Target
+from cluster.balancing.lane_view import LaneView
+from cluster.balancing.recording import (
     BadRecording,
     RecordedDecision,
     read_decisions,

@@ -12,7 +12,7 @@ from bench.simulation.sim_replica import ReplicaShape
 from bench.simulation.virtual_time import run_virtual
 from bench.simulation.world import Told, World
 from cluster.config import parse_config
-from cluster.router.completion import Completion, TokenPrompt
+from cluster.request.completion import Completion, TokenPrompt
 from replicas.config import EngineLimits, NullEngineConfig
 from replicas.request import SamplingParams
 

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from cluster.router.admission.decision import (
+from cluster.admission.decision import (
     ADMITTED,
     MAX_RETRY_MS,
     MIN_RETRY_MS,
@@ -18,12 +18,12 @@ from cluster.router.admission.decision import (
     decide_arrival,
     decide_wait,
 )
-from cluster.router.admission.energy_lease import DAY_S, Grant, LocalLeases, Wallet
-from cluster.router.admission.pace import MAX_SPREAD, MIN_SPREAD, Forecast, Pace, takes_more
-from cluster.router.admission.share import Shares
-from cluster.router.admission.tenant import LimitHit, Tenant
-from cluster.router.admission.tenant_account import TenantAccount
-from cluster.router.admission.token_bucket import TokenBucket
+from cluster.admission.energy_lease import DAY_S, Grant, LocalLeases, Wallet
+from cluster.admission.pace import MAX_SPREAD, MIN_SPREAD, Forecast, Pace, takes_more
+from cluster.admission.share import Shares
+from cluster.admission.tenant import LimitHit, Tenant
+from cluster.admission.tenant_account import TenantAccount
+from cluster.admission.token_bucket import TokenBucket
 from cluster.router.refusal import Refusals
 from tests.lanes import make_lane
 

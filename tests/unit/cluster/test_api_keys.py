@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.config import ConfigError
-from cluster.router.api_keys import ApiKey, KeyRing, find_tenant, make_key, parse_keys, read_keys
+from cluster.security.api_keys import ApiKey, KeyRing, find_tenant, make_key, parse_keys, read_keys
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 LINE = "acme: 0123456789ab sha256:" + "0" * 64

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.router.balancing.balancer import choose
-from cluster.router.balancing.decision import Candidate, Choice, Policy, Question, Reason, Target
-from cluster.router.balancing.lane_view import LaneView
-from cluster.router.balancing.output_estimate import OutputEstimate
-from cluster.router.balancing.prediction import added_joules, predicted_ttft_s
-from cluster.router.balancing.session import session_owner
-from cluster.router.balancing.step_fit import StepFit
+from cluster.balancing.balancer import choose
+from cluster.balancing.decision import Candidate, Choice, Policy, Question, Reason, Target
+from cluster.balancing.lane_view import LaneView
+from cluster.balancing.output_estimate import OutputEstimate
+from cluster.balancing.prediction import added_joules, predicted_ttft_s
+from cluster.balancing.session import session_owner
+from cluster.balancing.step_fit import StepFit
 from tests.lanes import make_lane
 
 TARGET = Target(ttft_s=1.0, tpot_s=0.1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cluster.energy.account import EnergyAccount, RequestEnergy, summed
 from cluster.router.choices import choice_seed
-from cluster.router.energy_account import EnergyAccount, RequestEnergy, summed
 
 
 def make_energy(*, mj: int, is_final: bool) -> RequestEnergy:

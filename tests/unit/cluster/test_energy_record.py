@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.router.answer import Usage
-from cluster.router.energy_account import EnergyAccount, RequestEnergy
+from cluster.energy.account import EnergyAccount, RequestEnergy
+from cluster.energy.rates import LAST_REQUESTS, EnergyRate, TokenRate
+from cluster.request.answer import Usage
+from cluster.request.errors import UnknownRequest
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
-from cluster.router.errors import UnknownRequest
-from cluster.router.rates import LAST_REQUESTS, EnergyRate, TokenRate
 from cluster.router.wire import energy_message, energy_trailers
 from protos import wattline_inference_pb2 as pb
 

@@ -6,8 +6,8 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from cluster.router import errors
-from cluster.router.errors import STATUS_CODES, RouterError, engine_error, status_of
+from cluster.request import errors
+from cluster.request.errors import STATUS_CODES, RouterError, engine_error, status_of
 
 
 def make_errors() -> list[RouterError]:

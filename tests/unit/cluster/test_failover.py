@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.router.energy_account import EnergyAccount, RequestEnergy, add_up, joined
-from cluster.router.failover import FailoverBudget, Quarantine, Verdict, decide
+from cluster.energy.account import EnergyAccount, RequestEnergy, add_up, joined
+from cluster.request.failover import FailoverBudget, Quarantine, Verdict, decide
 
 LOST = RequestEnergy(
     prefill_mj=1000,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.router.fleet_record import LAST_EVENTS, MAX_REASON_CHARS, FleetRecord, Stand, Standing
+from cluster.link.fleet_record import LAST_EVENTS, MAX_REASON_CHARS, FleetRecord, Stand, Standing
 
 
 def make_record() -> FleetRecord:

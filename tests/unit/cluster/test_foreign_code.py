@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.router.completion import Turn
+from cluster.request.completion import Turn
 from cluster.text.tokenizers import CheckpointTokenizer
 from replicas.errors import BadCheckpoint
 from replicas.models.checkpoint import Checkpoint

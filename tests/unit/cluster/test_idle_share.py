@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.router.idle_share import IdleShare
+from cluster.energy.idle_share import IdleShare
 
 
 def test_a_request_answers_for_idle_energy_as_for_the_energy_of_requests() -> None:

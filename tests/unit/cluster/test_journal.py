@@ -6,9 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.router.answer import Timing, Usage
-from cluster.router.energy_account import EnergyAccount
-from cluster.router.journal import LAST_REQUESTS, WINDOW_S, ClosedRequest, Journal, Objective, Spread, spread
+from cluster.energy.account import EnergyAccount
+from cluster.request.answer import Timing, Usage
+from cluster.telemetry.journal import (
+    LAST_REQUESTS,
+    WINDOW_S,
+    ClosedRequest,
+    Journal,
+    Objective,
+    Spread,
+    spread,
+)
 
 USAGE = Usage(prompt_tokens=6, cached_tokens=0, completion_tokens=4, wasted_tokens=0)
 

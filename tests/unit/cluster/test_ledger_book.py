@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.router.ledger_book import RATE_AGE_S, LedgerBook, LedgerSums, ReplicaLedger, TenantSums, total
+from cluster.energy.ledger_book import RATE_AGE_S, LedgerBook, LedgerSums, ReplicaLedger, TenantSums, total
 
 NS = 1_000_000_000
 

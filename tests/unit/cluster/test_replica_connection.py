@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 
+from cluster.link.detokenize_worker import DetokenizeWorker, StreamTokens, deliver, detokenize
 from cluster.link.engine_job import EngineJob
 from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.token_stream import TokenStream
-from cluster.router.errors import EngineFault
+from cluster.request.errors import EngineFault
 from cluster.text.answer_text import AnswerText
-from cluster.text.detokenize_worker import DetokenizeWorker, StreamTokens, deliver, detokenize
 from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_link_pb2 as link
 from replicas.request import SamplingParams

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.router.completion import ChatPrompt, Completion, Operation, TextPrompt, TokenPrompt, Turn
-from cluster.router.errors import InvalidRequest
-from cluster.router.validation import RequestBounds, output_tokens_allowed, parse_chat, parse_generate
+from cluster.request.completion import ChatPrompt, Completion, Operation, TextPrompt, TokenPrompt, Turn
+from cluster.request.errors import InvalidRequest
+from cluster.request.validation import RequestBounds, output_tokens_allowed, parse_chat, parse_generate
 from protos import wattline_inference_pb2 as pb
 from replicas.request import SamplingParams
 

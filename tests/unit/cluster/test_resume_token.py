@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.router.completion import Completion, Resume, TextPrompt
-from cluster.router.errors import ResumeRefused
-from cluster.router.failover import ReplicaIdentity
-from cluster.router.resume_token import (
+from cluster.request.completion import Completion, Resume, TextPrompt
+from cluster.request.errors import ResumeRefused
+from cluster.request.failover import ReplicaIdentity
+from cluster.request.resume_token import (
     LIFE_S,
     TOKEN_BYTES,
     ResumeSeal,

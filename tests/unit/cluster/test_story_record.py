@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.balancing.balancer import choose
+from cluster.balancing.decision import Candidate, Policy, Question, Target
+from cluster.balancing.recording import RecordedDecision
+from cluster.energy.account import EnergyAccount
 from cluster.link.batch_sizes import BatchSizes, BatchSpread
-from cluster.router.balancing.balancer import choose
-from cluster.router.balancing.decision import Candidate, Policy, Question, Target
-from cluster.router.balancing.recording import RecordedDecision
-from cluster.router.energy_account import EnergyAccount
-from cluster.router.errors import UnknownRequest
+from cluster.request.errors import UnknownRequest
 from cluster.router.story import Leg, Story
 from cluster.router.story_record import StoryRecord
 from tests.lanes import make_lane

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from cluster.router.failover import LossReason
+from cluster.request.failover import LossReason
 from cluster.router.suspicion import PROOF_TOKENS, Probation, Standing, standing_of
 
 KILLED, FAILED, FROZEN = LossReason.KILLED, LossReason.FAILED, LossReason.FROZEN

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.command_error import CommandError
 from cluster.config import ConfigError, ModelSection
-from cluster.router.completion import Turn
+from cluster.request.completion import Turn
 from cluster.text.null_tokenizer import NullTokenizer
 from cluster.text.tokenizers import CheckpointTokenizer, load_tokenizer
 from replicas.supervisor.tokenizer_digest import tokenizer_digest

@@ -1,0 +1,1 @@
+"""The router process put together: every protocol on one event loop."""

@@ -1,0 +1,1 @@
+"""Joules as the router counts them: per request, per replica, per second."""
