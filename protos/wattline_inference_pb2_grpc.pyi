@@ -3,7 +3,7 @@
 isort:skip_file
 The client contract of Wattline: text or tokens in, tokens and joules out.
 
-Status codes (one table, `cluster/router/errors.py`):
+Status codes (one table, `cluster/request/errors.py`):
   INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names field, value, limit and fix
   UNAUTHENTICATED     no key or certificate says who calls, where that is asked
   PERMISSION_DENIED   the tenant may not use this model, or not see and steer the whole
