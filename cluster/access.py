@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,28 @@ import grpc
 from cluster.command_error import CommandError
 
 MESSAGE_BYTES = 16 * 2**20
+ASK_AGAIN = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{}],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.05s",
+                    "maxBackoff": "0.5s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["CANCELLED"],
+                },
+            }
+        ]
+    }
+)
+"""gRPC's service config of a client that outlives restarts of routers.
+
+A call that reaches a server in the moment in which it says goodbye ends with CANCELLED before it began (gRPC
+core turns it away without asking the router). gRPC repeats only calls that have had no answer yet, so nothing
+is done twice; what the caller itself cancels is not repeated.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +57,7 @@ def open_channel(address: str, access: Access) -> grpc.Channel:
     options: list[tuple[str, str | int]] = [
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.enable_http_proxy", 0),
+        ("grpc.service_config", ASK_AGAIN),
         # A router that is started again is found soon.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),

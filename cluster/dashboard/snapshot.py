@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
+from cluster.energy.ledger_book import LedgerSums
 from cluster.link.fleet_record import FleetEvent, FleetRecord
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
@@ -72,7 +73,7 @@ def view_model(
             "source": source or None,
             "confidence_factor": model.ledger.confidence_factor(source),
             "ledger": [
-                {"source": name, **asdict(sums), "is_conserved": sums.is_conserved}
+                {"source": name, **_without_tenants(sums), "is_conserved": sums.is_conserved}
                 for name, sums in model.ledger.sums.items()
             ],
         },
@@ -184,3 +185,8 @@ def energy_source(model: ServedModel, replicas: list[ReplicaConnection]) -> str:
     return model.energy_source or next(
         (replica.hello.energy_source for replica in replicas if replica.hello.energy_source), ""
     )
+
+
+def _without_tenants(sums: LedgerSums) -> dict[str, Any]:
+    """Who took the joules is in /metrics; a page that is sent every second has no place for them."""
+    return {name: value for name, value in asdict(sums).items() if name != "tenants"}

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import grpc
 import pytest
 
+from cluster.access import ASK_AGAIN
 from cluster.client import Ask, Client
 from cluster.config import parse_config
 from cluster.serving.router_group import RouterGroup
@@ -123,7 +124,7 @@ async def keep_asking(address: str, is_enough: asyncio.Event) -> int:
     expected = list(null_continuation(PROMPT, NUM_TOKENS, NULL))
     count = 0
     while not is_enough.is_set():
-        options = [("grpc.use_local_subchannel_pool", 1)]
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.service_config", ASK_AGAIN)]
         async with grpc.aio.insecure_channel(address, options=options) as channel:
             stub = inference_grpc.InferenceStub(channel)
             for _ in range(3):
