@@ -320,4 +320,6 @@ def to_energy(energy: pb.Energy) -> replies.Energy:
         window_ms=energy.window_ms,
         confidence_factor=energy.confidence_factor,
         is_final=energy.state == pb.ENERGY_STATE_FINAL,
+        host_j=energy.host_j if energy.HasField("host_j") else None,
+        host_source=energy.host_source,
     )

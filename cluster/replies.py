@@ -27,7 +27,10 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
-    """One request's share of the metered energy of the devices that served it."""
+    """One request's share of the metered energy of the devices that served it.
+
+    `host_j` is beside the total: its share of the hosts around them, by a meter of `host_source`.
+    """
 
     total_j: float | None
     prefill_j: float | None
@@ -40,6 +43,8 @@ class Energy:
     window_ms: float
     confidence_factor: float
     is_final: bool
+    host_j: float | None = None
+    host_source: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,6 +96,7 @@ class EnergyReading(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FACTOR_FIELD_NUMBER: _builtins.int
     GAP_FIELD_NUMBER: _builtins.int
+    HOST_MJ_FIELD_NUMBER: _builtins.int
     t_ns: _builtins.int
     """Monotonic clock of the host."""
     energy_mj: _builtins.int
@@ -106,6 +107,8 @@ class EnergyReading(_message.Message):
     confidence_factor: _builtins.float
     gap: _builtins.bool
     """Energy across this interval is unknown: a meter was lost or reset."""
+    host_mj: _builtins.int
+    """This group's part of what the host drew beside its devices, where a meter of the host is read. May begin anew."""
     def __init__(
         self,
         *,
@@ -115,13 +118,19 @@ class EnergyReading(_message.Message):
         source: _builtins.str = ...,
         confidence_factor: _builtins.float = ...,
         gap: _builtins.bool = ...,
+        host_mj: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_static_mj", b"_static_mj", "static_mj", b"static_mj"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_host_mj", b"_host_mj", "_static_mj", b"_static_mj", "host_mj", b"host_mj", "static_mj", b"static_mj"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_static_mj", b"_static_mj", "confidence_factor", b"confidence_factor", "energy_mj", b"energy_mj", "gap", b"gap", "source", b"source", "static_mj", b"static_mj", "t_ns", b"t_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_host_mj", b"_host_mj", "_static_mj", b"_static_mj", "confidence_factor", b"confidence_factor", "energy_mj", b"energy_mj", "gap", b"gap", "host_mj", b"host_mj", "source", b"source", "static_mj", b"static_mj", "t_ns", b"t_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__host_mj: _TypeAlias = _typing.Literal["host_mj"]  # noqa: Y015
+    _WhichOneofArgType__host_mj: _TypeAlias = _typing.Literal["_host_mj", b"_host_mj"]  # noqa: Y015
     _WhichOneofReturnType__static_mj: _TypeAlias = _typing.Literal["static_mj"]  # noqa: Y015
     _WhichOneofArgType__static_mj: _TypeAlias = _typing.Literal["_static_mj", b"_static_mj"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__host_mj) -> _WhichOneofReturnType__host_mj | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__static_mj) -> _WhichOneofReturnType__static_mj | None: ...
 
 Global___EnergyReading: _TypeAlias = EnergyReading  # noqa: Y015

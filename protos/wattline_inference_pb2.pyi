@@ -674,6 +674,8 @@ class Energy(_message.Message):
     CONFIDENCE_FACTOR_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     WASTED_J_FIELD_NUMBER: _builtins.int
+    HOST_J_FIELD_NUMBER: _builtins.int
+    HOST_SOURCE_FIELD_NUMBER: _builtins.int
     total_j: _builtins.float
     prefill_j: _builtins.float
     decode_j: _builtins.float
@@ -692,6 +694,12 @@ class Energy(_message.Message):
     state: Global___EnergyState.ValueType
     wasted_j: _builtins.float
     """Part of the total that bought no token of the answer: over-run, recomputation, prefill after a failover."""
+    host_j: _builtins.float
+    """Beside the total, never in it: the CPUs and memory of the hosts, while they served this request. Set on final
+    figures alone, where a meter of the host is read beside the devices' own.
+    """
+    host_source: _builtins.str
+    """Of host_j: `shared`, since a host's meter counts all that runs there."""
     def __init__(
         self,
         *,
@@ -707,13 +715,17 @@ class Energy(_message.Message):
         confidence_factor: _builtins.float = ...,
         state: Global___EnergyState.ValueType = ...,
         wasted_j: _builtins.float | None = ...,
+        host_j: _builtins.float | None = ...,
+        host_source: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_j", b"_decode_j", "_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "_prefill_j", b"_prefill_j", "_static_j", b"_static_j", "_total_j", b"_total_j", "_wasted_j", b"_wasted_j", "decode_j", b"decode_j", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "prefill_j", b"prefill_j", "static_j", b"static_j", "total_j", b"total_j", "wasted_j", b"wasted_j"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_j", b"_decode_j", "_host_j", b"_host_j", "_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "_prefill_j", b"_prefill_j", "_static_j", b"_static_j", "_total_j", b"_total_j", "_wasted_j", b"_wasted_j", "decode_j", b"decode_j", "host_j", b"host_j", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "prefill_j", b"prefill_j", "static_j", b"static_j", "total_j", b"total_j", "wasted_j", b"wasted_j"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_j", b"_decode_j", "_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "_prefill_j", b"_prefill_j", "_static_j", b"_static_j", "_total_j", b"_total_j", "_wasted_j", b"_wasted_j", "confidence_factor", b"confidence_factor", "decode_j", b"decode_j", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "method", b"method", "prefill_j", b"prefill_j", "source", b"source", "state", b"state", "static_j", b"static_j", "total_j", b"total_j", "wasted_j", b"wasted_j", "window_ms", b"window_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_j", b"_decode_j", "_host_j", b"_host_j", "_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "_prefill_j", b"_prefill_j", "_static_j", b"_static_j", "_total_j", b"_total_j", "_wasted_j", b"_wasted_j", "confidence_factor", b"confidence_factor", "decode_j", b"decode_j", "host_j", b"host_j", "host_source", b"host_source", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "method", b"method", "prefill_j", b"prefill_j", "source", b"source", "state", b"state", "static_j", b"static_j", "total_j", b"total_j", "wasted_j", b"wasted_j", "window_ms", b"window_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decode_j: _TypeAlias = _typing.Literal["decode_j"]  # noqa: Y015
     _WhichOneofArgType__decode_j: _TypeAlias = _typing.Literal["_decode_j", b"_decode_j"]  # noqa: Y015
+    _WhichOneofReturnType__host_j: _TypeAlias = _typing.Literal["host_j"]  # noqa: Y015
+    _WhichOneofArgType__host_j: _TypeAlias = _typing.Literal["_host_j", b"_host_j"]  # noqa: Y015
     _WhichOneofReturnType__joules_per_output_token: _TypeAlias = _typing.Literal["joules_per_output_token"]  # noqa: Y015
     _WhichOneofArgType__joules_per_output_token: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token"]  # noqa: Y015
     _WhichOneofReturnType__joules_per_total_token: _TypeAlias = _typing.Literal["joules_per_total_token"]  # noqa: Y015
@@ -728,6 +740,8 @@ class Energy(_message.Message):
     _WhichOneofArgType__wasted_j: _TypeAlias = _typing.Literal["_wasted_j", b"_wasted_j"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__decode_j) -> _WhichOneofReturnType__decode_j | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__host_j) -> _WhichOneofReturnType__host_j | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__joules_per_output_token) -> _WhichOneofReturnType__joules_per_output_token | None: ...
     @_typing.overload

@@ -943,6 +943,8 @@ class LedgerTotals(_message.Message):
     STATIC_MJ_FIELD_NUMBER: _builtins.int
     WASTED_MJ_FIELD_NUMBER: _builtins.int
     TENANTS_FIELD_NUMBER: _builtins.int
+    HOST_METER_MJ_FIELD_NUMBER: _builtins.int
+    HOST_REQUESTS_MJ_FIELD_NUMBER: _builtins.int
     until_ns: _builtins.int
     """Monotonic time of the replica's host up to which the meter is divided."""
     source: _builtins.str
@@ -955,6 +957,9 @@ class LedgerTotals(_message.Message):
     static_mj: _builtins.int
     """Parts of prefill + decode: drawn whatever the work, and spent on no delivered token."""
     wasted_mj: _builtins.int
+    host_meter_mj: _builtins.int
+    """Beside the meter, never in it: what the host drew, and the part of it that is the requests'. 0: unknown."""
+    host_requests_mj: _builtins.int
     @_builtins.property
     def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantEnergy]:
         """Of prefill and decode, whose requests it was; adds up to them. At most 32 names and `other`."""
@@ -973,10 +978,12 @@ class LedgerTotals(_message.Message):
         static_mj: _builtins.int = ...,
         wasted_mj: _builtins.int = ...,
         tenants: _abc.Iterable[Global___TenantEnergy] | None = ...,
+        host_meter_mj: _builtins.int = ...,
+        host_requests_mj: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_factor", b"confidence_factor", "decode_mj", b"decode_mj", "idle_mj", b"idle_mj", "meter_mj", b"meter_mj", "prefill_mj", b"prefill_mj", "source", b"source", "static_mj", b"static_mj", "tenants", b"tenants", "unattributed_mj", b"unattributed_mj", "until_ns", b"until_ns", "wasted_mj", b"wasted_mj"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_factor", b"confidence_factor", "decode_mj", b"decode_mj", "host_meter_mj", b"host_meter_mj", "host_requests_mj", b"host_requests_mj", "idle_mj", b"idle_mj", "meter_mj", b"meter_mj", "prefill_mj", b"prefill_mj", "source", b"source", "static_mj", b"static_mj", "tenants", b"tenants", "unattributed_mj", b"unattributed_mj", "until_ns", b"until_ns", "wasted_mj", b"wasted_mj"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1042,6 +1049,7 @@ class RequestEnergy(_message.Message):
     WINDOW_MS_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FACTOR_FIELD_NUMBER: _builtins.int
     FINAL_FIELD_NUMBER: _builtins.int
+    HOST_MJ_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     attempt: _builtins.int
     prefill_mj: _builtins.int
@@ -1055,6 +1063,8 @@ class RequestEnergy(_message.Message):
     window_ms: _builtins.float
     confidence_factor: _builtins.float
     final: _builtins.bool
+    host_mj: _builtins.int
+    """Beside the bill, never in it; unset: unknown."""
     def __init__(
         self,
         *,
@@ -1069,12 +1079,15 @@ class RequestEnergy(_message.Message):
         window_ms: _builtins.float = ...,
         confidence_factor: _builtins.float = ...,
         final: _builtins.bool = ...,
+        host_mj: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_host_mj", b"_host_mj", "host_mj", b"host_mj"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "confidence_factor", b"confidence_factor", "decode_mj", b"decode_mj", "final", b"final", "method", b"method", "prefill_mj", b"prefill_mj", "request_id", b"request_id", "source", b"source", "static_mj", b"static_mj", "wasted_mj", b"wasted_mj", "window_ms", b"window_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_host_mj", b"_host_mj", "attempt", b"attempt", "confidence_factor", b"confidence_factor", "decode_mj", b"decode_mj", "final", b"final", "host_mj", b"host_mj", "method", b"method", "prefill_mj", b"prefill_mj", "request_id", b"request_id", "source", b"source", "static_mj", b"static_mj", "wasted_mj", b"wasted_mj", "window_ms", b"window_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__host_mj: _TypeAlias = _typing.Literal["host_mj"]  # noqa: Y015
+    _WhichOneofArgType__host_mj: _TypeAlias = _typing.Literal["_host_mj", b"_host_mj"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__host_mj) -> _WhichOneofReturnType__host_mj | None: ...
 
 Global___RequestEnergy: _TypeAlias = RequestEnergy  # noqa: Y015
 

@@ -16,6 +16,7 @@ QUANTIZATIONS = ("none", "int8")
 """`int8`: all matrices but embedding and router in bytes, with a factor per row (`layers/quantize.py`)."""
 HOST_KV_BYTES = 256 * 2**20
 METERS = ("auto", "nvml", "rapl", "zeus", "cpu-model", "fake")
+HOST_METERS = ("auto", "off", "rapl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

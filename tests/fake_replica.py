@@ -102,6 +102,8 @@ class FakeReplica:
     commands: list[link.ToReplica] = field(default_factory=list)
     running: asyncio.Event = field(default_factory=asyncio.Event)
     """Steps happen only while it is set."""
+    host_mj: int | None = None
+    """Of each bill, beside it; None: no meter of the host."""
     _awake: asyncio.Event = field(default_factory=asyncio.Event)
     _ending: asyncio.Task[None] | None = None
     _sequences: dict[int, Sequence] = field(default_factory=dict)
@@ -310,7 +312,8 @@ class FakeReplica:
         if self.energy is EnergyMode.UNKNOWN:
             entries = [_unknown_energy(sequence) for sequence in ended]
         else:
-            entries = [_energy(sequence, is_final=self.energy is EnergyMode.AT_ONCE) for sequence in ended]
+            is_final = self.energy is EnergyMode.AT_ONCE
+            entries = [_energy(sequence, is_final=is_final, host_mj=self.host_mj) for sequence in ended]
         if self.energy is EnergyMode.LATE:
             self._unbilled += entries
         await self.send(link.FromReplica(energy=link.EnergyReport(requests=entries)))
@@ -415,7 +418,7 @@ def _unknown_energy(sequence: Sequence) -> link.RequestEnergy:
     return link.RequestEnergy(request_id=submit.request_id, attempt=submit.attempt, final=True)
 
 
-def _energy(sequence: Sequence, *, is_final: bool) -> link.RequestEnergy:
+def _energy(sequence: Sequence, *, is_final: bool, host_mj: int | None) -> link.RequestEnergy:
     return link.RequestEnergy(
         request_id=sequence.submit.request_id,
         attempt=sequence.submit.attempt,
@@ -427,6 +430,7 @@ def _energy(sequence: Sequence, *, is_final: bool) -> link.RequestEnergy:
         window_ms=30.0,
         confidence_factor=1.0,
         final=is_final,
+        host_mj=host_mj,
     )
 
 

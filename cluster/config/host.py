@@ -43,6 +43,10 @@ class TelemetrySection(Section):
 
 class EnergySection(Section):
     meter: Literal["auto", "nvml", "rapl", "zeus", "cpu-model", "fake"] = "auto"
+    host_meter: Literal["auto", "off", "rapl"] = Field(
+        "auto",
+        description="CPUs and memory beside the GPUs, apart from their joules; auto: RAPL where readable",
+    )
     poll_ms: float = Field(
         50.0, ge=5.0, le=1000.0, description="between two reads of a meter; 20 to 50 suit a GPU's counter"
     )

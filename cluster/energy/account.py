@@ -10,10 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+HOST_SOURCE = "shared"
+"""Of the joules of a host: its meter counts all that runs there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestEnergy:
-    """One request's share of the metered energy; `static_mj` and `wasted_mj` are parts of the total."""
+    """One request's share of the metered energy; `static_mj` and `wasted_mj` are parts of the total.
+
+    `host_mj` is beside the total: its share of the hosts around the devices; None: unknown.
+    """
 
     prefill_mj: int
     decode_mj: int
@@ -24,6 +30,7 @@ class RequestEnergy:
     window_ms: float
     confidence_factor: float
     is_final: bool
+    host_mj: int | None = None
 
     @property
     def total_mj(self) -> int:
@@ -136,6 +143,7 @@ def add_up(attempts: Sequence[RequestEnergy | None], *, repeated: Sequence[bool]
     known = [energy for energy in attempts if energy is not None]
     if not known:
         return None
+    hosts_mj = [energy.host_mj for energy in known if energy.host_mj is not None]
     weakest = max(known, key=lambda energy: energy.confidence_factor)
     repeated_mj = sum(
         max(0, energy.prefill_mj - energy.wasted_mj)
@@ -152,4 +160,5 @@ def add_up(attempts: Sequence[RequestEnergy | None], *, repeated: Sequence[bool]
         window_ms=max(energy.window_ms for energy in known),
         confidence_factor=weakest.confidence_factor,
         is_final=len(known) == len(attempts) and all(energy.is_final for energy in known),
+        host_mj=sum(hosts_mj) if len(hosts_mj) == len(attempts) else None,
     )

@@ -34,6 +34,7 @@ class TenantSums:
 class LedgerSums:
     """Millijoules; `static_mj` and `wasted_mj` are parts of `prefill_mj + decode_mj`.
 
+    `host_meter_mj` is what the hosts drew beside it, `host_requests_mj` the requests' part; 0 if unknown.
     `tenants` adds up to prefill and decode, too, where the replica said whose they are.
     """
 
@@ -44,6 +45,8 @@ class LedgerSums:
     unattributed_mj: int = 0
     static_mj: int = 0
     wasted_mj: int = 0
+    host_meter_mj: int = 0
+    host_requests_mj: int = 0
     tenants: Mapping[str, TenantSums] = field(default_factory=dict)
 
     @property

@@ -65,6 +65,7 @@ def parse_energy(entry: link.RequestEnergy) -> RequestEnergy | None:
         window_ms=entry.window_ms,
         confidence_factor=entry.confidence_factor,
         is_final=entry.final,
+        host_mj=entry.host_mj if entry.HasField("host_mj") else None,
     )
 
 
@@ -85,6 +86,8 @@ def parse_ledger(message: link.FromReplica, *, replica_id: str) -> ReplicaLedger
                 unattributed_mj=entry.unattributed_mj,
                 static_mj=entry.static_mj,
                 wasted_mj=entry.wasted_mj,
+                host_meter_mj=entry.host_meter_mj,
+                host_requests_mj=entry.host_requests_mj,
                 tenants={
                     each.tenant: TenantSums(prefill_mj=each.prefill_mj, decode_mj=each.decode_mj)
                     for each in entry.tenants

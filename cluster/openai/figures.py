@@ -52,6 +52,7 @@ class Figures:
             "method": energy.method,
             "confidence_factor": energy.confidence_factor,
             "state": state,
+            "host_joules": None if energy.host_mj is None else energy.host_mj / 1e3,
         }
 
     def headers(self) -> dict[str, str]:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sized
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from cluster.energy.ledger_book import LedgerSums
+from cluster.energy.account import HOST_SOURCE
+from cluster.energy.ledger_book import LedgerSums, total
 from cluster.ledger.recorder import LedgerRecorder
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
@@ -128,6 +129,11 @@ def _energy_counters(models: Mapping[str, ServedModel]) -> Iterable[Metric]:
         "The part of the requests' energy that is drawn whatever the work.",
         labels=("source", "model"),
     )
+    host = CounterMetricFamily(
+        "wattline_host_energy_joules",
+        "What the hosts drew beside the meters, as the requests' part and the rest; in no other series.",
+        labels=("ledger", "source", "model"),
+    )
     for name, model in models.items():
         for source, sums in model.ledger.sums.items():
             for labels, tenant, value_mj in _divided(sums):
@@ -135,7 +141,15 @@ def _energy_counters(models: Mapping[str, ServedModel]) -> Iterable[Metric]:
             meter.add_metric((source, name), sums.meter_mj / 1e3)
             wasted.add_metric((source, name), sums.wasted_mj / 1e3)
             static.add_metric((source, name), sums.static_mj / 1e3)
-    return joules, meter, wasted, static
+        _add_host(host, name, total(model.ledger.sums.values()))
+    return joules, meter, wasted, static, host
+
+
+def _add_host(host: CounterMetricFamily, model: str, sums: LedgerSums) -> None:
+    """Nothing where no host is metered. Whatever the devices' source, a host's is one."""
+    if sums.host_meter_mj:
+        host.add_metric(("request", HOST_SOURCE, model), sums.host_requests_mj / 1e3)
+        host.add_metric(("rest", HOST_SOURCE, model), (sums.host_meter_mj - sums.host_requests_mj) / 1e3)
 
 
 def _divided(sums: LedgerSums) -> Iterable[tuple[tuple[str, str, str], str, int]]:

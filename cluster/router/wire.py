@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.energy.account import RequestEnergy
+from cluster.energy.account import HOST_SOURCE, RequestEnergy
 from cluster.request.answer import Completed, TextDelta, Timing, Usage
 from cluster.telemetry import semconv
 from protos import wattline_inference_pb2 as pb
@@ -73,6 +73,8 @@ def energy_message(energy: RequestEnergy | None, usage: Usage, *, is_settled: bo
         window_ms=energy.window_ms,
         confidence_factor=energy.confidence_factor,
         state=state,
+        host_j=None if energy.host_mj is None else energy.host_mj / 1e3,
+        host_source="" if energy.host_mj is None else HOST_SOURCE,
     )
 
 

@@ -37,6 +37,7 @@ class EnergyAgentHost:
             poll_s=energy.poll_ms / 1e3,
             cpu_static_w=energy.cpu_static_w,
             cpu_core_w=energy.cpu_core_w,
+            host_meter=energy.host_meter,
         )
         self._agent.serve_metrics(access, port=metrics_port)
         await self._agent.start(address)

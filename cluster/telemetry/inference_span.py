@@ -17,7 +17,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from cluster.energy.account import RequestEnergy
+from cluster.energy.account import HOST_SOURCE, RequestEnergy
 from cluster.request.answer import Usage
 from cluster.request.errors import RouterError
 from cluster.telemetry import semconv
@@ -105,7 +105,7 @@ class InferenceSpan:
     def export(self, energy: RequestEnergy | None, *, idle_share_mj: float | None, pue: float) -> None:
         """End it at the time it finished, with the joules that are known by now.
 
-        Its share of the idle energy and the building's PUE stand beside its bill and are not in it.
+        Its shares of the idle energy and of the host, and the building's PUE, stand beside its bill.
         """
         self._span.set_attribute(semconv.ENERGY_FINAL, energy is not None and energy.is_final)
         if energy is not None:
@@ -123,6 +123,9 @@ class InferenceSpan:
                 }
             )
             self._span.set_attribute(semconv.ENERGY_PUE, pue)
+            if energy.host_mj is not None:
+                self._span.set_attribute(semconv.ENERGY_HOST_J, energy.host_mj / 1e3)
+                self._span.set_attribute(semconv.ENERGY_HOST_SOURCE, HOST_SOURCE)
             if idle_share_mj is not None:
                 self._span.set_attribute(semconv.ENERGY_IDLE_SHARE_J, idle_share_mj / 1e3)
         self._span.end(end_time=self._end_ns)

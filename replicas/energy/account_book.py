@@ -145,5 +145,11 @@ class AccountBook:
             return
         total_mj = self._cashier.bill_mj(account)
         self._closed.append(
-            account.joules(total_mj=total_mj, source=self.source, final=True, coverage=account.coverage)
+            account.joules(
+                total_mj=total_mj,
+                source=self.source,
+                final=True,
+                coverage=account.coverage,
+                host_mj=self._cashier.host.bill_mj(account.host_nj, first_ns=account.first_ns),
+            )
         )

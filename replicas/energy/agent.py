@@ -27,10 +27,11 @@ from replicas.energy.agent_metrics import MeterSeries
 from replicas.energy.agent_options import agent_parser, metrics_access
 from replicas.energy.cpu_model import CpuModelMeter
 from replicas.energy.edge_pipe import EdgePipe
+from replicas.energy.host_meter import open_host_meter
 from replicas.energy.meter import Meter, Reading, hold_the_same
 from replicas.energy.nvml import NvmlMeter
 from replicas.energy.polling import MeterPoller
-from replicas.energy.rapl import RaplMeter
+from replicas.energy.rapl import POWERCAP_DIR, RaplMeter
 from replicas.energy.replay import FakeMeter
 from replicas.energy.survey import survey_meters
 from replicas.energy.zeus_meter import ZeusMeter
@@ -71,6 +72,8 @@ class EnergyAgent:
         cpu_core_w: float = 8.0,
         clock: Callable[[], int] = time.monotonic_ns,
         exit_after_idle_s: float | None = 60.0,
+        host_meter: str = "auto",
+        powercap_dir: Path = POWERCAP_DIR,
     ) -> None:
         if not 0.001 <= poll_s <= 1.0:
             raise ValueError(f"poll_s={poll_s}: give 0.001 to 1.0 (a GPU counter moves every 0.1 s)")
@@ -80,6 +83,7 @@ class EnergyAgent:
         self._cpu_core_w = cpu_core_w
         self._clock = clock
         self._exit_after_idle_s = exit_after_idle_s
+        self._host = open_host_meter(host_meter, powercap_dir)
         self._pollers: dict[WatchKey, MeterPoller] = {}
         self._making = asyncio.Lock()
         self._series = MeterSeries(self._pollers.values)
@@ -170,7 +174,11 @@ class EnergyAgent:
                 meter = await asyncio.to_thread(self._make_meter, key)
                 self._check_once(meter)
                 poller = MeterPoller(
-                    meter, group=group, poll_s=self._poll_s, on_read_s=self._series.note_read
+                    meter,
+                    group=group,
+                    poll_s=self._poll_s,
+                    on_read_s=self._series.note_read,
+                    seat=self._host.seat(meter) if self._host else None,
                 )
                 self._pollers[key] = poller
                 poller.start()
@@ -309,6 +317,7 @@ def _message(reading: Reading) -> wire.EnergyReading:
         t_ns=reading.t_ns,
         energy_mj=reading.energy_mj,
         static_mj=reading.static_mj,
+        host_mj=reading.host_mj,
         source=reading.source.value,
         confidence_factor=reading.confidence_factor,
         gap=reading.gap,
@@ -352,6 +361,7 @@ async def _serve(options: argparse.Namespace) -> None:
         cpu_static_w=options.cpu_static_w,
         cpu_core_w=options.cpu_core_w,
         exit_after_idle_s=options.exit_after_idle_s,
+        host_meter=options.host_meter,
     )
     if options.metrics_port is not None:
         agent.serve_metrics(metrics_access(options), port=options.metrics_port)

@@ -143,5 +143,6 @@ def _reading(message: wire.EnergyReading) -> Reading:
         energy_mj=message.energy_mj,
         source=Source(message.source),
         static_mj=message.static_mj if message.HasField("static_mj") else None,
+        host_mj=message.host_mj if message.HasField("host_mj") else None,
         gap=message.gap,
     )

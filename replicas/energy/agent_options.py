@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from replicas.config import MetricsAccess
+from replicas.config import HOST_METERS, MetricsAccess
 
 
 def agent_parser() -> argparse.ArgumentParser:
@@ -25,6 +25,12 @@ def agent_parser() -> argparse.ArgumentParser:
         "--cpu-static-w", type=float, default=10.0, help="cpu-model: always drawn (default 10)"
     )
     parser.add_argument("--cpu-core-w", type=float, default=8.0, help="cpu-model: per busy core (default 8)")
+    parser.add_argument(
+        "--host-meter",
+        choices=HOST_METERS,
+        default="auto",
+        help="of CPUs and memory beside the GPUs; auto: RAPL where it can be read (default auto)",
+    )
     parser.add_argument(
         "--exit-after-idle-s", type=float, help="end after this long unwatched (default never)"
     )

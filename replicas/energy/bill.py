@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replicas.energy.claims import Claims
+from replicas.energy.host_share import HostShare
 from replicas.energy.meter import CONFIDENCE_FACTORS, Source
 from replicas.energy.payers import NJ_PER_MJ, Payers
 from replicas.energy.window import Window
@@ -31,6 +32,7 @@ class RequestJoules:
 
     `window_ms` is the median width of the meter windows used; 0 when the request never ran. The truth lies
     within total / confidence_factor .. total * confidence_factor. Not `final`: some windows are estimated.
+    `host_mj` is beside the total; None where the host is not metered.
     """
 
     request_id: int
@@ -43,6 +45,7 @@ class RequestJoules:
     window_ms: float
     confidence_factor: float
     final: bool
+    host_mj: int | None = None
 
     @property
     def total_mj(self) -> int:
@@ -60,6 +63,7 @@ class Account:
         "covered_ns",
         "decode_nj",
         "first_ns",
+        "host_nj",
         "last_ns",
         "payer",
         "prefill_nj",
@@ -78,6 +82,7 @@ class Account:
         self.decode_nj = 0
         self.static_nj = 0
         self.wasted_nj = 0
+        self.host_nj = 0
         self.first_ns: int | None = None
         self.last_ns = 0
         self.step_ns = 0
@@ -121,6 +126,7 @@ class Account:
         open_prefill_nj: float = 0.0,
         open_decode_nj: float = 0.0,
         coverage: float = 1.0,
+        host_mj: int | None = None,
     ) -> RequestJoules:
         """A bill of `total_mj`, split as the account (and what is estimated to be open) is."""
         prefill_nj = self.prefill_nj + open_prefill_nj
@@ -139,6 +145,7 @@ class Account:
             window_ms=_median(self.widths_ns) / 1e6 if self.widths_ns else 0.0,
             confidence_factor=CONFIDENCE_FACTORS[source] / max(coverage, _LEAST_COVERAGE),
             final=final,
+            host_mj=host_mj,
         )
 
 
@@ -147,6 +154,7 @@ class Cashier:
 
     def __init__(self, *, most_payers: int) -> None:
         self.payers = Payers(most=most_payers)
+        self.host = HostShare()
         self.taken_mj = 0
         self.billed_mj = 0
         self.open_nj = 0
@@ -177,6 +185,9 @@ class Cashier:
         columns = (claims.ran_ns, prefills_nj, decodes_nj, statics_nj, wastes_nj)
         for account, *row in zip(accounts, *columns, strict=True):
             account.note_window(window, *row)
+        host_nj = self.host.take(window, busy_mj=busy_mj, device_nj=total)
+        for account, nj in zip(accounts, host_nj, strict=False):
+            account.host_nj += nj
         given_prefill_nj = sum(prefills_nj)
         given_nj = given_prefill_nj + sum(decodes_nj)
         prefill_mj = self._note_prefill(given_prefill_nj, busy_mj)
@@ -214,6 +225,7 @@ class Cashier:
         kept_nj = self._rounding_nj + self._dust_nj + self.open_nj
         assert self.taken_mj * NJ_PER_MJ == self.billed_mj * NJ_PER_MJ + kept_nj
         assert self.open_nj >= 0
+        self.host.check()
 
 
 def _by_payer(

@@ -1,4 +1,4 @@
-"""Meter edges through a named pipe between processes of one host: a write of 26 bytes, and no more.
+"""Meter edges through a named pipe between processes of one host: a write of 34 bytes, and no more.
 
 A message of gRPC costs either side half a millisecond, which ten times a second is half a percent of a core.
 The agent owns the pipe and its file (`EdgePipe`); the watcher reads it (`read_edges`). Edges are whole in a
@@ -16,8 +16,8 @@ from pathlib import Path
 from replicas.energy.meter import Reading, Source
 from replicas.errors import MeterUnavailable
 
-_EDGE = struct.Struct("<qqqB?")
-_NO_STATIC = -1
+_EDGE = struct.Struct("<qqqqB?")
+_UNKNOWN = -1
 _SOURCES = tuple(Source)
 _READ_BYTES = 1024 * _EDGE.size
 
@@ -45,8 +45,9 @@ class EdgePipe:
 
 
 def pack_edge(edge: Reading) -> bytes:
-    static_mj = _NO_STATIC if edge.static_mj is None else edge.static_mj
-    return _EDGE.pack(edge.t_ns, edge.energy_mj, static_mj, _SOURCES.index(edge.source), edge.gap)
+    static_mj = _UNKNOWN if edge.static_mj is None else edge.static_mj
+    host_mj = _UNKNOWN if edge.host_mj is None else edge.host_mj
+    return _EDGE.pack(edge.t_ns, edge.energy_mj, static_mj, host_mj, _SOURCES.index(edge.source), edge.gap)
 
 
 def unpack_edges(content: bytes) -> list[Reading]:
@@ -56,11 +57,12 @@ def unpack_edges(content: bytes) -> list[Reading]:
             Reading(
                 t_ns=t_ns,
                 energy_mj=energy_mj,
-                static_mj=None if static_mj == _NO_STATIC else static_mj,
+                static_mj=None if static_mj == _UNKNOWN else static_mj,
+                host_mj=None if host_mj == _UNKNOWN else host_mj,
                 source=_SOURCES[source],
                 gap=gap,
             )
-            for t_ns, energy_mj, static_mj, source, gap in _EDGE.iter_unpack(content)
+            for t_ns, energy_mj, static_mj, host_mj, source, gap in _EDGE.iter_unpack(content)
         ]
     except (struct.error, IndexError) as error:
         raise MeterUnavailable("the energy agent is of another version; restart it") from error

@@ -23,6 +23,7 @@ from operator import attrgetter
 from replicas.energy.account_book import AccountBook
 from replicas.energy.bill import METHOD, Account, Cashier, RequestJoules
 from replicas.energy.claims import claims_of, weigh_member
+from replicas.energy.host_share import HostTotals
 from replicas.energy.learning import CoefficientLearner
 from replicas.energy.meter import Reading
 from replicas.energy.payers import NJ_PER_MJ, PayerSums
@@ -173,6 +174,7 @@ class Ledger:
             return
         self._last_reading = reading
         self._book.source = reading.source
+        self._cashier.host.add_reading(reading)
         if last is None:
             self._closed_until_ns = reading.t_ns
             return
@@ -245,6 +247,10 @@ class Ledger:
     @property
     def learner(self) -> CoefficientLearner | None:
         return self._learner
+
+    def host_totals(self) -> HostTotals:
+        """What the host drew beside the devices; no part of `totals`."""
+        return self._cashier.host.totals(self._closed_until_ns)
 
     def totals(self) -> LedgerTotals:
         return LedgerTotals(

@@ -41,7 +41,8 @@ class Reading:
 
     `t_ns` is on the host's monotonic clock, `energy_mj` counts from an arbitrary start and never falls.
     `static_mj` is the part drawn whatever the work, where the meter can tell. `gap`: the energy between the
-    reading before and this one is not known to be complete (meter lost, reset, or re-opened).
+    reading before and this one is not known to be complete (meter lost, reset, or re-opened). `host_mj`
+    counts this meter's part of what the host drew beside its devices, and may begin anew; None: not known.
     """
 
     t_ns: int
@@ -49,6 +50,7 @@ class Reading:
     source: Source
     static_mj: int | None = None
     gap: bool = False
+    host_mj: int | None = None
 
     @property
     def confidence_factor(self) -> float:

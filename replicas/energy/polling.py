@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from replicas.energy.edge_pipe import EdgePipe
+from replicas.energy.host_meter import HostSeat
 from replicas.energy.meter import Meter, MeterHealth, MeterScope, Reading
 
 _EDGES_KEPT = 256
@@ -50,6 +51,7 @@ class Subscriber:
             source=reading.source,
             static_mj=static_mj,
             gap=has_gap,
+            host_mj=reading.host_mj,
         )
         if self._pipe is not None:
             is_taken = self._pipe.write(edge)
@@ -82,8 +84,15 @@ class MeterPoller:
     """
 
     def __init__(
-        self, meter: Meter, *, group: str, poll_s: float, on_read_s: Callable[[float], None]
+        self,
+        meter: Meter,
+        *,
+        group: str,
+        poll_s: float,
+        on_read_s: Callable[[float], None],
+        seat: HostSeat | None = None,
     ) -> None:
+        """`seat`: where its part of the host's own energy is known, if anywhere."""
         self.group = group
         self.last: Reading | None = None
         self.energy_mj = 0
@@ -91,6 +100,7 @@ class MeterPoller:
         self._meter = meter
         self._poll_s = poll_s
         self._on_read_s = on_read_s
+        self._seat = seat
         self._subscribers: tuple[Subscriber, ...] = ()
         self._lock = threading.Lock()
         self._is_ending = False
@@ -115,6 +125,8 @@ class MeterPoller:
         self._is_ending = True
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        if self._seat is not None:
+            self._seat.leave()
         self._meter.close()
 
     def subscribe(self, pipe: EdgePipe | None = None) -> Subscriber:
@@ -140,6 +152,8 @@ class MeterPoller:
             delta_mj = reading.energy_mj - last.energy_mj
             self.energy_mj += delta_mj
             self._note_power(delta_mj * 1e6 / (reading.t_ns - last.t_ns))
+        if self._seat is not None:
+            reading = replace(reading, host_mj=self._seat.take_mj(self.power_w or 0.0))
         with self._lock:
             self.last = reading
             for subscriber in self._subscribers:

@@ -78,7 +78,8 @@ def _cpus(powercap_dir: Path) -> list[FoundMeter]:
             source=Source.SHARED,
             device=zone.name,
             is_available=not zone.unreadable,
-            detail=zone.unreadable or "the whole host's, whoever uses it; for one replica per host",
+            detail=zone.unreadable
+            or "the whole host's, whoever uses it; for one replica per host, or beside GPUs",
         )
         for zone in zones
     ]

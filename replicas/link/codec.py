@@ -99,6 +99,8 @@ def add_ledger(message: link_pb2.FromReplica, ledger: LedgerState | None) -> Non
             unattributed_mj=sums.unattributed_mj,
             static_mj=sums.static_mj,
             wasted_mj=sums.wasted_mj,
+            host_meter_mj=sums.host_meter_mj,
+            host_requests_mj=sums.host_requests_mj,
             tenants=[
                 link_pb2.TenantEnergy(tenant=name, prefill_mj=each.prefill_mj, decode_mj=each.decode_mj)
                 for name, each in sums.payers.items()
@@ -168,4 +170,5 @@ def _encode_statement(statement: EnergyStatement) -> link_pb2.RequestEnergy:
         window_ms=joules.window_ms,
         confidence_factor=joules.confidence_factor,
         final=joules.final,
+        host_mj=joules.host_mj,
     )

@@ -31,7 +31,8 @@ Clock = Callable[[], int]
 class EnergySums:
     """Closed windows of one source: `request_mj + idle_mj + unattributed_mj == meter_mj`.
 
-    `prefill_mj`, `static_mj` and `wasted_mj` are parts of `request_mj`.
+    `prefill_mj`, `static_mj` and `wasted_mj` are parts of `request_mj`. `host_meter_mj` is what the host drew
+    beside the meter, `host_requests_mj` the requests' part of it; 0 where the host is not metered.
     """
 
     request_mj: int = 0
@@ -41,6 +42,8 @@ class EnergySums:
     prefill_mj: int = 0
     static_mj: int = 0
     wasted_mj: int = 0
+    host_meter_mj: int = 0
+    host_requests_mj: int = 0
     payers: Mapping[str, PayerSums] = field(default_factory=dict)
     """Of `request_mj`, by who pays."""
 
@@ -66,6 +69,8 @@ class EnergySums:
             prefill_mj=self.prefill_mj + sign * other.prefill_mj,
             static_mj=self.static_mj + sign * other.static_mj,
             wasted_mj=self.wasted_mj + sign * other.wasted_mj,
+            host_meter_mj=self.host_meter_mj + sign * other.host_meter_mj,
+            host_requests_mj=self.host_requests_mj + sign * other.host_requests_mj,
             payers={
                 name: self._payer(name).plus(other._payer(name), sign=sign)
                 for name in {**self.payers, **other.payers}
@@ -190,7 +195,7 @@ class EnergyAccount:
         if self._last_reading is None or self._ledger.num_windows == self._num_windows:
             return
         self._num_windows = self._ledger.num_windows
-        totals = self._ledger.totals()
+        totals, host = self._ledger.totals(), self._ledger.host_totals()
         closed = EnergySums(
             request_mj=totals.requests_mj,
             idle_mj=totals.idle_mj,
@@ -199,6 +204,8 @@ class EnergyAccount:
             prefill_mj=totals.prefill_mj,
             static_mj=totals.static_mj,
             wasted_mj=totals.wasted_mj,
+            host_meter_mj=host.meter_mj,
+            host_requests_mj=host.requests_mj,
             payers=self._ledger.payers,
         )
         self.divided_until_ns = totals.closed_until_ns

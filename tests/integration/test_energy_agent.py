@@ -133,6 +133,32 @@ async def test_gpus_that_cannot_be_read_are_never_answered_with_an_estimate_of_t
             await take(socket_address, 1, gpu_uuids=["GPU-00000000"], pids=[busy_pid])
 
 
+async def test_an_edge_tells_what_the_host_drew_beside_the_devices(
+    socket_address: str, tmp_path: Path
+) -> None:
+    package = tmp_path / "intel-rapl:0"
+    package.mkdir()
+    for name, text in (("name", "package-0"), ("max_energy_range_uj", "262143328850"), ("energy_uj", "0")):
+        (package / name).write_text(text)
+    agent = EnergyAgent(poll_s=0.01, powercap_dir=tmp_path)
+    await agent.start(socket_address)
+    hosts_mj = []
+    try:
+        stream = watch_readings(socket_address, group="test", meter="fake")
+        async with asyncio.timeout(30), aclosing(stream):
+            async for reading in stream:
+                if reading.host_mj == 0:
+                    (package / "next_uj").write_text("1000999")
+                    (package / "next_uj").replace(package / "energy_uj")
+                hosts_mj.append(reading.host_mj)
+                if reading.host_mj:
+                    break
+    finally:
+        await agent.stop()
+    assert set(hosts_mj) == {None, 0, 1_000}
+    assert hosts_mj[0] is None
+
+
 async def test_the_cpus_of_a_module_are_not_counted_twice(
     socket_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

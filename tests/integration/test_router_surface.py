@@ -20,6 +20,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from cluster.client import to_energy
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_link_pb2 as link
 from tests.fake_replica import EnergyMode, Fate
@@ -148,6 +149,8 @@ async def test_pickers_find_the_names_they_know_and_the_ledger_adds_up(router: T
         idle_mj=10,
         unattributed_mj=1,
         static_mj=250,
+        host_meter_mj=500,
+        host_requests_mj=400,
         tenants=[
             link.TenantEnergy(tenant="red", prefill_mj=700, decode_mj=0),
             link.TenantEnergy(tenant="blue", prefill_mj=300, decode_mj=90),
@@ -168,6 +171,8 @@ async def test_pickers_find_the_names_they_know_and_the_ledger_adds_up(router: T
         'wattline_batch_sequences{model="tiny",replica="replica-0"} 0.0',
         'wattline_energy_meter_joules_total{model="tiny",source="counter"} 1.111',
         'wattline_energy_static_joules_total{model="tiny",source="counter"} 0.25',
+        'wattline_host_energy_joules_total{ledger="request",model="tiny",source="shared"} 0.4',
+        'wattline_host_energy_joules_total{ledger="rest",model="tiny",source="shared"} 0.1',
     ):
         assert line in text.splitlines()
     joules = [line for line in text.splitlines() if line.startswith("wattline_energy_joules_total{")]
@@ -267,10 +272,26 @@ def plain(value: AnyValue) -> Any:
     return getattr(value, str(kind))
 
 
+async def test_the_hosts_joules_are_beside_an_answers_total_and_absent_where_unknown(
+    router: TestRouter,
+) -> None:
+    async with router.replica(host_mj=700):
+        told = (
+            await collect(router.inference.Generate(make_request("hi", energy_wait_ms=1000)))
+        ).final.energy
+    async with router.replica(epoch=2):
+        bare = (
+            await collect(router.inference.Generate(make_request("hi", energy_wait_ms=1000)))
+        ).final.energy
+    assert told.total_j == bare.total_j
+    assert (to_energy(told).host_j, to_energy(told).host_source) == (0.7, "shared")
+    assert (to_energy(bare).host_j, to_energy(bare).host_source) == (None, "")
+
+
 async def trace_of_one_request(endpoint: str, *, energy: EnergyMode, closes_energy: bool = False) -> None:
     """Run one request with a caller's trace context; the router's stop exports all its spans."""
     config = make_config(telemetry={"otlp_endpoint": endpoint}, energy={"pue": 1.3})
-    async with run_test_router(config) as router, router.replica(energy=energy) as replica:
+    async with run_test_router(config) as router, router.replica(energy=energy, host_mj=700) as replica:
         await replica.report_ledger(link.LedgerTotals(source="fake", meter_mj=100))
         await replica.report_ledger(
             link.LedgerTotals(source="fake", meter_mj=12_100, decode_mj=10_000, idle_mj=2_000, until_ns=1)
@@ -317,6 +338,7 @@ async def test_the_trace_has_the_callers_id_the_phases_and_the_final_joules(
     assert (values["wattline.energy.source"], values["wattline.energy.final"]) == ("fake", True)
     # A fifth of what requests took was drawn while nothing ran; it is beside the bill, not in it.
     assert (values["wattline.energy.idle_share_j"], values["wattline.energy.pue"]) == (0.6, 1.3)
+    assert (values["wattline.energy.host_j"], values["wattline.energy.host_source"]) == (0.7, "shared")
     assert values["wattline.energy.method"].startswith("step-ledger/")
     assert (values["wattline.energy.window_ms"], values["wattline.energy.confidence"]) == (30.0, 1.0)
     assert inference.end_time_unix_nano <= rpc.end_time_unix_nano

@@ -94,6 +94,14 @@ def test_the_joules_of_all_attempts_add_up() -> None:
     )
 
 
+def test_the_hosts_joules_of_all_attempts_add_up_where_all_are_known() -> None:
+    one, other = replace(LOST, host_mj=300), replace(RESUMED, host_mj=4)
+    for bills, host_mj in (((one, other), 304), ((one, RESUMED), None), ((one, None), None)):
+        whole = add_up(bills, repeated=AGAIN)
+        assert whole is not None
+        assert whole.host_mj == host_mj
+
+
 def test_an_open_or_unknown_bill_keeps_the_sum_provisional() -> None:
     open_bill, unknown = add_up([LOST, RESUMED], repeated=AGAIN), add_up([None, RESUMED], repeated=AGAIN)
     assert open_bill is not None and unknown is not None

@@ -15,7 +15,7 @@ from replicas.errors import MeterUnavailable
 
 EDGES = [
     Reading(t_ns=1, energy_mj=0, source=Source.COUNTER, static_mj=None),
-    Reading(t_ns=2**62, energy_mj=2**62, source=Source.TDP, static_mj=0, gap=True),
+    Reading(t_ns=2**62, energy_mj=2**62, source=Source.TDP, static_mj=0, gap=True, host_mj=0),
 ]
 
 
@@ -24,7 +24,7 @@ def test_edges_come_out_as_they_went_in() -> None:
 
 
 def test_bytes_of_another_agent_are_refused() -> None:
-    for content in (b"\x00" * 25, pack_edge(EDGES[0])[:-2] + b"\xff\x00"):
+    for content in (b"\x00" * 33, pack_edge(EDGES[0])[:-2] + b"\xff\x00"):
         with pytest.raises(MeterUnavailable, match="another version; restart it"):
             unpack_edges(content)
 
