@@ -6,9 +6,10 @@ Owned by `ledger.py`. Bounded: what falls out of it is billed at once with what 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
-from replicas.energy.bill import Account, Cashier, RequestJoules
-from replicas.energy.claims import Claims
+from replicas.energy.accounts import Account
+from replicas.energy.bill import Cashier, RequestJoules, bill_of
 from replicas.energy.meter import Source
 from replicas.energy.window import Step
 
@@ -29,6 +30,7 @@ class AccountBook:
         self._cashier = cashier
         self._max_requests = max_requests
         self.accounts: dict[int, Account] = {}
+        self._rows = _Rows(lambda request_id: self._claim(request_id).row)
         self._started: set[int] = set()
         self._checked_ids: tuple[int, ...] = ()
         """Members of the newest step, if all of them have started and none has ended since."""
@@ -51,7 +53,7 @@ class AccountBook:
         """The account of a request; opened if there is none, ended already if its bill is final."""
         account = self.accounts.get(request_id)
         if account is None:
-            account = self.accounts[request_id] = self._opened(request_id, payer)
+            account = self._open(request_id, payer)
             if request_id in self._final:
                 self._ended[request_id] = account
             if len(self.accounts) > self._max_requests:
@@ -77,21 +79,15 @@ class AccountBook:
                     account.last_ns = max(account.last_ns, step.end_ns)
             self._checked_ids = ()
 
-    def claim(self, request_id: int) -> Account:
-        """The account that a window bills; one that fell out of the bounds comes back for it."""
-        return self.accounts.get(request_id) or self.accounts.setdefault(request_id, self._opened(request_id))
-
-    def note_window(self, claims: Claims) -> list[Account]:
-        """A window closed: the accounts of its claims, which now know what ended there."""
-        accounts = [self.claim(request_id) for request_id in claims.request_ids]
-        for account, ended_ns in zip(accounts, claims.ended_ns, strict=True):
-            account.step_ns += ended_ns
-        return accounts
+    @property
+    def row_of(self) -> Callable[[int], int]:
+        """The row of a request that a window bills; one that fell out of the bounds comes back for it."""
+        return self._rows.__getitem__
 
     def miss(self, step: Step) -> None:
         """A step that ran in no closed window: it is on nobody's bill, and known to be missing there."""
         for request_id in step.rows.request_ids:
-            self.claim(request_id).step_ns += step.duration_ns
+            self._cashier.accounts.add_step(self._claim(request_id), step.duration_ns)
 
     def end(self, account: Account) -> None:
         self._ended[account.request_id] = account
@@ -125,31 +121,53 @@ class AccountBook:
         self._unmeasured.clear()
         return unmeasured
 
-    def _opened(self, request_id: int, payer: str = "") -> Account:
-        return Account(request_id, self._cashier.payers.known(payer))
+    def _claim(self, request_id: int) -> Account:
+        return self.accounts.get(request_id) or self._open(request_id, "")
+
+    def _open(self, request_id: int, payer: str) -> Account:
+        account = self._cashier.accounts.open(request_id, self._cashier.payers.known(payer))
+        self.accounts[request_id] = account
+        self._rows[request_id] = account.row
+        return account
 
     def _finish(self, account: Account) -> None:
         """Turn an account into its final bill, or admit that its energy is unknown."""
-        del self.accounts[account.request_id]
+        del self.accounts[account.request_id], self._rows[account.request_id]
         self._started.discard(account.request_id)
         self._checked_ids = ()
         self._ended.pop(account.request_id, None)
         self._final[account.request_id] = None
         if len(self._final) > self._max_requests:
             del self._final[next(iter(self._final))]
-        if account.coverage < _GOOD_COVERAGE:
+        held = self._cashier.accounts.held(account)
+        if held.coverage < _GOOD_COVERAGE:
             self.num_low_confidence += 1
-        if not account.is_measured or self.source is None:
+        if held.is_measured and self.source is not None:
+            total_mj = self._cashier.bill_mj(held)
+            accounts = self._cashier.accounts
+            host_mj = self._cashier.host.bill_mj(held.host_nj, first_ns=account.first_ns)
+            self._closed.append(
+                bill_of(
+                    account,
+                    held,
+                    accounts,
+                    total_mj=total_mj,
+                    source=self.source,
+                    final=True,
+                    host_mj=host_mj,
+                )
+            )
+        else:
             self.num_unmeasured += 1
             self._unmeasured.append(account.request_id)
-            return
-        total_mj = self._cashier.bill_mj(account)
-        self._closed.append(
-            account.joules(
-                total_mj=total_mj,
-                source=self.source,
-                final=True,
-                coverage=account.coverage,
-                host_mj=self._cashier.host.bill_mj(account.host_nj, first_ns=account.first_ns),
-            )
-        )
+        self._cashier.accounts.close(account)
+
+
+class _Rows(dict[int, int]):
+    """The row of each open request. `open_row` finds one for a request that has none."""
+
+    def __init__(self, open_row: Callable[[int], int]) -> None:
+        self._open_row = open_row
+
+    def __missing__(self, request_id: int) -> int:
+        return self._open_row(request_id)

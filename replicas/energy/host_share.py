@@ -62,8 +62,8 @@ class HostShare:
         if len(self._windows) > _MOST_WINDOWS:
             self._closed_mj += self._windows.popleft()[1]
 
-    def take(self, window: Window, *, busy_mj: int, device_nj: NDArray[np.int64]) -> list[int]:
-        """A window closed: the host's nanojoules for those who were given `device_nj` of its `busy_mj`.
+    def take(self, window: Window, *, busy_mj: int, device_nj: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """A window closed: an array of the host's nanojoules for those given `device_nj` of `busy_mj`.
 
         Empty where the host's energy is unknown, or nobody is to have it.
         """
@@ -78,7 +78,7 @@ class HostShare:
         self._taken_mj += taken_mj
         self._open_nj += sum(shares_nj)
         self._dust_nj = pool_nj - sum(shares_nj)
-        return shares_nj
+        return [np.array(shares_nj, dtype=np.int64)]
 
     def bill_mj(self, host_nj: int, *, first_ns: int | None) -> int | None:
         """Close an account whose first step began at `first_ns`; None: not all its windows knew the host.

@@ -17,19 +17,23 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
+import numpy as np
+
 from replicas.energy.account_book import AccountBook
-from replicas.energy.bill import METHOD, Account, Cashier, RequestJoules
-from replicas.energy.claims import claims_of, weigh_member
+from replicas.energy.accounts import Account
+from replicas.energy.bill import METHOD, Cashier, RequestJoules, bill_of
+from replicas.energy.claims import Claims, claims_of
 from replicas.energy.host_share import HostTotals
 from replicas.energy.learning import CoefficientLearner
 from replicas.energy.meter import Reading
 from replicas.energy.payers import NJ_PER_MJ, PayerSums
 from replicas.energy.warm_power import PJ_PER_MJ, WarmPower
-from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients, MemberCosts, price_step, rows_of
-from replicas.energy.window import LastStep, Step, Window, partition, window_between, work_of
+from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients, MemberCosts, rows_of
+from replicas.energy.window import LastStep, Share, Step, Window, partition, window_between
 from replicas.request import EngineCosts, StepRecord
 
 __all__ = ["METHOD", "Ledger", "LedgerLimits", "LedgerTotals", "RequestJoules"]
@@ -135,11 +139,9 @@ class Ledger:
         """
         start_ns, end_ns = record.start_ns, record.end_ns
         assert end_ns >= start_ns, f"step {record.step} ends before it starts"
-        coefficients = self._learner.coefficients if self._learner else self._coefficients
         if not record.members:
             return
-        rows = rows_of(record.members)
-        step = Step(start_ns, end_ns, record.step, rows, *price_step(record, rows, self._costs, coefficients))
+        step = Step(start_ns, end_ns, record.step, rows_of(record.members), record.experts_hit)
         is_newest = not self._steps or start_ns >= self._steps[-1].start_ns
         self._book.start(step, is_newest=is_newest)
         if end_ns > self._newest_step_end_ns:
@@ -220,11 +222,15 @@ class Ledger:
         open_prefill, open_decode = self._open_weights(account)
         if price is None and (open_prefill or open_decode):
             return None
-        if not account.is_measured and not (open_prefill or open_decode):
+        held = self._cashier.accounts.held(account)
+        if not held.is_measured and not (open_prefill or open_decode):
             return None
         open_prefill_nj, open_decode_nj = open_prefill * (price or 0.0), open_decode * (price or 0.0)
-        return account.joules(
-            total_mj=round((account.total_nj + open_prefill_nj + open_decode_nj) / NJ_PER_MJ),
+        return bill_of(
+            account,
+            held,
+            self._cashier.accounts,
+            total_mj=round((held.total_nj + open_prefill_nj + open_decode_nj) / NJ_PER_MJ),
             source=self._last_reading.source,
             final=False,
             open_prefill_nj=open_prefill_nj,
@@ -289,8 +295,9 @@ class Ledger:
         """Divide one window. Not `is_known`: it was closed for want of room, before its steps were in."""
         part = partition(window, self._steps, before=self._last_step, is_continued=self._book.is_continued)
         lost_ns = sum(window.overlap_ns(start_ns, end_ns) for start_ns, end_ns in self._lost)
-        claims = claims_of(part.shares, self._costs, end_ns=window.end_ns)
-        accounts = self._book.note_window(claims)
+        claims = self._claims(part.shares, end_ns=window.end_ns) if part.shares else None
+        if claims is not None:
+            self._cashier.accounts.add_steps(claims.ended_ns.astype(np.int64))
         for share in part.shares:
             share.step.is_seen = True
         idle_mj = unattributed_mj = 0
@@ -301,22 +308,24 @@ class Ledger:
             self._warm.observe_idle(window)
         else:
             idle_mj = self._idle_part_mj(window, max(0, part.idle_ns - lost_ns))
-            if part.hole_ns or lost_ns:
-                unattributed_mj = window.delta_mj - idle_mj
+            busy_mj = window.delta_mj - idle_mj
+            if part.hole_ns or lost_ns or claims is None or not self._cashier.has_room(busy_mj):
+                unattributed_mj = busy_mj
             else:
-                busy_mj = window.delta_mj - idle_mj
                 static_nj = self._warm.drawn_pj(window, part.busy_ns) // 1000
-                self._cashier.take(
-                    window, busy_mj=busy_mj, static_nj=static_nj, claims=claims, accounts=accounts
-                )
+                self._cashier.take(window, busy_mj=busy_mj, static_nj=static_nj, claims=claims)
                 if self._learner is not None:
-                    self._learner.observe(work_of(part.shares), busy_mj)
+                    self._learner.observe(claims.work, busy_mj)
         self._idle_mj += idle_mj
         self._unattributed_mj += unattributed_mj
         self._meter_mj += window.delta_mj
         self._pending_mj -= window.delta_mj
         self.num_windows += 1
         self._pass(window.end_ns)
+
+    def _claims(self, shares: Sequence[Share], *, end_ns: int) -> Claims:
+        device = self._learner.coefficients if self._learner else self._coefficients
+        return claims_of(shares, self._costs, device, end_ns=end_ns, place_of=self._book.row_of)
 
     def _pass(self, t_ns: int) -> None:
         """All time up to `t_ns` is divided: let go of the steps that ended in it."""
@@ -347,17 +356,17 @@ class Ledger:
     # Requests.
 
     def _open_weights(self, account: Account) -> tuple[float, float]:
-        """Prefill and decode weight of `account` in steps that are not fully billed, newest first."""
-        prefill = decode = 0.0
-        for step in reversed(self._steps[-_STEPS_ESTIMATED:]):
-            if account.request_id not in step.rows.request_ids:
-                continue
-            open_ns = step.end_ns - max(step.start_ns, self._closed_until_ns)
-            weight, is_prefill = weigh_member(step, account.request_id, self._costs)
-            weight *= open_ns / step.duration_ns
-            prefill += weight if is_prefill else 0.0
-            decode += 0.0 if is_prefill else weight
-        return prefill, decode
+        """Prefill and decode weight of `account` in steps that are not fully billed, of the newest ones."""
+        shares = [
+            Share(step, step.end_ns - max(step.start_ns, self._closed_until_ns), 0)
+            for step in self._steps[-_STEPS_ESTIMATED:]
+            if account.request_id in step.rows.request_ids
+        ]
+        if not shares:
+            return 0.0, 0.0
+        claims = self._claims(shares, end_ns=self._closed_until_ns)
+        prefill = float(claims.prefill[account.row])
+        return prefill, float(claims.weight[account.row]) - prefill
 
     def _last_step_end_ns(self, request_id: int, *, after_ns: int) -> int:
         """The end of the newest open step with this request in it; 0 if none ends later than `after_ns`."""

@@ -40,17 +40,20 @@ class Payers:
     def known(self, payer: str) -> str:
         """The name it goes by from now on."""
         names = self._prefill.handed_mj
-        name = payer if payer in names or len(names) < self._most else OTHER
+        if payer in names:
+            return payer
+        name = payer if len(names) < self._most else OTHER
         for column in (self._prefill, self._decode):
             column.handed_mj.setdefault(name, 0)
             column.owed_nj.setdefault(name, 0)
         return name
 
-    def take(self, given_nj: Mapping[str, tuple[int, int]], *, prefill_mj: int, decode_mj: int) -> None:
+    def take(
+        self, *, prefill_nj: Mapping[str, int], decode_nj: Mapping[str, int], prefill_mj: int, decode_mj: int
+    ) -> None:
         """A window: prefill and decode by known payer, and the whole millijoules of all of them."""
-        for payer, (prefill_nj, decode_nj) in given_nj.items():
-            self._prefill.owed_nj[payer] += prefill_nj
-            self._decode.owed_nj[payer] += decode_nj
+        self._prefill.owe(prefill_nj)
+        self._decode.owe(decode_nj)
         self._prefill.hand_out(prefill_mj)
         self._decode.hand_out(decode_mj)
 
@@ -61,6 +64,10 @@ class _Column:
     def __init__(self) -> None:
         self.owed_nj: dict[str, int] = {}
         self.handed_mj: dict[str, int] = {}
+
+    def owe(self, given_nj: Mapping[str, int]) -> None:
+        for payer, nj in given_nj.items():
+            self.owed_nj[payer] += nj
 
     def hand_out(self, amount_mj: int) -> None:
         for payer, owed_nj in self.owed_nj.items():

@@ -9,16 +9,15 @@ the meter counted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import mul
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from replicas.request import EngineCosts, StepMember, StepRecord
+from replicas.request import EngineCosts, StepMember
 
-Tokens = TypeVar("Tokens", int, NDArray[np.float64])
-"""Of one member, or of one in each row."""
+Column = NDArray[np.float64]
+"""A number per member, per step or per request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,31 +60,11 @@ CPU_COEFFICIENTS = DeviceCoefficients(
 
 
 class StepWork(NamedTuple):
-    """What a step did as a whole: seconds it took, FLOP, and bytes of weights and KV it read."""
+    """What steps did together: seconds they took, FLOP, and bytes of weights and KV they read."""
 
     seconds: float
     flops: float
     traffic_bytes: float
-
-
-NO_WORK = StepWork(0.0, 0.0, 0.0)
-
-
-class StepPrice(NamedTuple):
-    """Modelled joules of a member of one step by its own FLOP, by its own KV bytes, and for being in it.
-
-    The `static_` ones are the part of each that the device draws whatever it computes.
-    """
-
-    flop: float
-    octet: float
-    each: float
-    static_flop: float
-    static_octet: float
-    static_each: float
-
-
-FREE = StepPrice(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class StepRows(NamedTuple):
@@ -96,10 +75,6 @@ class StepRows(NamedTuple):
     context_tokens: tuple[int, ...]
     is_prefill: tuple[bool, ...]
     wasted_tokens: tuple[int, ...]
-
-    @property
-    def has_a_token_each(self) -> bool:
-        return sum(self.new_tokens) == len(self.new_tokens)
 
 
 NO_ROWS = StepRows((), (), (), (), ())
@@ -116,64 +91,58 @@ def rows_of(members: tuple[StepMember, ...]) -> StepRows:
 
 
 class MemberCosts:
-    """The work of a member from its tokens: FLOP, and bytes of KV."""
+    """The work of members from their tokens: FLOP, and bytes of KV; and the bytes of weights of a step."""
 
     def __init__(self, costs: EngineCosts) -> None:
-        self.engine = costs
-        self._flop_base = 2 * costs.active_params
-        self._flop_context = 4 * costs.num_layers * costs.attention_dim
-        self._kv_bytes = costs.kv_bytes_per_token
+        self._flop_base = 2.0 * costs.active_params
+        self._flop_pair = 2.0 * costs.num_layers * costs.attention_dim
+        self._kv_bytes = float(costs.kv_bytes_per_token)
+        self._shared_bytes = max(1.0, costs.shared_weight_bytes)
+        self._expert_bytes = float(costs.expert_bytes)
 
-    def flops(self, new: Tokens, context: Tokens) -> Tokens:
+    def flops(self, new: Column, context: Column) -> Column:
         """Every new token meets all parameters, and attends to what is before it."""
-        return new * self._flop_base + new * (2 * context + new) * (self._flop_context // 2)
+        return new * ((2.0 * context + new) * self._flop_pair + self._flop_base)
 
-    def octets(self, new: Tokens, context: Tokens) -> Tokens:
+    def octets(self, new: Column, context: Column) -> Column:
         return (context + new) * self._kv_bytes
 
-    def sums(self, rows: StepRows) -> tuple[int, int]:
-        """FLOP and KV bytes of all members of a step, exactly."""
-        new, context = sum(rows.new_tokens), sum(rows.context_tokens)
-        if new == len(rows.new_tokens):
-            pairs = 2 * context + new
-        else:
-            pairs = 2 * sum(map(mul, rows.new_tokens, rows.context_tokens))
-            pairs += sum(map(mul, rows.new_tokens, rows.new_tokens))
-        return new * self._flop_base + pairs * (self._flop_context // 2), (context + new) * self._kv_bytes
+    def weight_bytes(self, experts_hit: Column) -> Column:
+        """Of whole steps; one at least, whatever the model."""
+        return experts_hit * self._expert_bytes + self._shared_bytes
 
 
-def price_step(
-    record: StepRecord, rows: StepRows, costs: MemberCosts, device: DeviceCoefficients
-) -> tuple[StepPrice, StepWork]:
-    """Prices that add up to the step's modelled joules over its members; `each` is above zero.
+def price_steps(
+    *,
+    seconds: Column,
+    flops: Column,
+    octets: Column,
+    weight_bytes: Column,
+    num_members: Column,
+    device: DeviceCoefficients,
+) -> Column:
+    """Prices that add up to each step's modelled joules over its members: six rows, a column per step.
 
-    The time of the step is the measured one. Inside it, the slower of arithmetic and memory traffic rules.
+    Modelled joules of a member by its own FLOP, by its own KV bytes, and (above zero) for being in the step;
+    then the part of each that the device draws whatever it computes.
+
+    The time of a step is the measured one. Inside it, the slower of arithmetic and memory traffic rules.
     Grow all members together from nothing: weights are read first, so memory rules until arithmetic catches
-    up with it, at the part `memory` of the whole batch (1: never). What one more FLOP or byte costs on the
-    way is its Aumann-Shapley price; it is continuous where the two change places, and whole batches of a
-    decode are divided as if memory alone were there.
+    up with it, at the part `pool_s / bound_s` of the whole batch (1: never). What one more FLOP or byte costs
+    on the way is its Aumann-Shapley price; it is continuous where the two change places, and whole batches of
+    a decode are divided as if memory alone were there.
     """
-    member_count = len(rows.request_ids)
-    own_flops, own_octets = costs.sums(rows)
-    weight_bytes = costs.engine.shared_weight_bytes + costs.engine.expert_bytes * record.experts_hit
-    seconds = max(record.end_ns - record.start_ns, 1) * 1e-9
-    work = StepWork(seconds, own_flops, own_octets + weight_bytes)
-
     flop_s, byte_s = 1.0 / device.flops_per_s, 1.0 / device.bytes_per_s
-    lead_s, pool_s = flop_s * own_flops - byte_s * own_octets, byte_s * weight_bytes
-    memory = pool_s / lead_s if lead_s > pool_s else 1.0
-    bound_s = max(flop_s * own_flops, byte_s * work.traffic_bytes)
-    model_s = bound_s + device.step_s + member_count * device.sequence_s
-    watts = device.static_w * seconds / model_s
-    static_flop = watts * (1.0 - memory) * flop_s
-    static_octet = watts * memory * byte_s
-    static_each = watts * ((pool_s + device.step_s) / member_count + device.sequence_s)
-    price = StepPrice(
-        static_flop + device.joules_per_flop,
-        static_octet + device.joules_per_byte,
-        static_each + device.joules_per_byte * weight_bytes / member_count,
-        static_flop,
-        static_octet,
-        static_each,
-    )
-    return price, work
+    read_s, pool_s = octets * byte_s, weight_bytes * byte_s
+    bound_s = np.maximum(flops * flop_s - read_s, pool_s)
+    model_s = read_s + bound_s + (num_members * device.sequence_s + device.step_s)
+    watts = seconds * device.static_w / model_s
+    memory_watts = watts * (pool_s / bound_s)
+    prices = np.empty((6, len(seconds)))
+    prices[3] = (watts - memory_watts) * flop_s
+    prices[4] = memory_watts * byte_s
+    prices[5] = watts * ((pool_s + device.step_s) / num_members + device.sequence_s)
+    prices[0] = prices[3] + device.joules_per_flop
+    prices[1] = prices[4] + device.joules_per_byte
+    prices[2] = prices[5] + weight_bytes * device.joules_per_byte / num_members
+    return prices

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from replicas.energy.meter import Reading, Source
-from replicas.energy.weights import FREE, NO_ROWS, NO_WORK, StepPrice, StepRows, StepWork
+from replicas.energy.weights import NO_ROWS, StepRows
 
 MOST_MJ = 10**12
 """Of one window: a gigajoule is no meter's. Up to there nanojoules fit into 64 bits."""
@@ -53,7 +53,7 @@ def window_between(last: Reading, reading: Reading) -> Window:
 
 @dataclass(slots=True)
 class Step:
-    """A forward pass that waits for its windows to close: who was in it, and what it charges them.
+    """A forward pass that waits for its windows to close, and who was in it.
 
     `is_seen`: the ledger found it in a window that has closed.
     """
@@ -62,8 +62,7 @@ class Step:
     end_ns: int
     number: int
     rows: StepRows = NO_ROWS
-    price: StepPrice = FREE
-    work: StepWork = NO_WORK
+    experts_hit: int = 0
     is_seen: bool = False
 
     @property
@@ -77,22 +76,6 @@ class Share(NamedTuple):
     step: Step
     ran_ns: int
     waited_ns: int
-
-    @property
-    def fraction(self) -> float:
-        """The part of the step that this window pays for."""
-        return (self.ran_ns + self.waited_ns) / self.step.duration_ns
-
-
-def work_of(shares: Iterable[Share]) -> StepWork:
-    """The work done in one window: of each step, the part of its time that is there."""
-    seconds = flops = traffic_bytes = 0.0
-    for share in shares:
-        fraction, work = share.fraction, share.step.work
-        seconds += fraction * work.seconds
-        flops += fraction * work.flops
-        traffic_bytes += fraction * work.traffic_bytes
-    return StepWork(seconds, flops, traffic_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,10 +110,12 @@ def partition(
     steps each get their time; busy time counts the overlap once.
     """
     shares: list[Share] = []
-    cursor_ns, window_end_ns = window.start_ns, window.end_ns
+    cursor_ns = window_start_ns = window.start_ns
+    window_end_ns = window.end_ns
     busy_ns = idle_ns = hole_ns = 0
     for step in steps:
-        start_ns, end_ns = min(step.start_ns, window_end_ns), min(step.end_ns, window_end_ns)
+        start_ns = step.start_ns if step.start_ns < window_end_ns else window_end_ns
+        end_ns = step.end_ns if step.end_ns < window_end_ns else window_end_ns
         waited_ns = 0
         if start_ns > cursor_ns:
             pause_ns = start_ns - cursor_ns
@@ -142,7 +127,7 @@ def partition(
             else:
                 idle_ns += pause_ns
             cursor_ns = start_ns
-        ran_ns = end_ns - max(start_ns, window.start_ns)
+        ran_ns = end_ns - (start_ns if start_ns > window_start_ns else window_start_ns)
         if ran_ns > 0 or waited_ns:
             shares.append(Share(step, max(ran_ns, 0), waited_ns))
         if end_ns > cursor_ns:

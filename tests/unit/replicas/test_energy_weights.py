@@ -8,14 +8,13 @@ from random import Random
 
 import pytest
 
-from replicas.energy.claims import claims_of, weigh_member
+from replicas.energy.claims import Claims, claims_of
 from replicas.energy.weights import (
     CPU_COEFFICIENTS,
     GPU_COEFFICIENTS,
     DeviceCoefficients,
     MemberCosts,
     coefficients_for,
-    price_step,
     rows_of,
 )
 from replicas.energy.window import Share, Step
@@ -64,22 +63,26 @@ class MemberWeight:
     wasted: float
 
 
-def priced(record: StepRecord, costs: EngineCosts, device: DeviceCoefficients) -> Step:
-    rows = rows_of(record.members)
-    price, work = price_step(record, rows, MemberCosts(costs), device)
-    return Step(record.start_ns, record.end_ns, record.step, rows, price, work)
+def claims_alone(record: StepRecord, costs: EngineCosts, device: DeviceCoefficients) -> Claims:
+    """As a window sees them that holds this step alone; a request's id is its place."""
+    step = Step(record.start_ns, record.end_ns, record.step, rows_of(record.members), record.experts_hit)
+    share = Share(step, step.duration_ns, 0)
+    return claims_of([share], MemberCosts(costs), device, end_ns=step.end_ns, place_of=lambda one: one)
 
 
 def step_weights(
     record: StepRecord, costs: EngineCosts, device: DeviceCoefficients
 ) -> tuple[MemberWeight, ...]:
-    """In the order of the members' ids, as a window sees them that holds this step alone."""
-    step = priced(record, costs, device)
-    claims = claims_of([Share(step, step.duration_ns, 0)], MemberCosts(costs), end_ns=step.end_ns)
-    columns = (claims.weight.tolist(), claims.static.tolist(), claims.wasted.tolist())
+    """In the order of the members."""
+    claims = claims_alone(record, costs, device)
     return tuple(
-        MemberWeight(request_id=request_id, weight=weight, static=static, wasted=wasted)
-        for request_id, weight, static, wasted in zip(claims.request_ids, *columns, strict=True)
+        MemberWeight(
+            request_id=place,
+            weight=float(claims.weight[place]),
+            static=float(claims.static[place]),
+            wasted=float(claims.wasted[place]),
+        )
+        for place in [member.request_id for member in record.members]
     )
 
 
@@ -115,20 +118,11 @@ def test_the_members_pay_the_modelled_joules_of_their_step() -> None:
     device = GPU_COEFFICIENTS
     for chunk in (1, 200, 2000):
         record = make_step(prefill(1, chunk), *(decode(request_id) for request_id in range(2, 20)))
-        step = priced(record, LLAMA_8B, device)
-        expected_j = device.static_w * step.work.seconds
-        expected_j += device.joules_per_flop * step.work.flops
-        expected_j += device.joules_per_byte * step.work.traffic_bytes
+        work = claims_alone(record, LLAMA_8B, device).work
+        expected_j = device.static_w * work.seconds
+        expected_j += device.joules_per_flop * work.flops
+        expected_j += device.joules_per_byte * work.traffic_bytes
         assert joules(record) == pytest.approx(expected_j, rel=1e-9)
-
-
-def test_one_member_weighs_alone_what_it_weighs_among_all() -> None:
-    record = make_step(prefill(1, 700), decode(2), decode(3, 4000))
-    step = priced(record, LLAMA_8B, GPU_COEFFICIENTS)
-    for member in step_weights(record, LLAMA_8B, GPU_COEFFICIENTS):
-        weight, is_prefill = weigh_member(step, member.request_id, MemberCosts(LLAMA_8B))
-        assert weight == pytest.approx(member.weight, rel=1e-12)
-        assert is_prefill == (member.request_id == 1)
 
 
 def test_more_work_never_lowers_the_own_share() -> None:
