@@ -16,6 +16,8 @@ from cluster.security.certificates import CertificateFiles, https_context
 from cluster.servers.http_guard import PEER_NAMES
 
 STOP_S = 2.0
+BACKLOG = 2048
+"""Connections that the kernel keeps until they are accepted."""
 
 
 class HttpServer:
@@ -33,7 +35,9 @@ class HttpServer:
         """`is_shared`: other processes of this user may listen on the port too."""
         self._socket = _bind(host, port, is_shared=is_shared)
         self.port: int = self._socket.getsockname()[1]
-        config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False)
+        # One accept each time there are some. asyncio tries as often as its backlog says, and where
+        # descriptors have run out each try fails, is logged and sets a timer: the loop does little else.
+        config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, backlog=1)
         config.timeout_graceful_shutdown = int(STOP_S)
         config.load()
         config.http_protocol_class = _naming_peers(config.http_protocol_class)
@@ -44,6 +48,7 @@ class HttpServer:
     async def start(self) -> None:
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         await self._server.listening.wait()
+        self._socket.listen(BACKLOG)
 
     def stop_accepting(self) -> None:
         """New connections go to whoever else listens on the port; those that are open go on."""
