@@ -155,6 +155,8 @@ async def test_the_ledger_adds_up_and_requests_are_listed_without_their_text(rou
         "unattributed_mj": 0,
         "static_mj": 825,
         "wasted_mj": 0,
+        "host_meter_mj": 0,
+        "host_requests_mj": 0,
         "is_conserved": True,
     }
     assert model["power_w"]["meter_w"] == 1.7
