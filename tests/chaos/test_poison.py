@@ -42,8 +42,10 @@ async def test_a_poisonous_request_kills_two_replicas_and_no_other_request() -> 
         asks = [make_ask(ids, GREEDY, max_tokens=NUM_TOKENS) for ids in (*STREAMING, *NEW)]
         calls = [router.inference.Generate(ask) for ask in asks[: len(STREAMING)]]
         await until(router, lambda found: found[0].load.generated_tokens_total > 10 * len(STREAMING))
-        poisoned = router.inference.Generate(POISONED)
         calls += [router.inference.Generate(ask) for ask in asks[len(STREAMING) :]]
+        # Once they are on their way: a call that comes when the only replica is dead is refused, rightly.
+        await asyncio.gather(*(call.initial_metadata() for call in calls))
+        poisoned = router.inference.Generate(POISONED)
         for name in ("two", "three"):
             await until(router, lambda found: not found)
             await stack.enter_async_context(running(folder, router, name, **engine))
