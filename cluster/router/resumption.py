@@ -25,7 +25,8 @@ LOOK_AGAIN_S = 0.05
 """How often a stream that waits looks for a replica: room comes without an event."""
 LOOK_FOR_A_TURN_S = 0.01
 PROBATION_S = 10.0
-"""How long a stream keeps away from others that have to prove themselves; then it goes on beside them."""
+"""How long a stream keeps away from others that have to prove themselves; then it goes on beside them.
+A time without any replica does not count: nobody proved anything in it."""
 
 
 class Resumption:
@@ -134,16 +135,17 @@ class Resumption:
             ),
             cache_salt=job.cache_salt,
         )
-        now_s = self._clock_s()
-        give_up_s, in_company_s = now_s + self._section.wait_s, now_s + PROBATION_S
+        give_up_s, in_company_s = self._clock_s() + self._section.wait_s, float("inf")
         while True:
-            has_to_wait = False
+            has_replica = has_to_wait = False
 
             def accepts(one: ReplicaConnection) -> bool:
-                nonlocal has_to_wait
+                nonlocal has_replica, has_to_wait, in_company_s
                 if one is excluded or one.hello.context_tokens < context_tokens:
                     return False
-                is_its_turn = self._clock_s() >= in_company_s or self._probation(one).admits(standing)
+                has_replica, now_s = True, self._clock_s()
+                in_company_s = min(in_company_s, now_s + PROBATION_S)
+                is_its_turn = now_s >= in_company_s or self._probation(one).admits(standing)
                 has_to_wait = has_to_wait or not is_its_turn
                 return is_its_turn
 
@@ -151,6 +153,8 @@ class Resumption:
             if place is not None:
                 return place
             caller.deadline_s()
+            if not has_replica:
+                in_company_s = float("inf")
             if not has_to_wait and self._clock_s() >= give_up_s:
                 raise error
             await asyncio.sleep(LOOK_FOR_A_TURN_S if has_to_wait else LOOK_AGAIN_S)
