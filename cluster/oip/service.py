@@ -167,7 +167,7 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
                     yield choices.take(event), event
                     continue
                 choices.add(event)
-                if ask.is_stream:
+                if ask.is_stream and not event.is_empty:
                     yield choices.take(), None
 
     def _find(self, name: str, version: str, rpc: Rpc, *, prefix: str = "") -> ServedModel:
