@@ -131,9 +131,6 @@ class Streams:
                     with self._counted(way_in, account, is_last=True):
                         route, run = await self._begin(way_in, completion, charge.tenant, order)
             runs = [run]
-            tokens = self._continuations.tokens(
-                completion, prompt_ids, route.connection.identity, tenant=caller.tenant
-            )
             deltas = deliver_choices(
                 runs,
                 completion.num_choices,
@@ -142,6 +139,9 @@ class Streams:
             )
             try:
                 await _accept(caller)
+                tokens = self._continuations.tokens(
+                    completion, prompt_ids, route.connection.identity, tenant=caller.tenant
+                )
                 async with aclosing(deltas):
                     async for delta in deltas:
                         if told := tokens.put_on(delta, num_deaths=run.standing.num_deaths):

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 from weakref import WeakKeyDictionary
 
@@ -27,7 +28,8 @@ LOOK_FOR_A_TURN_S = 0.01
 LOOK_COST_S = 0.002
 """A turn is looked for once in this time by all that wait together, however many they are."""
 PROBATION_S = 10.0
-"""How long a stream keeps away from others that have to prove themselves; then it goes on beside them."""
+"""How long a stream keeps away from others that have to prove themselves; then it goes on beside them.
+A time without any replica does not count: nobody proves anything in it."""
 
 
 @dataclass(slots=True)
@@ -80,16 +82,17 @@ class Turns:
 
         Raises DeadlinePassed.
         """
-        now_s = self._clock_s()
-        give_up_s, in_company_s = now_s + wait_s, now_s + PROBATION_S
+        give_up_s, in_company_s = self._clock_s() + wait_s, inf
         while True:
-            has_to_wait = False
+            has_replica = has_to_wait = False
 
             def may_go(one: ReplicaConnection) -> bool:
-                nonlocal has_to_wait
+                nonlocal has_replica, has_to_wait, in_company_s
                 if not accepts(one):
                     return False
-                is_its_turn = self._clock_s() >= in_company_s or self._probation(one).admits(standing)
+                has_replica, now_s = True, self._clock_s()
+                in_company_s = min(in_company_s, now_s + PROBATION_S)
+                is_its_turn = now_s >= in_company_s or self._probation(one).admits(standing)
                 has_to_wait = has_to_wait or not is_its_turn
                 return is_its_turn
 
@@ -97,6 +100,8 @@ class Turns:
             if place is not None:
                 return place
             caller.deadline_s()
+            if not has_replica:
+                in_company_s = inf
             if not has_to_wait and self._clock_s() >= give_up_s:
                 return None
             await self._look_later(for_a_turn=has_to_wait)
