@@ -87,7 +87,7 @@ class World:
         self.num_deaths = 0
         self._freeze_s = config.router.failover.freeze_s
         finder = RouteFinder(pool=self.pool, random=Random(seed))
-        turns = Turns(finder=finder, clock_s=self.now_s)
+        turns = Turns(finder=finder, random=Random(seed), clock_s=self.now_s)
         refusals = Refusals(Random(seed))
         self.gate = Gate(self.model, pool=self.pool, finder=finder, refusals=refusals, clock_s=self.now_s)
         metrics = RouterMetrics()

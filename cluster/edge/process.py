@@ -296,7 +296,7 @@ class Router:
     ) -> Streams:
         section = self._config.router
         secret = secret_of(section)
-        turns = Turns(finder=finder)
+        turns = Turns(finder=finder, random=Random(f"{self.router_id} turns"))
         return Streams(
             section=section,
             models=self._models,

@@ -20,9 +20,10 @@ from cluster.router.caller import Caller
 from cluster.router.order import Order
 from cluster.router.route_finder import Place
 from cluster.router.run import Run
-from cluster.router.suspicion import PROOF_TOKENS, Standing
+from cluster.router.suspicion import Standing
 from cluster.router.turns import Turns
 from cluster.served_model import ServedModel
+from replicas.supervisor.in_flight import PROOF_TOKENS
 
 FULL_RETRY_MS = 250
 

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.request.failover import LossReason
+from replicas.supervisor.in_flight import PROOF_TOKENS
 
-PROOF_TOKENS = 4
-"""Given by one replica they prove a request harmless so far: more than a step or two that is still under way
-when an engine fails."""
 PROOFS_PER_PLACE = 4
 """So many that proved themselves make room for one more at a time; the first eight go alone."""
 
@@ -96,18 +94,19 @@ class Probation:
             self._death, self._num_proofs = standing.death, 0
         self._open.append((trial, standing))
 
-    def is_culprit(self, trial: Trial) -> bool:
+    def is_culprit(self, trial: Trial, *, num_unproven: int = 0) -> bool:
         """The replica died: whether of this one. The first to ask settles it for all, before they move on.
 
         It is the only one there that has to prove itself; or where all have, the only one that did not
-        outlive the death before this one.
+        outlive the death before this one. `num_unproven`: how many had to in all, as the replica says; where
+        others came by another router, none is blamed, unless it has two deaths against it.
         """
         if not self._is_closed:
             self._is_closed = True
             self._sweep()
             self._forget()
             match self._open or self._proven:
-                case [(only, _)]:
+                case [(only, standing)] if num_unproven <= len(self._open) or standing.num_deaths > 1:
                     self._culprit = only
         return trial is self._culprit
 

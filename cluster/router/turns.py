@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
+from random import Random
 from time import monotonic
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,9 @@ PROBATION_S = 10.0
 """How long a stream keeps away from others that have to prove themselves; then it goes on beside them.
 A time without any replica does not count: nobody proves anything in it."""
 
+SPREAD_S = 2.0
+"""Who goes alone does so at some moment in this time: another router may have another that has to."""
+
 
 @dataclass(slots=True)
 class Hold:
@@ -43,8 +47,11 @@ class Hold:
 class Turns:
     """One per router. Owned by the event loop."""
 
-    def __init__(self, *, finder: RouteFinder, clock_s: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self, *, finder: RouteFinder, random: Random, clock_s: Callable[[], float] = monotonic
+    ) -> None:
         self._finder = finder
+        self._random = random
         self._clock_s = clock_s
         self._num_waiting = 0
         self._probations: WeakKeyDictionary[ReplicaConnection, Probation] = WeakKeyDictionary()
@@ -65,7 +72,8 @@ class Turns:
 
     def is_culprit(self, attempt: Attempt) -> bool:
         """Its replica died: whether of it."""
-        return self._probation(attempt.connection).is_culprit(attempt)
+        connection = attempt.connection
+        return self._probation(connection).is_culprit(attempt, num_unproven=connection.num_unproven)
 
     async def find(
         self,
@@ -82,6 +90,8 @@ class Turns:
 
         Raises DeadlinePassed.
         """
+        if standing.num_deaths > 1:
+            await asyncio.sleep(self._random.uniform(0.0, SPREAD_S))
         give_up_s, in_company_s = self._clock_s() + wait_s, inf
         while True:
             has_replica = has_to_wait = False

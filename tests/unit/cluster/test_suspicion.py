@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from cluster.request.failover import LossReason
-from cluster.router.suspicion import CLEAR, PROOF_TOKENS, Probation, Standing
+from cluster.router.suspicion import CLEAR, Probation, Standing
+from replicas.supervisor.in_flight import PROOF_TOKENS
 
 KILLED, FAILED, FROZEN = LossReason.KILLED, LossReason.FAILED, LossReason.FROZEN
 DRAINED = LossReason.DRAINED
@@ -110,6 +111,18 @@ def test_where_all_have_proven_themselves_it_is_the_only_one_that_did_not_outliv
     probation.join(late, Standing(num_deaths=1, outlives_tokens=500, death="old"))
     probation.join(clear, SUSPECT)
     assert [probation.is_culprit(one) for one in (clear, late)] == [False, is_culprit]
+
+
+@pytest.mark.parametrize(
+    ("standing", "num_unproven", "is_culprit"),
+    [(SUSPECT, 0, True), (SUSPECT, 1, True), (SUSPECT, 2, False), (TWICE, 2, True)],
+)
+def test_none_is_blamed_at_a_second_death_where_another_router_tried_one_too(
+    standing: Standing, num_unproven: int, is_culprit: bool
+) -> None:
+    probation, suspect = Probation(), FakeTrial()
+    probation.join(suspect, standing)
+    assert probation.is_culprit(suspect, num_unproven=num_unproven) is is_culprit
 
 
 def test_of_several_none_is_blamed_however_late_the_others_ask() -> None:
