@@ -24,7 +24,6 @@ from replicas.layers.triton.expert_lists import list_pairs
 from replicas.layers.triton.grouped_linear import PairLists, down_experts, gated_experts
 from replicas.layers.triton.page_attention import PageAttention
 from replicas.layers.triton.router import choose_experts
-from replicas.layers.triton.varlen import find_varlen
 from replicas.models.weights import ExpertWeights
 from replicas.rank.attention_probe import AttentionProbe, ProbedSteps
 from replicas.rank.device_clock import DeviceClock
@@ -63,7 +62,7 @@ def _probe_pages(page: int, setting: Setting, report: SectionReport) -> None:
     )
     limits = EngineLimits(max_sequences=rows, step_tokens=chunk, block_tokens=page)
     steps = ProbedSteps(limits=limits, num_heads=num_heads, context_tokens=16 * tokens)
-    pages = PageAttention(scale=head_dim**-0.5, varlen=find_varlen())
+    pages = PageAttention(scale=head_dim**-0.5)
     probe = AttentionProbe(pages, kv, steps, DeviceClock(has_graphs=True))
     refusal = probe.refusal()
     if not setting.is_cuda:

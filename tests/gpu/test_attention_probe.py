@@ -77,7 +77,7 @@ def make_probe(
         dtype=torch.float16,
     )
     clock = ScriptedClock(list(times_ns))
-    return AttentionProbe(PageAttention(scale=0.25, varlen=varlen), kv, STEPS, clock, facts), clock
+    return AttentionProbe(PageAttention(scale=0.25, find=lambda: varlen), kv, STEPS, clock, facts), clock
 
 
 def first_sequence_alone(query: torch.Tensor, *args: object, **options: object) -> torch.Tensor:

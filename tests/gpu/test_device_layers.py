@@ -124,7 +124,7 @@ def test_varlen_attention_gives_the_logits_of_the_torch_path(tmp_path: Path, dev
     paths = TwoPaths(make_granite(tmp_path), device)
     scale = ModelSpec.from_folder(tmp_path).attention_scale
     recorded = Recorded(varlen_reference)
-    paths.layers.pages = PageAttention(scale=scale, varlen=recorded, choice=VARLEN_ALONE)
+    paths.layers.pages = PageAttention(scale=scale, find=lambda: recorded, choice=VARLEN_ALONE)
     for plan in make_plans():
         expected, actual, _ = paths.step(plan)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -96,7 +96,7 @@ def test_every_choice_gives_plain_attention(
     num_kv_heads: int,
 ) -> None:
     step = Step(contexts, num_kv_heads, device)
-    attention = PageAttention(scale=0.3, varlen=varlen_reference, choice=choice)
+    attention = PageAttention(scale=0.3, find=lambda: varlen_reference, choice=choice)
     attention.begin(step.sequences)
     out_TND = attention.attend(step.queries, step.keys, step.values)
     torch.testing.assert_close(out_TND, step.expected(0.3), rtol=1e-4, atol=1e-5)
@@ -107,7 +107,7 @@ def test_each_part_is_one_call_that_torch_would_take(device: torch.device) -> No
     """Decode rows without a mask, so that heads are folded; chunks with; bounds that the host knows."""
     step = Step((*DECODES, *CHUNKS), 2, device)
     recorded = Recorded(varlen_reference)
-    attention = PageAttention(scale=0.3, varlen=recorded, choice=VARLEN_ALONE)
+    attention = PageAttention(scale=0.3, find=lambda: recorded, choice=VARLEN_ALONE)
     attention.begin(step.sequences)
     for _ in range(2):
         attention.attend(step.queries, step.keys, step.values)
@@ -121,7 +121,7 @@ def test_each_part_is_one_call_that_torch_would_take(device: torch.device) -> No
 
 def test_a_torch_without_it_is_said_so(device: torch.device) -> None:
     step = Step(DECODES, 2, device)
-    attention = PageAttention(scale=0.3, varlen=None, choice=VARLEN_ALONE)
+    attention = PageAttention(scale=0.3, find=lambda: None, choice=VARLEN_ALONE)
     attention.begin(step.sequences)
     with pytest.raises(RuntimeError, match="this torch has no varlen attention"):
         attention.attend(step.queries, step.keys, step.values)

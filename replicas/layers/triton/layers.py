@@ -52,7 +52,7 @@ class DeviceLayers:
         self._shard = shard
         self._weights = weights
         self._kv = kv
-        self.pages = PageAttention(scale=spec.attention_scale, varlen=find_varlen())
+        self.pages = PageAttention(scale=spec.attention_scale, find=find_varlen)
         self._step: tuple[Rotation, torch.Tensor] | None = None
         self.expert_counts_LX = torch.zeros(
             (spec.num_layers, spec.num_experts), device=weights.embedding_VH.device, dtype=torch.int32

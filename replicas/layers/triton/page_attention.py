@@ -6,6 +6,8 @@ Shape letters: T tokens, N query heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from replicas.attention_choice import TRITON_ALONE, AttentionChoice
@@ -17,22 +19,25 @@ from replicas.layers.triton.varlen import (
     VarlenPart,
     chunk_part,
     decode_part,
+    find_varlen,
     varlen_attention,
 )
+
+FindVarlen = Callable[[], VarlenAttention | None]
 
 
 class PageAttention:
     """Attends for one rank, layer after layer, between `begin` calls.
 
-    `choice` may be set between steps, until graphs are captured. `varlen` None: this torch has none, and a
-    choice that asks for it is a RuntimeError.
+    `choice` may be set between steps, until graphs are captured. `find` is asked when varlen is
+    needed; None: this torch has none, and a choice that asks for it is a RuntimeError.
     """
 
     def __init__(
-        self, *, scale: float, varlen: VarlenAttention | None, choice: AttentionChoice = TRITON_ALONE
+        self, *, scale: float, find: FindVarlen = find_varlen, choice: AttentionChoice = TRITON_ALONE
     ) -> None:
         self._scale = scale
-        self._varlen = varlen
+        self._find = find
         self.choice = choice
         self._sequences: DeviceSequences | None = None
         self._decodes: VarlenPart | None = None
@@ -40,7 +45,7 @@ class PageAttention:
 
     def having(self, choice: AttentionChoice) -> PageAttention:
         """The same attention by another choice, with steps of its own."""
-        return PageAttention(scale=self._scale, varlen=self._varlen, choice=choice)
+        return PageAttention(scale=self._scale, find=self._find, choice=choice)
 
     def begin(self, sequences: DeviceSequences) -> None:
         """Whose queries come in the next calls."""
@@ -76,9 +81,10 @@ class PageAttention:
     def _by_varlen(
         self, q_TND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, part: VarlenPart
     ) -> torch.Tensor:
-        if self._varlen is None:
+        varlen = self._find()
+        if varlen is None:
             raise RuntimeError("this torch has no varlen attention")
-        return varlen_attention(self._varlen, q_TND, keys, values, part, scale=self._scale)
+        return varlen_attention(varlen, q_TND, keys, values, part, scale=self._scale)
 
     def _decode(
         self,

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import cast
 
 import torch
 from torch.nn import functional
 
-from replicas.attention_choice import VarlenFacts
+from replicas.attention_choice import VarlenFacts, varlen_refusal
 from replicas.layers.triton.sequences import DeviceSequences
 
 _NEEDED = {"block_table", "seqused_k", "enable_gqa", "scale", "window_size", "num_splits"}
@@ -44,15 +44,19 @@ def find_varlen() -> VarlenAttention | None:
 def varlen_facts(
     dtype: torch.dtype, device: torch.device, *, block_tokens: int, head_dim: int
 ) -> VarlenFacts:
-    """What speaks for and against it on a rank of this device."""
-    return VarlenFacts(
+    """What speaks for and against it on a rank of this device.
+
+    torch's function is looked at last: importing it takes two seconds, and brings torch's compiler along.
+    """
+    facts = VarlenFacts(
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         block_tokens=block_tokens,
         head_dim=head_dim,
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0),
-        lacks=_lacks(),
+        lacks="",
     )
+    return facts if varlen_refusal(facts) else replace(facts, lacks=_lacks())
 
 
 @cache
