@@ -83,6 +83,8 @@ class ReplicaConnection:
         """What goes down."""
         self.closed = asyncio.Event()
         self.dropped_deltas = 0
+        self.num_unproven = 0
+        """Requests of any router that it may have died of, as it says itself; 0: it does not."""
         self._max_waiting = max_waiting
         self._worker = worker
         self._pace = pace
@@ -290,8 +292,9 @@ class ReplicaConnection:
             if account.is_settled:
                 del self._accounts[entry.request_id]
 
-    def take_goodbye(self, reason: str) -> None:
+    def take_goodbye(self, reason: str, *, num_unproven: int = 0) -> None:
         """The replica leaves. One that drained has done nothing wrong; any other has lost its group."""
+        self.num_unproven = num_unproven
         if self._draining_why is None:
             self.close(LossReason.FAILED, Standing(stand=Stand.LOST, reason=reason))
         else:

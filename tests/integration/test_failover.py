@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.router.suspicion import PROOF_TOKENS
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_link_pb2 as link
+from replicas.supervisor.in_flight import PROOF_TOKENS
 from tests.fake_replica import MJ_PER_TOKEN, FakeReplica, Fate, hash_token
 from tests.router_fixture import (
     VOCAB_SIZE,
@@ -308,3 +308,24 @@ async def test_a_second_death_is_one_request_s_fault_and_the_others_go_on(router
             assert isinstance(ending, grpc.aio.AioRpcError) and ending.code() is grpc.StatusCode.ABORTED
         else:
             assert isinstance(ending, Answer) and ending.token_ids == expected(text)
+
+
+async def test_a_death_that_another_router_s_request_may_have_caused_is_nobody_s_fault(
+    router: TestRouter,
+) -> None:
+    """The replica says that it had another suspect: the stream goes on, and only a third death would tell."""
+    old, new, third = (router.replica(replica_id=name) for name in ("old", "new", "third"))
+    async with asyncio.timeout(WAIT_S):
+        await old.attach()
+        old.running.clear()
+        call = router.inference.Generate(make_request(max_tokens=LONG))
+        await old.wait_command("submit")
+        await new.attach()
+        new.running.clear()
+        await old.end(Fate.FAILED)
+        await new.wait_command("submit")
+        await third.attach()
+        await new.send(link.FromReplica(goodbye=link.Goodbye(reason="test", num_unproven=2)))
+        assert (await collect(call)).token_ids == expected()
+        await new.leave(says_goodbye=False)
+        await third.leave()

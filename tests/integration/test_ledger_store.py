@@ -123,19 +123,18 @@ async def test_what_was_confirmed_survives_a_kill_and_the_rest_is_sent_again(sho
     assert recorder.num_dropped == 0
 
 
-async def test_an_entry_that_cannot_be_true_is_dropped_and_holds_up_nobody(short_folder: Path) -> None:
+async def test_an_entry_that_cannot_be_true_is_dropped_alone(short_folder: Path) -> None:
     async with running_store(short_folder) as (_, address):
         recorder = LedgerRecorder(address, router_id="one", read_sums=tuple)
         recorder.start()
-        recorder.add(replace(entry(0), request_id=""))
-        await drained(recorder)
-        recorder.add(entry(1))
+        for one in (entry(0), replace(entry(1), total_ms=float("nan")), entry(2)):
+            recorder.add(one)
         await drained(recorder)
         await recorder.close()
         reader = StoreReader(address)
         (sums,) = (await asyncio.to_thread(reader.summarize, since_s=0.0, until_s=1e11)).requests
         reader.close()
-    assert (sums.num_requests, recorder.num_dropped) == (1, 1)
+    assert (sums.num_requests, recorder.num_dropped) == (2, 1)
 
 
 async def test_a_budget_outlives_the_store(short_folder: Path) -> None:

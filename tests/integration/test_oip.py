@@ -91,9 +91,9 @@ async def test_server_and_models_describe_themselves(
     assert list(metadata.outputs[0].shape) == [-1]
     assert config.model_transaction_policy.decoupled and config.max_batch_size == 0
     assert [tensor.optional for tensor in config.input] == [False] + [True] * 8
-    with pytest.raises(InferenceServerException, match="model is not served here"):
+    with pytest.raises(InferenceServerException, match="name: got 'other'; allowed: tiny, absent; name one"):
         await client.get_model_metadata("other")
-    with pytest.raises(InferenceServerException, match="model is not served here"):
+    with pytest.raises(InferenceServerException, match="version: got '2'; allowed: 1; name one"):
         await client.is_model_ready(MODEL, "2")
 
 

@@ -72,8 +72,10 @@ async def test_models_are_listed_and_shown(router: TestRouter, client: openai.As
         assert [model.id async for model in client.models.list()] == [MODEL, "absent"]
         model = await client.models.retrieve(MODEL)
     assert (model.object, model.owned_by) == ("model", "wattline")
-    with pytest.raises(openai.NotFoundError, match="model is not served here; served: tiny, absent"):
+    told = "model: got 'other/model'; allowed: tiny, absent; name one that is served here"
+    with pytest.raises(openai.NotFoundError, match=told) as caught:
         await client.models.retrieve("other/model")
+    assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
 
 
 async def test_a_chat_answers_with_usage_and_joules(router: TestRouter, client: openai.AsyncOpenAI) -> None:

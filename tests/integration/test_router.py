@@ -190,7 +190,8 @@ async def test_bad_fields_are_named_and_never_reach_a_replica(router: TestRouter
 async def test_an_unknown_model_is_not_found(router: TestRouter) -> None:
     error = await fail(router.inference.Generate(make_request(model="gpt-9")))
     assert error.code() is grpc.StatusCode.NOT_FOUND
-    assert "tiny, absent" in (error.details() or "")
+    assert error.details() == "model: got 'gpt-9'; allowed: tiny, absent; name one that is served here"
+    assert error_details(error)["ResourceInfo"].resource_name == "gpt-9"
 
 
 async def test_no_replica_is_unavailable_and_says_when_to_retry(router: TestRouter) -> None:

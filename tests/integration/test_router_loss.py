@@ -27,6 +27,7 @@ from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
 from tests.checkpoints import make_llama
 from tests.crawling_rank import MODULE, crawl_file
+from tests.fake_replica import Fate
 from tests.router_fixture import (
     MODEL,
     VOCAB_SIZE,
@@ -256,3 +257,39 @@ async def test_an_answer_that_ended_has_nothing_left(tmp_path: Path) -> None:
         error = await fail(router.inference.Generate(request))
         assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert "the answer ended with these tokens" in (error.details() or "")
+
+
+@pytest.mark.parametrize(
+    ("token_index", "code"), [(0, grpc.StatusCode.UNAVAILABLE), (-1, grpc.StatusCode.ABORTED)]
+)
+async def test_what_a_replica_died_under_is_known_to_the_next_router(
+    tmp_path: Path, token_index: int, code: grpc.StatusCode
+) -> None:
+    """The first token knows of no death yet, the newest one does: a second death is blamed on its request."""
+    (tmp_path / "secret").write_text("s" * 64)
+    config = make_config(router={"secret_file": str(tmp_path / "secret")})
+    request = make_request(max_tokens=20)
+    messages: list[pb.GenerateResponse] = []
+    async with asyncio.timeout(WAIT_S), run_test_router(config) as first, run_test_router(config) as second:
+        old, new = first.replica(), second.replica()
+        await old.attach()
+        old.running.clear()
+        call = first.inference.Generate(request)
+        await old.wait_command("submit")
+        for _ in range(6):
+            await old.step()
+        await old.end(Fate.FAILED)
+        with pytest.raises(grpc.aio.AioRpcError) as lost:
+            async for message in call:
+                messages.append(message)
+        assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
+        tokens = [message.delta.resume_token for message in messages if message.delta.resume_token]
+        token_ids = [token_id for message in messages for token_id in message.delta.token_ids]
+        assert len(tokens) == 2 and len(token_ids) == 6
+        request.resume.CopyFrom(pb.Resume(token=tokens[token_index], token_ids=token_ids))
+        await new.attach()
+        new.running.clear()
+        call = second.inference.Generate(request)
+        await new.wait_command("submit")
+        await new.end(Fate.FAILED)
+        assert (await fail(call)).code() is code

@@ -11,7 +11,7 @@ from bench.simulation.virtual_time import run_virtual
 from bench.simulation.world import Told, World
 from cluster.config import parse_config
 from cluster.request.completion import Completion, TokenPrompt
-from cluster.router.resumption import LOOK_AGAIN_S, PROBATION_S
+from cluster.router.turns import LOOK_AGAIN_S, PROBATION_S
 from replicas.config import EngineLimits, NullEngineConfig
 from replicas.request import SamplingParams
 
