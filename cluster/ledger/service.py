@@ -110,7 +110,11 @@ def _problem(entry: RequestEntry) -> str | None:
         return f"requests.ended_s: got {entry.ended_s:g}; give seconds since 1970"
     counts = (entry.prompt_tokens, entry.cached_tokens, entry.output_tokens, entry.wasted_tokens)
     energy = entry.energy
-    joules = (energy.prefill_mj, energy.decode_mj, energy.static_mj, energy.wasted_mj) if energy else ()
+    joules = (
+        (energy.prefill_mj, energy.decode_mj, energy.static_mj, energy.wasted_mj, energy.host_mj or 0)
+        if energy
+        else ()
+    )
     if max(*counts, *joules) > MAX_MJ:
         return f"requests: a count of {entry.request_id} is above {MAX_MJ}; it cannot be true"
     return None
