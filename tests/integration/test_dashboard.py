@@ -138,7 +138,7 @@ async def test_an_open_page_does_not_hold_up_the_stop() -> None:
 
 
 async def test_the_ledger_adds_up_and_requests_are_listed_without_their_text(router: TestRouter) -> None:
-    async with router.replica() as replica:
+    async with router.replica(host_mj=700) as replica:
         answer = await collect(router.inference.Generate(make_request(SECRET, energy_wait_ms=1000)))
         await replica.report_ledger(make_totals(until_s=1, prefill_mj=100, decode_mj=200, idle_mj=300))
         await replica.report_ledger(make_totals(until_s=3, prefill_mj=1100, decode_mj=2200, idle_mj=700))
@@ -165,6 +165,7 @@ async def test_the_ledger_adds_up_and_requests_are_listed_without_their_text(rou
     assert (request["id"], request["trace_id"]) == (answer.final.request_id, answer.final.trace_id)
     assert (request["prompt_tokens"], request["output_tokens"]) == (20, 8)
     assert (request["energy_mj"], request["outcome"], request["is_final"]) == (3000, "length", True)
+    assert request["host_mj"] == 700
     assert SECRET not in json.dumps(snapshot)
     assert_same(status, snapshot)
     assert SECRET not in str(status)

@@ -54,6 +54,8 @@ def make_totals(second: int) -> link.LedgerTotals:
         decode_mj=decode_mj,
         idle_mj=idle_mj,
         unattributed_mj=unattributed_mj,
+        host_meter_mj=500 * second,
+        host_requests_mj=400 * second,
     )
 
 
@@ -110,6 +112,10 @@ async def test_the_numbers_on_the_page_are_those_of_metrics(router: TestRouter, 
             parts_mj += value_mj
         meter_mj = round(1e3 * samples["wattline_energy_meter_joules_total", MODEL, "fake"])
         assert await shown(page, "[data-ledger=meter_mj]", "mj") == parts_mj == meter_mj
+        host_mj = await shown(page, "[data-ledger=host_requests_mj]", "mj")
+        assert host_mj == round(
+            1e3 * samples["wattline_host_energy_joules_total", "request", MODEL, "shared"]
+        )
         assert "to the millijoule" in await page.evaluate(
             "document.getElementById('ledger-check').textContent"
         )

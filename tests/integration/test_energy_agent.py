@@ -132,6 +132,8 @@ async def until_shared(address: str, pid: int) -> None:
     """Until two watchers have been told the same edge: of two meters, no times are the same."""
     watches = [watch_readings(address, group="test", pids=[pid]) for _ in range(2)]
     async with aclosing(watches[0]) as first, aclosing(watches[1]) as second:
+        begun = [await anext(first), await anext(second)]
+        assert [reading.energy_mj for reading in begun] == [0, 0]
         seen: tuple[set[int], set[int]] = set(), set()
         while not seen[0] & seen[1]:
             for times, watch in zip(seen, (first, second), strict=True):
@@ -171,8 +173,8 @@ async def test_an_edge_tells_what_the_host_drew_beside_the_devices(
         async with asyncio.timeout(WAIT_S), aclosing(stream):
             async for reading in stream:
                 if reading.host_mj == 0:
-                    (package / "next_uj").write_text("1000999")
-                    (package / "next_uj").replace(package / "energy_uj")
+                    with (package / "energy_uj").open("r+") as counter:
+                        counter.write("1000999")
                 hosts_mj.append(reading.host_mj)
                 if reading.host_mj:
                     break

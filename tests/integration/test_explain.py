@@ -48,7 +48,7 @@ async def until_queued(router: TestRouter, count: int) -> None:
 
 
 async def test_an_answer_has_its_story_by_request_and_by_trace(router: TestRouter) -> None:
-    async with router.replica(replica_id="a"), router.replica(replica_id="b"):
+    async with router.replica(replica_id="a", host_mj=700), router.replica(replica_id="b", host_mj=700):
         answer = await collect(router.inference.Generate(make_request(SECRET), timeout=3600.0))
         (story,) = await explain(router, answer.final.request_id)
         while not story.energy.is_final:
@@ -61,6 +61,7 @@ async def test_an_answer_has_its_story_by_request_and_by_trace(router: TestRoute
     assert not story.HasField("queue")
     assert 0.0 < story.slack_ms < story.deadline_ms
     assert (story.energy.prefill_j, story.energy.decode_j) == (1.0, 8 * MJ_PER_TOKEN / 1e3)
+    assert story.energy.host_j == story.legs[0].energy.host_j == 0.7
     (leg,) = story.legs
     assert (leg.output_tokens, leg.first_offset, leg.loss) == (8, 0, "")
     assert leg.submitted_ms <= leg.first_token_ms <= leg.last_token_ms <= story.total_ms

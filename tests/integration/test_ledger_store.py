@@ -162,7 +162,7 @@ async def test_a_router_sends_its_closed_requests_and_the_sums_of_its_replicas(
         monkeypatch.setattr(f"cluster.ledger.recorder.{name}", WAIT_S)
     config = make_config(runtime_dir=str(short_folder))
     async with running_store(short_folder) as (_, address):
-        async with run_test_router(config) as router, router.replica():
+        async with run_test_router(config) as router, router.replica(host_mj=700):
             answer = await collect(router.inference.Generate(make_request(energy_wait_ms=1000)))
         # The router is gone, and what it knew is here.
         reader = StoreReader(address)
@@ -173,6 +173,7 @@ async def test_a_router_sends_its_closed_requests_and_the_sums_of_its_replicas(
     assert found.output_tokens == answer.final.usage.completion_tokens
     assert found.energy is not None
     assert (found.energy.prefill_mj + found.energy.decode_mj) / 1e3 == answer.final.energy.total_j
+    assert found.energy.host_mj == 700
 
 
 async def test_a_second_store_is_refused_and_leaves_the_first_its_socket(short_folder: Path) -> None:

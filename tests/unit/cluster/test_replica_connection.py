@@ -112,13 +112,15 @@ async def test_a_replica_is_silent_only_while_somebody_listens() -> None:
     """A router that was paused itself finds what was said meanwhile; until then it blames nobody."""
     now_s = 0.0
     connection = make_connection(Worker(), lambda: now_s)
-    connection.check_progress()
-    now_s += 3600.0
-    connection.check_progress()
-    assert connection.state is ReplicaState.READY
-    for _ in range(round(STALL_S / 0.1) + 1):
-        now_s += 0.1
-        connection.check_progress()
-    assert connection.state is ReplicaState.STALLED
+
+    def state_after(*ticks_s: float) -> ReplicaState:
+        nonlocal now_s
+        for tick_s in ticks_s:
+            now_s += tick_s
+            connection.check_progress()
+        return connection.state
+
+    assert state_after(0.1, 3600.0) is ReplicaState.READY
+    assert state_after(*[0.1] * (round(STALL_S / 0.1) + 1)) is ReplicaState.STALLED
     connection.heard()
-    assert connection.state is ReplicaState.READY
+    assert state_after() is ReplicaState.READY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import aclosing
 from pathlib import Path
 
@@ -20,11 +21,11 @@ EDGES = [
 
 
 def test_edges_come_out_as_they_went_in() -> None:
-    assert unpack_edges(b"".join(pack_edge(edge) for edge in EDGES)) == EDGES
+    assert unpack_edges(b"".join(pack_edge(edge, has_gap=edge.gap) for edge in EDGES)) == EDGES
 
 
 def test_bytes_of_another_agent_are_refused() -> None:
-    for content in (b"\x00" * 33, pack_edge(EDGES[0])[:-2] + b"\xff\x00"):
+    for content in (b"\x00" * 33, pack_edge(EDGES[0], has_gap=False)[:-2] + b"\xff\x00"):
         with pytest.raises(MeterUnavailable, match="another version; restart it"):
             unpack_edges(content)
 
@@ -48,8 +49,10 @@ async def test_a_full_pipe_stops_nobody_and_keeps_the_gap(tmp_path: Path) -> Non
     pipe = EdgePipe(tmp_path / "edges")
     watcher = Subscriber(pipe)
     num_written = 0
-    while pipe.write(EDGES[0]):
-        num_written += 1
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(pipe._file, pack_edge(EDGES[0], has_gap=False))
+            num_written += 1
     for number in range(3):
         watcher.put(Reading(t_ns=number, energy_mj=number, source=Source.COUNTER, gap=number == 1))
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
