@@ -7,6 +7,7 @@ import tracemalloc
 
 import pytest
 
+from cluster.link import token_stream
 from cluster.link.reader_pace import MAX_GAP_S, MAX_MESSAGES_PER_S, ReaderPace
 from cluster.link.token_stream import Finished, TokenStream
 from cluster.text.answer_text import AnswerText, Piece
@@ -61,10 +62,12 @@ def test_what_waits_takes_no_more_memory_than_it_may(num_alternatives: int | Non
     stream = make_stream(buffer_bytes=MIB, overflow=overflow)
     tracemalloc.start()
     fill(stream, overflow, num_alternatives=num_alternatives)
-    held_bytes, _ = tracemalloc.get_traced_memory()
+    # Threads that other tests left behind may take memory of their own meanwhile.
+    ours = [tracemalloc.Filter(True, file) for file in (token_stream.__file__, __file__)]
+    held_bytes = sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(ours).traces)
     tracemalloc.stop()
     # Growing arrays keep an eighth of room.
-    assert held_bytes < MIB * 9 / 8 + 4096
+    assert MIB / 2 < held_bytes < MIB * 9 / 8 + 4096
 
 
 async def test_what_waited_comes_as_one_batch() -> None:
