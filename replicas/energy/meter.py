@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from replicas.record import record
+
 
 class Source(StrEnum):
     """Where a joule comes from, best first. The text is the label on the wire and in metrics."""
@@ -35,7 +37,7 @@ CONFIDENCE_FACTORS = {
 """The truth lies within value / factor .. value * factor."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class Reading:
     """A meter's counter at one instant.
 
