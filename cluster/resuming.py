@@ -39,7 +39,8 @@ class AnswerSoFar:
 
     @property
     def has_begun(self) -> bool:
-        return bool(self._ids) or self._is_ended
+        """A replica has it; where it died before the first token, only the token came."""
+        return bool(self.token or self._ids) or self._is_ended
 
     def take(self, message: pb.GenerateResponse) -> bool:
         """Whether the message is news: after the last delta only the final message is."""
@@ -48,7 +49,7 @@ class AnswerSoFar:
         if self._is_ended:
             return False
         delta = message.delta
-        self.token = self.token or delta.resume_token
+        self.token = delta.resume_token or self.token
         self._ids.extend(delta.token_ids)
         self._is_ended = delta.finish_reason != pb.FINISH_REASON_UNSPECIFIED
         return True

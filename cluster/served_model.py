@@ -64,11 +64,16 @@ class ServedModel:
         self.energy_rate.add(energy_mj=energy.total_mj, output_tokens=output_tokens, source=energy.source)
 
 
-def find_model(models: Mapping[str, ServedModel], name: str, identity: Identity) -> ServedModel:
-    """A model that this caller may use. Raises UnknownModel, which names those it may, or NotAllowed."""
+def find_model(
+    models: Mapping[str, ServedModel], name: str, identity: Identity, *, field: str = "model"
+) -> ServedModel:
+    """A model that this caller may use; `field` is where it was named.
+
+    Raises UnknownModel, which names those the caller may use, or NotAllowed.
+    """
     model = models.get(name)
     if model is None:
-        raise UnknownModel(served=tuple(filter(identity.may_use, models)))
+        raise UnknownModel(field=field, name=name, served=tuple(filter(identity.may_use, models)))
     if not identity.may_use(name):
         raise NotAllowed(f"tenant {identity.tenant!r} may not use this model; see ListModels")
     return model

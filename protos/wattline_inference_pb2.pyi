@@ -326,7 +326,7 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class Resume(_message.Message):
-    """The token of the first delta, and all tokens that came. The rest of the request must be as it was, but the
+    """The newest token that a delta had, and all tokens that came. The rest of the request must be as it was, but the
     seed may stay unset: the token has the one that was drawn. FAILED_PRECONDITION where it does not fit, or
     no replica of these weights is left; the answer then has to start over.
     """
@@ -466,7 +466,8 @@ class Delta(_message.Message):
     """Which of the `n` choices this belongs to; they come interleaved."""
     resume_token: _builtins.bytes
     """On the first delta of a request for one answer: what `Resume` takes, for an hour. Any router of the
-    deployment goes on with it.
+    deployment goes on with it. A later one replaces it; it comes once a replica died under the request, maybe
+    in a delta of its own.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...

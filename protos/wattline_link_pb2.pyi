@@ -1119,15 +1119,21 @@ class Goodbye(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
+    NUM_UNPROVEN_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
+    num_unproven: _builtins.int
+    """Requests of all routers that came from another replica and have given fewer than four tokens here: one of
+    them may be what the group died of. 0: none, or not counted.
+    """
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
+        num_unproven: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_unproven", b"num_unproven", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

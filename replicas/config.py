@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
+from replicas.attention_choice import check_attention
 from replicas.errors import BadParallelism
 
 LAYOUTS = ("shared", "dispatch")
@@ -164,6 +165,8 @@ class RankConfig:
     dtype: str = "auto"
     threads: int = 1
     kernels: str = "auto"
+    attention: str = "auto"
+    """`attention_choice.py` says who attends on a GPU, and what can be asked for."""
     quantization: str = "none"
     socket_path: str = ""
     shared_dir: str = "/dev/shm"
@@ -181,6 +184,13 @@ class RankConfig:
             raise ValueError(
                 f"quantization {self.quantization} is served on CPUs alone; device is {self.device!r}"
             )
+        check_attention(
+            self.attention,
+            device=self.device,
+            dtype=self.dtype,
+            kernels=self.kernels,
+            block_tokens=self.limits.block_tokens,
+        )
         parallel = self.parallel
         if (parallel.layout == "dispatch" or parallel.spare_experts) and not self.device.startswith("cpu"):
             raise BadParallelism(
@@ -247,6 +257,7 @@ class ReplicaConfig:
     dtype: str = "auto"
     threads_per_rank: int = 1
     kernels: str = "auto"
+    attention: str = "auto"
     quantization: str = "none"
     runtime_dir: str = "/tmp"
     shared_dir: str = "/dev/shm"

@@ -5,6 +5,7 @@ ReplicaError
 │   └── DoesNotFit        longer than the context or the whole KV pool
 ├── BadCheckpoint         the model folder cannot be served; names file, field and fix
 ├── BadParallelism        degrees that do not divide the model; prints every factor
+├── BadKernels            kernels asked for that this device or this torch has not got; says why
 ├── RankLost              a rank died or stalled; the whole group goes
 └── MeterUnavailable      this host cannot measure; says what is missing
 """
@@ -30,6 +31,10 @@ class BadCheckpoint(ReplicaError, ValueError):
 
 class BadParallelism(ReplicaError, ValueError):
     """Parallel degrees that do not divide the model."""
+
+
+class BadKernels(ReplicaError, ValueError):
+    """Kernels that were asked for by name and cannot be had."""
 
 
 class RankLost(ReplicaError, RuntimeError):

@@ -18,7 +18,7 @@ from protos.wattline_link_pb2_grpc import ReplicaLinkServicer, add_ReplicaLinkSe
 from replicas.wire.deltas import delta_to_wire
 from replicas.wire.steps import columns_from_wire
 
-WAIT_S = 20.0
+WAIT_S = 150.0
 
 Context: TypeAlias = "aio.ServicerContext[link_pb2.FromReplica, link_pb2.ToReplica]"
 
@@ -39,6 +39,7 @@ class AttachedReplica:
         self.epochs = {hello.epoch}
         self.draining: str | None = None
         self.goodbye: str | None = None
+        self.num_unproven = 0
         self.has_ended = False
         self.is_reading = asyncio.Event()
         self.is_reading.set()
@@ -143,6 +144,7 @@ class AttachedReplica:
                 self.draining = message.draining.reason
             case "goodbye":
                 self.goodbye = message.goodbye.reason
+                self.num_unproven = message.goodbye.num_unproven
 
     async def commands(self) -> AsyncIterator[link_pb2.ToReplica]:
         while (command := await self._commands.get()) is not None:

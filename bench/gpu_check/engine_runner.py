@@ -31,7 +31,7 @@ def make_runner(
         kernels="auto" if setting.is_cuda else "off",
     )
     if setting.is_cuda:
-        support = cuda_support(config, setting.device)
+        support = cuda_support(config, spec, setting.device)
     else:
         graphs = EagerBackend() if limits.cuda_graphs else None
         support = DeviceSupport(transfer=HostTransfer(), graphs=graphs, kernels=load_device_kernels())

@@ -1,7 +1,7 @@
 """Section `one-shot`: questions that only a GPU answers once, and that decide which implementation serves.
 
-Does torch's varlen attention take pages of 16, 64 and 256 tokens, is it right, and is it faster than ours;
-and is `grouped_mm` faster than the expert kernels for 1 to 256 tokens.
+Which attention would `attention: auto` take at pages of 16 and 256 tokens, by the engine's own trial and
+times; and is `grouped_mm` faster than the expert kernels, from 1 token to a prompt chunk.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from bench.gpu_check.attention_cases import HeadShape, decode_case, prefill_case
-from bench.gpu_check.case import KernelCase, draw
+from bench.gpu_check.case import draw
 from bench.gpu_check.report import SectionReport
 from bench.gpu_check.setting import Setting
+from replicas.attention_choice import NEVER_NS, AttentionChoice, pick_faster
+from replicas.config import EngineLimits
+from replicas.layers.attention import PagedKV
 from replicas.layers.experts import route, run_grouped
 from replicas.layers.triton.combine import combine_experts
 from replicas.layers.triton.expert_lists import list_pairs
 from replicas.layers.triton.grouped_linear import PairLists, down_experts, gated_experts
+from replicas.layers.triton.page_attention import PageAttention
 from replicas.layers.triton.router import choose_experts
-from replicas.layers.triton.varlen import find_varlen, varlen_attention
 from replicas.models.weights import ExpertWeights
+from replicas.rank.attention_probe import AttentionProbe, ProbedSteps
+from replicas.rank.device_clock import DeviceClock
 
-_PAGES = (16, 64, 256)
+_PAGES = (16, 256)
+"""The default, and the least that varlen reads."""
 
 
 def run(setting: Setting, report: SectionReport) -> None:
@@ -33,78 +38,47 @@ def run(setting: Setting, report: SectionReport) -> None:
 
 
 def _page_sizes(setting: Setting, report: SectionReport) -> None:
-    attend = find_varlen()
-    if not setting.is_cuda or attend is None:
-        why = "it runs on CUDA alone" if attend else "this torch's varlen_attn takes no block table"
-        report.skip(f"varlen attention over pages: {why}")
-        if not setting.is_cuda:
-            return
     for page in _PAGES:
-        heads = HeadShape(num_heads=32, num_kv_heads=8, head_dim=128, page_tokens=page)
-        cases = {
-            "decode 64 x 1024": decode_case(heads, (1024,) * 64, dtype=setting.dtype, device=setting.device),
-            "prefill 2048": prefill_case(heads, ((0, 2048),), dtype=setting.dtype, device=setting.device),
-        }
-        for name, case in cases.items():
-            report.attempt(
-                f"pages of {page}, {name}", partial(_time_pages, page, name, case, setting, report)
-            )
+        if not report.has_time():
+            report.skip(f"pages of {page}: out of time")
+            continue
+        report.attempt(f"pages of {page}", partial(_probe_pages, page, setting, report))
 
 
-def _time_pages(page: int, name: str, case: KernelCase, setting: Setting, report: SectionReport) -> None:
-    ours_s = setting.time_s(case.launch, budget_s=0.1)
-    report.row(item=f"pages of {page}", case=name, ours_us=ours_s * 1e6)
-    if find_varlen() is not None:
-        _try_varlen(page, name, setting, report)
-
-
-def _try_varlen(page: int, name: str, setting: Setting, report: SectionReport) -> None:
-    """On inputs of its own: dense random pages, checked against our kernel's answer."""
-    attend = find_varlen()
-    assert attend is not None
-    batch, length, chunk = (64, 1024, 1) if name.startswith("decode") else (1, 2048, 2048)
-    pages_each = -(-length // page)
-    size = (1 + batch * pages_each, page, 8, 128)
-    keys, values = (draw(size, setting.dtype, setting.device, seed=seed) for seed in (1, 2))
-    q = draw((batch * chunk, 32, 128), setting.dtype, setting.device, seed=3)
-    table = torch.arange(1, 1 + batch * pages_each, device=setting.device, dtype=torch.int32)
-    lengths = torch.full((batch,), length, device=setting.device, dtype=torch.int32)
-    starts = torch.arange(0, batch * chunk + 1, chunk, device=setting.device, dtype=torch.int32)
-    scale = 128**-0.5
-
-    def theirs() -> torch.Tensor:
-        return varlen_attention(
-            attend,
-            q,
-            keys,
-            values,
-            table.view(batch, pages_each),
-            lengths,
-            starts,
-            scale=scale,
-            max_chunk_tokens=chunk,
-            max_context_tokens=length,
-        )
-
-    try:
-        answer = theirs()
-        expected = _plain(q.view(batch, chunk, 32, 128), keys[1:], values[1:], scale)
-        error = (answer.view_as(expected).double() - expected.double()).abs().max().item()
-        time_s = setting.time_s(theirs, budget_s=0.1)
-    except (RuntimeError, ValueError, NotImplementedError) as refusal:
-        report.row(item=f"pages of {page}", case=name, varlen=f"refused: {str(refusal)[:200]}")
-        return
-    report.row(item=f"pages of {page}", case=name, varlen_us=time_s * 1e6, varlen_error=error)
-
-
-def _plain(q_BTND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """torch's own attention over the same tokens, which lie in order."""
-    batch, chunk = q_BTND.shape[:2]
-    k, v = (cache.reshape(batch, -1, *cache.shape[2:]).transpose(1, 2).float() for cache in (keys, values))
-    out = functional.scaled_dot_product_attention(
-        q_BTND.transpose(1, 2).float(), k, v, is_causal=chunk > 1, scale=scale, enable_gqa=True
+@torch.inference_mode()
+def _probe_pages(page: int, setting: Setting, report: SectionReport) -> None:
+    """The trial and the times by which a replica chooses: Llama-3.1-8B's heads, and a cache that is full with
+    256 sequences of 1024 tokens."""
+    rows, tokens, chunk = (2, page, 4) if setting.is_tiny else (256, 1024, 2048)
+    num_heads, num_kv_heads, head_dim = (4, 2, 16) if setting.is_tiny else (32, 8, 128)
+    kv = PagedKV(
+        num_layers=1,
+        num_blocks=1 + rows * tokens // page,
+        block_tokens=page,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        device=setting.device,
+        dtype=setting.dtype,
     )
-    return out.transpose(1, 2)
+    limits = EngineLimits(max_sequences=rows, step_tokens=chunk, block_tokens=page)
+    steps = ProbedSteps(limits=limits, num_heads=num_heads, context_tokens=16 * tokens)
+    pages = PageAttention(scale=head_dim**-0.5)
+    probe = AttentionProbe(pages, kv, steps, DeviceClock(has_graphs=True))
+    refusal = probe.refusal()
+    if not setting.is_cuda:
+        report.row(item=f"pages of {page}", auto="triton", refusal=refusal)
+        return
+    decodes, prompt = probe.decode_timings(), probe.chunk_timing()
+    for timing in (*decodes, prompt):
+        varlen_us = "refused" if timing.varlen_ns == NEVER_NS else timing.varlen_ns / 1e3
+        report.row(
+            item=f"pages of {page}",
+            decode_rows=timing.rows,
+            triton_us=timing.triton_ns / 1e3,
+            varlen_us=varlen_us,
+        )
+    choice = AttentionChoice(reason=refusal) if refusal else pick_faster(decodes, prompt)
+    report.row(item=f"pages of {page}", auto=str(choice))
 
 
 def _grouped(setting: Setting, report: SectionReport) -> None:
@@ -116,7 +90,7 @@ def _grouped(setting: Setting, report: SectionReport) -> None:
         down_EHF=draw((experts, hidden, size), setting.dtype, setting.device, scale=size**-0.5),
     )
     counts = torch.empty(experts, dtype=torch.int32, device=setting.device)
-    for tokens in (1, 4) if setting.is_tiny else (1, 2, 4, 8, 16, 32, 64, 128, 256):
+    for tokens in (1, 4) if setting.is_tiny else (1, 2, 4, 8, 16, 32, 64, 128, 256, 2048):
         x = draw((tokens, hidden), setting.dtype, setting.device, seed=tokens)
 
         def ours(x: torch.Tensor = x) -> torch.Tensor:

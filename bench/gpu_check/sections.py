@@ -116,7 +116,7 @@ SECTIONS = (
         name="one-shot",
         module="one_shot",
         budget_s=25,
-        answers="varlen attention at pages of 16/64/256; grouped_mm against the expert kernels",
+        answers="which attention auto takes at pages of 16 and 256; grouped_mm against the expert kernels",
     ),
     Section(name="peer", module="peer", budget_s=45, answers="transformers' generate on the same shapes"),
 )

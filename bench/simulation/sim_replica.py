@@ -67,6 +67,7 @@ class SimReplica:
         self._averages = LoadAverages()
         self._on_load: Callable[[], None] = lambda: None
         self._on_cache: Callable[[Sequence[link.CacheChange]], None] = lambda _: None
+        self._on_crash: Callable[[], None] = lambda: None
         self._work = asyncio.Event()
         self._awake = asyncio.Event()
         self._awake.set()
@@ -96,9 +97,10 @@ class SimReplica:
         *,
         on_load: Callable[[], None],
         on_cache: Callable[[Sequence[link.CacheChange]], None],
+        on_crash: Callable[[], None],
     ) -> None:
-        """Begin to work for the router behind `connection`."""
-        self._on_load, self._on_cache = on_load, on_cache
+        """Begin to work for the router behind `connection`. `on_crash`: its engine failed, as told."""
+        self._on_load, self._on_cache, self._on_crash = on_load, on_cache, on_crash
         work = (self._obey(connection), self._step(connection), self._beat(connection))
         self._tasks = [asyncio.create_task(one) for one in work]
 
@@ -153,7 +155,11 @@ class SimReplica:
             started_s = self._clock_s()
             scheduled = self._scheduler.schedule(now_ns=self._now_ns())
             if scheduled is not None:
-                outcome = self._runner.launch(scheduled.plan).result()
+                try:
+                    outcome = self._runner.launch(scheduled.plan).result()
+                except RuntimeError:
+                    self._on_crash()
+                    return
                 await asyncio.sleep(self._duration_s(scheduled))
                 await self._awake.wait()
                 self._commit(scheduled, outcome, started_s)

@@ -30,6 +30,7 @@ from cluster.router.resumption import Resumption
 from cluster.router.route_finder import RouteFinder
 from cluster.router.story_record import StoryRecord
 from cluster.router.streams import Streams
+from cluster.router.turns import Turns
 from cluster.security.cache_salt import CacheSalts
 from cluster.served_model import ServedModel
 from cluster.telemetry.journal import Journal, Objective
@@ -83,8 +84,10 @@ class World:
         models = {self.model.name: self.model}
         self.pool = ReplicaPool(on_change=lambda: None)
         self.replicas: dict[str, SimReplica] = {}
+        self.num_deaths = 0
         self._freeze_s = config.router.failover.freeze_s
         finder = RouteFinder(pool=self.pool, random=Random(seed))
+        turns = Turns(finder=finder, random=Random(seed), clock_s=self.now_s)
         refusals = Refusals(Random(seed))
         self.gate = Gate(self.model, pool=self.pool, finder=finder, refusals=refusals, clock_s=self.now_s)
         metrics = RouterMetrics()
@@ -102,7 +105,7 @@ class World:
             tenants=self.tenants,
             tokenizing=ThreadPoolExecutor(1),
             salts=CacheSalts(b"simulated"),
-            continuations=Continuations(seal=ResumeSeal(b"simulated"), pool=self.pool, finder=finder),
+            continuations=Continuations(seal=ResumeSeal(b"simulated"), pool=self.pool, turns=turns),
             books=Books(
                 record=EnergyRecord(16),
                 journal=Journal([(self.model.name, objective)]),
@@ -113,7 +116,7 @@ class World:
                 clock_s=self.now_s,
             ),
             resumption=Resumption(
-                section=config.router.failover, finder=finder, metrics=metrics, clock_s=self.now_s
+                section=config.router.failover, turns=turns, metrics=metrics, clock_s=self.now_s
             ),
             clock_s=self.now_s,
         )
@@ -139,12 +142,14 @@ class World:
             connection,
             on_load=self.gate.pump,
             on_cache=lambda changes: self._note_cache(connection, changes),
+            on_crash=lambda: self.kill(replica_id, epoch=epoch),
         )
         self.replicas[f"{replica_id}.{epoch}"] = replica
         return replica
 
     def kill(self, replica_id: str, *, epoch: int = 1) -> None:
-        """Its process is gone, and the link with it."""
+        """Its process is gone, and the link with it. Counted in `num_deaths`."""
+        self.num_deaths += 1
         self.replicas[f"{replica_id}.{epoch}"].kill()
         connection = self.pool.find(replica_id)
         if connection is not None and connection.epoch == epoch:

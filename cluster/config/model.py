@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cluster.config.section import Section
+from replicas.attention_choice import check_attention
 from replicas.config import DTYPES, EngineLimits, NullEngineConfig, ParallelConfig
 
 
@@ -147,6 +148,10 @@ class ModelSection(Section):
     kernels: Literal["auto", "float32", "off"] = Field(
         "auto", description="compiled CPU kernels: what they keep weights in, or off for torch"
     )
+    attention: Literal["auto", "triton", "varlen"] = Field(
+        "auto",
+        description="who attends on a GPU: our kernels, torch's varlen, or the faster at the start",
+    )
     cpus_per_rank: float = Field(1.0, gt=0.0, description="logical CPUs a rank reserves in Ray")
 
     @field_validator("source", mode="before")
@@ -179,6 +184,17 @@ class ModelSection(Section):
                 "parallel.layout dispatch and parallel.spare_experts run on CPU ranks only; set layout to "
                 "shared and spare_experts to 0, or device to cpu"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_can_be(self) -> ModelSection:
+        check_attention(
+            self.attention,
+            device=self.device,
+            dtype=self.dtype,
+            kernels=self.kernels,
+            block_tokens=self.limits.block_tokens,
+        )
         return self
 
     @property

@@ -67,6 +67,7 @@ from cluster.router.service import InferenceServicer
 from cluster.router.siblings import Siblings
 from cluster.router.story_record import StoryRecord
 from cluster.router.streams import Streams
+from cluster.router.turns import Turns
 from cluster.security.auth import Authenticator
 from cluster.security.cache_salt import CacheSalts
 from cluster.servers.grpc_servers import (
@@ -295,6 +296,7 @@ class Router:
     ) -> Streams:
         section = self._config.router
         secret = secret_of(section)
+        turns = Turns(finder=finder, random=Random(f"{self.router_id} turns"))
         return Streams(
             section=section,
             models=self._models,
@@ -311,10 +313,10 @@ class Router:
                 telemetry=self._telemetry,
                 ledger=self._ledger,
             ),
-            resumption=Resumption(section=section.failover, finder=finder, metrics=self._metrics),
+            resumption=Resumption(section=section.failover, turns=turns, metrics=self._metrics),
             salts=CacheSalts(secret.derive("cache salt")),
             continuations=Continuations(
-                seal=ResumeSeal(secret.derive("resume token")), pool=self._pool, finder=finder
+                seal=ResumeSeal(secret.derive("resume token")), pool=self._pool, turns=turns
             ),
         )
 

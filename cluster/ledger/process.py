@@ -22,6 +22,7 @@ from cluster.ledger.lock import held_alone
 from cluster.ledger.service import LedgerServicer
 from cluster.servers.grpc_servers import Port, bind, bind_socket
 from protos import wattline_ledger_pb2_grpc
+from replicas.strict_messages import add_strictly
 
 PRUNE_PERIOD_S = 600.0
 STOP_GRACE_S = 2.0
@@ -52,7 +53,7 @@ async def _serve(config: Config, path: Path, socket: Path) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     servicer = LedgerServicer(database, wall_s=time.time)
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-    wattline_ledger_pb2_grpc.add_LedgerStoreServicer_to_server(servicer, server)
+    add_strictly(wattline_ledger_pb2_grpc.add_LedgerStoreServicer_to_server, servicer, server)
     try:
         bind_socket(server, socket)
         if config.ledger.port:

@@ -14,6 +14,7 @@ from itertools import islice
 
 import grpc
 
+from cluster.ledger.bounds import problem_of
 from cluster.ledger.entries import ReplicaSums, RequestEntry
 from cluster.ledger.wire import replica_to_wire, request_to_wire
 from protos import wattline_ledger_pb2 as pb
@@ -67,7 +68,7 @@ class LedgerRecorder:
             await asyncio.gather(self._task, return_exceptions=True)
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_TIMEOUT_S):
-                while await self._send(list(self._read_sums())) and self._pending:
+                while await self._send(self._sums()) and self._pending:
                     continue
         await self._channel.close()
 
@@ -78,7 +79,7 @@ class LedgerRecorder:
             await asyncio.sleep(delay_s)
             sums: list[ReplicaSums] = []
             if loop.time() >= next_sums_s:
-                sums = list(self._read_sums())[:BATCH]
+                sums = self._sums()
             is_sent = await self._send(sums) if sums or self._pending else True
             if is_sent and sums:
                 next_sums_s = loop.time() + SUMS_PERIOD_S
@@ -98,10 +99,7 @@ class LedgerRecorder:
             await self._store.Record(request, timeout=RECORD_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
-                # It would be refused for ever, and whatever waits behind it with it.
-                logger.error("ledger_refused entries=%d reason=%s", len(batch), error.details())
-                self.num_dropped += len(batch)
-                self._forget(batch)
+                self._drop_refused(batch, reason=error.details() or "")
                 return True
             if self.is_reached:
                 logger.warning("ledger_unreached code=%s pending=%d", error.code().name, len(self._pending))
@@ -112,6 +110,18 @@ class LedgerRecorder:
         self.is_reached = True
         self._forget(batch)
         return True
+
+    def _sums(self) -> list[ReplicaSums]:
+        """Not those that the store would refuse, and the requests beside them: replicas may say anything."""
+        return [one for one in self._read_sums() if problem_of(one) is None][:BATCH]
+
+    def _drop_refused(self, batch: list[RequestEntry], *, reason: str) -> None:
+        """What is wrong would be refused for ever, and the rest with it. All of it, if we cannot tell."""
+        wrong = [entry for entry in batch if problem_of(entry)] or batch
+        logger.error("ledger_refused entries=%d reason=%s", len(wrong), reason)
+        self.num_dropped += len(wrong)
+        dropped = set(map(id, wrong))
+        self._pending = deque(entry for entry in self._pending if id(entry) not in dropped)
 
     def _forget(self, batch: list[RequestEntry]) -> None:
         """Take it off the front; what was dropped while it was under way was at the front, too."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -11,8 +10,9 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
+from cluster.ledger.bounds import MAX_TIME_S, problem_of
 from cluster.ledger.database import DAY_S, Database
-from cluster.ledger.entries import RequestEntry
+from cluster.ledger.entries import ReplicaSums, RequestEntry
 from cluster.ledger.wire import replica_from_wire, request_from_wire, request_to_wire, summary_to_wire
 from protos import wattline_ledger_pb2 as pb
 from protos import wattline_ledger_pb2_grpc as pb_grpc
@@ -23,7 +23,9 @@ MAX_BATCH = 4096
 LIST_BATCH = 512
 Result = TypeVar("Result")
 MAX_MJ = 2**62
-"""SQLite's integers have 63 bits."""
+"""Of a lease: SQLite's integers have 63 bits."""
+MAX_AHEAD_S = 3600.0
+"""By how much the clock of a router may be ahead."""
 
 
 class LedgerServicer(pb_grpc.LedgerStoreServicer):
@@ -50,10 +52,12 @@ class LedgerServicer(pb_grpc.LedgerStoreServicer):
                 context, f"requests, replicas: {num_entries} entries; at most {MAX_BATCH}; send fewer"
             )
         requests = [request_from_wire(entry) for entry in request.requests]
-        for entry in requests:
-            if problem := _problem(entry):
-                await _refuse(context, problem)
         replicas = [replica_from_wire(sums) for sums in request.replicas]
+        latest_s = self._wall_s() + MAX_AHEAD_S
+        entries: list[RequestEntry | ReplicaSums] = [*requests, *replicas]
+        for entry in entries:
+            if problem := problem_of(entry) or _problem_of_time(entry, latest_s=latest_s):
+                await _refuse(context, problem)
         return pb.RecordResponse(num_new=await self.run(lambda: self._database.record(requests, replicas)))
 
     async def Summarize(self, request: pb.SummarizeRequest, context: Any) -> pb.SummarizeResponse:
@@ -98,26 +102,22 @@ class LedgerServicer(pb_grpc.LedgerStoreServicer):
 
     async def _span(self, since_s: float, until_s: float, context: Any) -> tuple[float, float]:
         until_s = until_s or self._wall_s()
-        if not (math.isfinite(since_s) and math.isfinite(until_s) and 0.0 <= since_s <= until_s):
-            await _refuse(context, f"since_s: got {since_s:g}, until_s {until_s:g}; give 0 <= since <= until")
+        if not 0.0 <= since_s <= until_s <= MAX_TIME_S:  # Not-a-number fails, too.
+            await _refuse(
+                context,
+                f"since_s: got {since_s:g}, until_s {until_s:g}; "
+                f"allowed: 0 <= since <= until <= {MAX_TIME_S:g}; give seconds since 1970",
+            )
         return since_s, until_s
 
 
-def _problem(entry: RequestEntry) -> str | None:
-    if not entry.request_id:
-        return "requests.request_id: is empty; give each request its own"
-    if not (math.isfinite(entry.ended_s) and entry.ended_s > 0.0):
-        return f"requests.ended_s: got {entry.ended_s:g}; give seconds since 1970"
-    counts = (entry.prompt_tokens, entry.cached_tokens, entry.output_tokens, entry.wasted_tokens)
-    energy = entry.energy
-    joules = (
-        (energy.prefill_mj, energy.decode_mj, energy.static_mj, energy.wasted_mj, energy.host_mj or 0)
-        if energy
-        else ()
-    )
-    if max(*counts, *joules) > MAX_MJ:
-        return f"requests: a count of {entry.request_id} is above {MAX_MJ}; it cannot be true"
-    return None
+def _problem_of_time(entry: RequestEntry | ReplicaSums, *, latest_s: float) -> str | None:
+    """An entry of the future would be the newest for long, and the last to be pruned."""
+    at_s = entry.ended_s if isinstance(entry, RequestEntry) else entry.at_s
+    if 0.0 < at_s <= latest_s:
+        return None
+    field = "requests.ended_s" if isinstance(entry, RequestEntry) else "replicas.at_s"
+    return f"{field}: got {at_s:.0f}; above 0 and up to {latest_s:.0f} is allowed; set the router's clock"
 
 
 async def _check_amount(context: Any, field: str, value: int) -> None:

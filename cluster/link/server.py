@@ -168,7 +168,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                 case "goodbye":
                     reason = message.goodbye.reason
                     logger.info("replica_goodbye id=%s reason=%s", connection.replica_id, reason)
-                    connection.take_goodbye(reason)
+                    connection.take_goodbye(reason, num_unproven=message.goodbye.num_unproven)
                     return
                 case _:
                     logger.warning("link_message_unexpected id=%s event=%s", connection.replica_id, event)

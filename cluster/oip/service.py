@@ -92,7 +92,7 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: pb.ModelInferRequest, context: InferContext) -> pb.ModelInferResponse:
         """One response, `stream` or not."""
         async with self._guard.call(context, f"{SERVICE}/ModelInfer", is_inference=True) as rpc:
-            model = self._find(request.model_name, request.model_version, rpc)
+            model = self._find(request.model_name, request.model_version, rpc, prefix="model_")
             rpc.model = model.name
             ask = replace(infer_ask(request, model.bounds, _draw_seed), is_stream=False)
             async with aclosing(self._respond(ask, model, rpc)) as responses:
@@ -143,7 +143,7 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
             await write(pb.ModelStreamInferResponse(error_message=message, infer_response=named))
 
         async with self._guard.part(context, f"{SERVICE}/ModelStreamInfer", tell, identity=identity) as rpc:
-            model = self._find(request.model_name, request.model_version, rpc)
+            model = self._find(request.model_name, request.model_version, rpc, prefix="model_")
             rpc.model = model.name
             ask = infer_ask(request, model.bounds, _draw_seed)
             async with aclosing(self._respond(ask, model, rpc)) as responses:
@@ -167,13 +167,14 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
                     yield choices.take(event), event
                     continue
                 choices.add(event)
-                if ask.is_stream:
+                if ask.is_stream and not event.is_empty:
                     yield choices.take(), None
 
-    def _find(self, name: str, version: str, rpc: Rpc) -> ServedModel:
+    def _find(self, name: str, version: str, rpc: Rpc, *, prefix: str = "") -> ServedModel:
+        """`prefix`: of the two fields in the request."""
         if version not in ("", MODEL_VERSION):
-            raise UnknownModel(served=tuple(filter(rpc.identity.may_use, self._models)))
-        return find_model(self._models, name, rpc.identity)
+            raise UnknownModel(field=f"{prefix}version", name=version, served=(MODEL_VERSION,))
+        return find_model(self._models, name, rpc.identity, field=f"{prefix}name")
 
     def _is_ready(self, name: str) -> bool:
         return bool(self._pool.ready(name))

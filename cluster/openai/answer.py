@@ -116,6 +116,8 @@ class Answer:
                 if isinstance(event, Completed):
                     yield event
                     continue
+                if event.is_empty and not ask.has_token_ids:
+                    continue
                 index = position * ask.num_choices + event.index
                 if ask.echo and index not in echoed:
                     echoed.add(index)

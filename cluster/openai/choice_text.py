@@ -19,7 +19,7 @@ Decode = Callable[[Sequence[int]], str]
 class ChoiceText:
     """A choice as far as it came, or a piece of one. `logprobs` is parallel to `token_ids`. Mutable.
 
-    `resume_token`: on the first piece of an answer that could go on elsewhere.
+    `resume_token`: on pieces of an answer that could go on elsewhere; the newest counts.
     """
 
     text: str = ""

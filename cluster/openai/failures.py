@@ -56,7 +56,7 @@ def failure_of(error: RouterError) -> Failure:
         document=_document(
             status.message,
             http_status,
-            param=error.field if isinstance(error, InvalidRequest) else None,
+            param=error.field if isinstance(error, InvalidRequest | UnknownModel) else None,
             code="model_not_found" if isinstance(error, UnknownModel) else None,
         ),
         headers=headers,

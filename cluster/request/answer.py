@@ -40,7 +40,8 @@ class TextDelta:
     `logprobs` is parallel to `token_ids` where asked for, else empty. `index`: of the choice.
     `prompt_logprobs` come with the first delta of the first choice where asked for: of every token of the
     prompt but the first.
-    `resume_token`: on the first of an answer that another router could go on with.
+    `resume_token`: on the first of an answer that another router could go on with, and again once a replica
+    died under it; then it may be all there is.
     """
 
     text: str
@@ -50,6 +51,11 @@ class TextDelta:
     index: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     resume_token: bytes = b""
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing of the answer is in it."""
+        return not (self.text or self.token_ids or self.finish)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,12 +45,14 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 class Resume:
     """An answer that goes on: the token of its first delta, and the tokens the caller has.
 
-    `identity` is what the token says of the weights, once it is opened.
+    `identity` is what the token says of the weights, `num_deaths` what it holds against the request, once it
+    is opened.
     """
 
     token: bytes
     token_ids: tuple[int, ...]
     identity: bytes = b""
+    num_deaths: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

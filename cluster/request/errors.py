@@ -33,6 +33,8 @@ from cluster.request.failover import LossReason
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+MAX_SHOWN_CHARS = 80
+"""Of a name that a caller made up."""
 
 
 class RouterError(Exception):
@@ -64,10 +66,13 @@ class NotAllowed(RouterError):
 
 
 class UnknownModel(RouterError):
-    """No model of this name is configured."""
+    """No model of this name is configured, or not in this version. `served`: what the caller may ask for."""
 
-    def __init__(self, *, served: tuple[str, ...]) -> None:
-        super().__init__(f"model is not served here; served: {', '.join(served)}")
+    def __init__(self, *, field: str, name: str, served: tuple[str, ...]) -> None:
+        self.field = field
+        self.name = name[:MAX_SHOWN_CHARS].encode(errors="replace").decode()
+        allowed = ", ".join(served) or "none for this caller"
+        super().__init__(f"{field}: got {self.name!r}; allowed: {allowed}; name one that is served here")
 
 
 class ResumeRefused(RouterError):
@@ -182,13 +187,18 @@ class ErrorStatus:
 
 
 def status_of(error: RouterError) -> ErrorStatus:
-    """The gRPC status of an error, with BadRequest or RetryInfo details where they apply."""
+    """The gRPC status of an error, with BadRequest, ResourceInfo or RetryInfo details where they apply."""
     code = STATUS_CODES[type(error)]
     message = str(error)
     status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=message)
     if isinstance(error, InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, UnknownModel):
+        resource = error_details_pb2.ResourceInfo(
+            resource_type=error.field, resource_name=error.name, description=message
+        )
+        status.details.add().Pack(resource)
     if isinstance(error, LimitReached):
         quota = error_details_pb2.QuotaFailure.Violation(
             subject=f"tenant:{error.tenant}", description=message

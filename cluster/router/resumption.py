@@ -1,31 +1,22 @@
 """Moves an interrupted stream to another replica: the rest of its job, sent to where it may go on.
 
-The decision is `failover.py`'s; here are the places to go, the wait for one, and the record of the move.
+The decision is `failover.py`'s, the wait for a place `turns.py`'s; here are the loss and the move.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from time import monotonic
 from typing import NoReturn
-from weakref import WeakKeyDictionary
 
 from cluster.config import FailoverSection
-from cluster.link.replica_connection import ReplicaConnection
 from cluster.request.errors import FailoverSpent, Overloaded, Quarantined, ReplicaStopped, RouterError
 from cluster.request.failover import FailoverBudget, LossReason, Quarantine, Verdict, decide
 from cluster.router.caller import Caller
-from cluster.router.route_finder import Errand, Place, RouteFinder
+from cluster.router.route_finder import Errand, Place
 from cluster.router.run import Attempt, Run
-from cluster.router.suspicion import Probation, Standing, standing_of
+from cluster.router.turns import Turns
 from cluster.telemetry.metrics import RouterMetrics
-
-LOOK_AGAIN_S = 0.05
-"""How often a stream that waits looks for a replica: room comes without an event."""
-LOOK_FOR_A_TURN_S = 0.01
-PROBATION_S = 10.0
-"""How long a stream keeps away from others that have to prove themselves; then it goes on beside them."""
 
 
 class Resumption:
@@ -35,17 +26,16 @@ class Resumption:
         self,
         *,
         section: FailoverSection,
-        finder: RouteFinder,
+        turns: Turns,
         metrics: RouterMetrics,
         clock_s: Callable[[], float] = monotonic,
     ) -> None:
         self._section = section
-        self._finder = finder
+        self._turns = turns
         self._metrics = metrics
         self._clock_s = clock_s
         self._budget = FailoverBudget(ratio=section.budget_ratio, burst=section.burst)
         self._quarantine = Quarantine()
-        self._probations: WeakKeyDictionary[ReplicaConnection, Probation] = WeakKeyDictionary()
 
     def admit(self, model: str, prompt_ids: tuple[int, ...]) -> None:
         """A request came in. Raises Quarantined for one that replicas died of."""
@@ -53,16 +43,28 @@ class Resumption:
             raise Quarantined
         self._budget.earn()
 
+    def lose(self, run: Run, error: RouterError) -> None:
+        """Its attempt ended with `error`: note what that says of it.
+
+        Raises Quarantined where the replica died of it, and the error where it is not about the replica.
+        """
+        lost, loss = run.attempt, _loss_of(run, error)
+        is_culprit = loss.is_kill and self._turns.is_culprit(lost)
+        run.losses.append(loss)
+        run.standing = run.standing.after(lost, loss, replica=_life_of(lost))
+        if is_culprit:
+            self._judge(run, is_culprit=True)
+
     async def resume(self, run: Run, caller: Caller, error: RouterError) -> None:
-        """Start the next attempt at what is left of `run`, whose attempt ended with `error`.
+        """Start the next attempt at what is left of `run`, which lost its replica.
 
         Raises an error, mostly this one, where the stream does not go on.
         """
-        lost, loss = run.attempt, _loss_of(run, error)
-        run.losses.append(loss)
-        self._judge(run, is_culprit=loss.is_kill and self._probation(lost.connection).is_culprit(lost))
-        standing = standing_of(run.attempts, run.losses)
-        place = await self._find_place(run, caller, error, standing)
+        lost = run.attempt
+        self._judge(run)
+        place = await self._find_place(run, caller)
+        if place is None:
+            raise error
         self._judge(run)  # Others may have spent the budget while this one waited.
         offset = len(run.delivered_ids)
         lost.release()
@@ -87,7 +89,7 @@ class Resumption:
             prompt_tokens=len(job.prompt_ids),
             decision=place.decision,
         )
-        self._probation(place.connection).join(attempt, standing)
+        self._turns.join(attempt, run.standing)
         run.attempts.append(attempt)
         reason = run.losses[-1].value
         self._metrics.count_failover(run.model.name, reason)
@@ -97,9 +99,6 @@ class Resumption:
             from_replica=lost.connection.replica_id,
             to_replica=place.connection.replica_id,
         )
-
-    def _probation(self, connection: ReplicaConnection) -> Probation:
-        return self._probations.setdefault(connection, Probation())
 
     def _judge(self, run: Run, *, is_culprit: bool = False) -> None:
         verdict = decide(
@@ -121,8 +120,8 @@ class Resumption:
             case _:
                 raise FailoverSpent("this router moves no more streams for now")
 
-    async def _find_place(self, run: Run, caller: Caller, error: RouterError, standing: Standing) -> Place:
-        """Where it may go on. Raises `error` if there is no such place in time."""
+    async def _find_place(self, run: Run, caller: Caller) -> Place | None:
+        """Where it may go on; None: there is no such place in time."""
         job, lost = run.job, run.attempt.connection
         context_tokens = len(job.prompt_ids) + job.max_tokens
         # Its word that it is draining may still be on the way.
@@ -134,30 +133,24 @@ class Resumption:
             ),
             cache_salt=job.cache_salt,
         )
-        now_s = self._clock_s()
-        give_up_s, in_company_s = now_s + self._section.wait_s, now_s + PROBATION_S
-        while True:
-            has_to_wait = False
+        return await self._turns.find(
+            run.model.section,
+            errand,
+            standing=run.standing,
+            caller=caller,
+            identity=lost.identity,
+            accepts=lambda one: one is not excluded and one.hello.context_tokens >= context_tokens,
+            wait_s=self._section.wait_s,
+        )
 
-            def accepts(one: ReplicaConnection) -> bool:
-                nonlocal has_to_wait
-                if one is excluded or one.hello.context_tokens < context_tokens:
-                    return False
-                is_its_turn = self._clock_s() >= in_company_s or self._probation(one).admits(standing)
-                has_to_wait = has_to_wait or not is_its_turn
-                return is_its_turn
 
-            place = self._finder.find(run.model.section, errand, identity=lost.identity, accepts=accepts)
-            if place is not None:
-                return place
-            caller.deadline_s()
-            if not has_to_wait and self._clock_s() >= give_up_s:
-                raise error
-            await asyncio.sleep(LOOK_FOR_A_TURN_S if has_to_wait else LOOK_AGAIN_S)
+def _life_of(attempt: Attempt) -> str:
+    """A new life of a replica is as good as another replica."""
+    return f"{attempt.connection.replica_id}.{attempt.connection.epoch}"
 
 
 def _loss_of(run: Run, error: RouterError) -> LossReason:
-    """How the replica was lost. Raises the error again where it is not about the replica.
+    """How the replica was lost. Raises the error where it is not about the replica.
 
     A full queue is an answer for a new request, which may come back later; a stream under way cannot.
     """

@@ -10,11 +10,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import NoReturn, TypeAlias, TypeVar
+from typing import TypeVar
 
 import grpc
 
-from cluster.request.errors import RouterError, status_of
+from cluster.request.errors import ErrorStatus, RouterError, status_of
 from cluster.security.auth import ANYBODY, Authenticator, Identity, Need, credential_of_call
 from cluster.telemetry import semconv
 from cluster.telemetry.metrics import RouterMetrics
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
-Trailers: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 
 class Rpc:
@@ -88,38 +87,18 @@ class RpcGuard:
         need: Need = Need.TENANT,
     ) -> AsyncIterator[Rpc]:
         """The body runs inside, for callers who may; whatever it raises ends the call with its status."""
-        rpc = Rpc(
-            request_id=self._draw_id(),
-            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()),
-            context=context,
-        )
+        rpc = self._open(context, method)
         code = grpc.StatusCode.OK
         try:
             if not self._authenticator.is_open:
                 rpc.identity = self._authenticator.identify(credential_of_call(context))
                 rpc.identity.check(need)
             yield rpc
-        except RouterError as error:
-            code = status_of(error).code
-            await _abort(context, error, rpc)
-        except asyncio.CancelledError:
-            if rpc.interruption is None:
-                code = _cancel_code(context)
+        except (Exception, asyncio.CancelledError) as error:
+            code, status = _verdict(error, rpc, context, method)
+            if status is None:
                 raise
-            code = status_of(rpc.interruption).code
-            asyncio.current_task().uncancel()  # type: ignore[union-attr]
-            await _abort(context, rpc.interruption, rpc)
-        except MalformedMessage:
-            code = grpc.StatusCode.INVALID_ARGUMENT
-            raise
-        except Exception:
-            if context.cancelled() or context.done():
-                # A write that fails because the caller is gone raises an internal type of gRPC.
-                code = _cancel_code(context)
-                raise
-            code = grpc.StatusCode.INTERNAL
-            logger.exception("rpc_failed method=%s request_id=%s", method, rpc.request_id)
-            await context.abort(code, f"internal error; its id is {rpc.request_id}", rpc.id_metadata)
+            await context.abort(code, status.message, (*status.trailers, *rpc.id_metadata))
         finally:
             rpc.span.end(code.name)
             if is_inference:
@@ -135,42 +114,46 @@ class RpcGuard:
         identity: Identity,
     ) -> AsyncIterator[Rpc]:
         """One of several requests in a call of `identity`: its error is told, and the call goes on."""
-        rpc = Rpc(
-            request_id=self._draw_id(),
-            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()),
-            context=context,
-        )
+        rpc = self._open(context, method)
         rpc.identity = identity
         code = grpc.StatusCode.OK
         try:
             yield rpc
-        except RouterError as error:
-            code = status_of(error).code
-            await tell(str(error))
-        except asyncio.CancelledError:
-            if rpc.interruption is None:
-                code = _cancel_code(context)
+        except (Exception, asyncio.CancelledError) as error:
+            code, status = _verdict(error, rpc, context, method)
+            if status is None:
                 raise
-            code = status_of(rpc.interruption).code
-            asyncio.current_task().uncancel()  # type: ignore[union-attr]
-            await tell(str(rpc.interruption))
-        except Exception:
-            if context.cancelled() or context.done():
-                code = _cancel_code(context)
-                raise
-            code = grpc.StatusCode.INTERNAL
-            logger.exception("rpc_failed method=%s request_id=%s", method, rpc.request_id)
-            await tell(f"internal error; its id is {rpc.request_id}")
+            await tell(status.message)
         finally:
             rpc.span.end(code.name)
             self._metrics.count_request(rpc.model, code.name)
 
+    def _open(self, context: grpc.aio.ServicerContext[RequestT, ResponseT], method: str) -> Rpc:
+        return Rpc(
+            request_id=self._draw_id(),
+            span=self._telemetry.start_rpc(method, context.invocation_metadata() or ()),
+            context=context,
+        )
 
-async def _abort(
-    context: grpc.aio.ServicerContext[RequestT, ResponseT], error: RouterError, rpc: Rpc
-) -> NoReturn:
-    status = status_of(error)
-    await context.abort(status.code, status.message, (*status.trailers, *rpc.id_metadata))
+
+def _verdict(
+    error: BaseException, rpc: Rpc, context: grpc.aio.ServicerContext[RequestT, ResponseT], method: str
+) -> tuple[grpc.StatusCode, ErrorStatus | None]:
+    """How a call ends whose body raised this, and what its caller is told; None: it is raised again."""
+    if isinstance(error, asyncio.CancelledError) and rpc.interruption is not None:
+        asyncio.current_task().uncancel()  # type: ignore[union-attr]
+        error = rpc.interruption
+    if isinstance(error, RouterError):
+        status = status_of(error)
+        return status.code, status
+    if isinstance(error, MalformedMessage):
+        return grpc.StatusCode.INVALID_ARGUMENT, None
+    # A write that fails because the caller is gone raises an internal type of gRPC.
+    if isinstance(error, asyncio.CancelledError) or context.cancelled() or context.done():
+        return _cancel_code(context), None
+    logger.exception("rpc_failed method=%s request_id=%s", method, rpc.request_id)
+    code, message = grpc.StatusCode.INTERNAL, f"internal error; its id is {rpc.request_id}"
+    return code, ErrorStatus(code=code, message=message, trailers=())
 
 
 def _cancel_code(context: grpc.aio.ServicerContext[RequestT, ResponseT]) -> grpc.StatusCode:

@@ -13,6 +13,7 @@ from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.token_stream import TokenStream
 from cluster.request.errors import RouterError
 from cluster.request.failover import LossReason
+from cluster.router.suspicion import CLEAR, Standing
 from cluster.router.way_in import WayIn
 from cluster.served_model import ServedModel
 from cluster.telemetry.inference_span import InferenceSpan
@@ -84,6 +85,7 @@ class Run:
     attempts: list[Attempt]
     index: int = 0
     losses: list[LossReason] = field(default_factory=list)
+    standing: Standing = CLEAR
     delivered_ids: array[int] = field(default_factory=lambda: array("I"))
     outcome: FinishReason | RouterError | None = None
 

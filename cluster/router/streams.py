@@ -17,7 +17,6 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import replace
 from time import monotonic
 
 from cluster.admission.decision import Arrival, Verdict, decide_arrival
@@ -132,9 +131,6 @@ class Streams:
                     with self._counted(way_in, account, is_last=True):
                         route, run = await self._begin(way_in, completion, charge.tenant, order)
             runs = [run]
-            token = self._continuations.token(
-                completion, prompt_ids, route.connection.identity, tenant=caller.tenant
-            )
             deltas = deliver_choices(
                 runs,
                 completion.num_choices,
@@ -143,10 +139,13 @@ class Streams:
             )
             try:
                 await _accept(caller)
+                tokens = self._continuations.tokens(
+                    completion, prompt_ids, route.connection.identity, tenant=caller.tenant
+                )
                 async with aclosing(deltas):
                     async for delta in deltas:
-                        yield replace(delta, resume_token=token) if token else delta
-                        token = b""
+                        if told := tokens.put_on(delta, num_deaths=run.standing.num_deaths):
+                            yield told
             except RouterError as error:
                 for run in runs:
                     run.outcome = run.outcome or error
@@ -281,6 +280,8 @@ class Streams:
             route = route_to(place, order)
             text = await self._submission.text_so_far(way_in.model, completion, route)
             run = self._submission.submit(way_in, completion, route, text)
+            if completion.resume:
+                self._continuations.enter(run, completion.resume)
             way_in.queued_s = way_in.waited_s(now_s=self._clock_s())
             return route, run
 
@@ -290,7 +291,9 @@ class Streams:
     ) -> AsyncIterator[Place]:
         """In turn; an answer that goes on was in turn before, and needs the weights it began with."""
         if completion.resume:
-            yield self._continuations.place(way_in.model, completion, order)
+            resumed = self._continuations.place(way_in.model, completion.resume, order, way_in.caller)
+            async with resumed as place:
+                yield place
             return
         gate, deadline_s = self._gates[way_in.model.name], way_in.caller.deadline_s()
         async with gate.place(
@@ -333,6 +336,8 @@ class Streams:
                 text = run.job.text.feed((), is_last=True).text
                 yield TextDelta(text, (), run.outcome, index=run.index)
             else:
+                self._resumption.lose(run, batch.end)
+                yield TextDelta("", (), None, index=run.index)  # Its token says what is held against it now.
                 await self._resumption.resume(run, caller, batch.end)
         await _await_end(run.attempt)
 

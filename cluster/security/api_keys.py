@@ -16,7 +16,7 @@ import secrets
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from hashlib import sha256
 from pathlib import Path
 from time import monotonic
@@ -30,6 +30,8 @@ SECRET_BYTES = 32
 MAX_KEY_CHARS = 128
 MAX_FILE_BYTES = 4 * 2**20
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LABEL = re.compile(r"[^\s#]{1,64}")
+"""What follows a # is a comment."""
 LINE = re.compile(
     r"(?P<tenant>[^\s:]+)\s*:\s*(?P<id>[0-9a-f]{12})\s+sha256:(?P<digest>[0-9a-f]{64})"
     r"(?:\s+label=(?P<label>\S+))?(?:\s+expires=(?P<expires>\S+))?"
@@ -61,8 +63,10 @@ class ApiKey:
 def make_key(tenant: str, *, label: str = "", expires_on: date | None = None) -> tuple[str, ApiKey]:
     """A new key, for its owner alone, and what is kept of it. Raises ConfigError for a bad name."""
     check_tenant(tenant)
-    if label and not re.fullmatch(r"\S{1,64}", label):
-        raise ConfigError(f"label: got {label!r}; allowed: up to 64 characters without a space; change it")
+    if label and not LABEL.fullmatch(label):
+        raise ConfigError(
+            f"label: got {label[:80]!r}; allowed: up to 64 characters without a space or #; change it"
+        )
     key_id = secrets.token_hex(ID_BYTES)
     key = f"{PREFIX}_{key_id}_{secrets.token_urlsafe(SECRET_BYTES)}"
     return key, ApiKey(tenant=tenant, key_id=key_id, digest=_digest(key), label=label, expires_on=expires_on)
@@ -101,7 +105,7 @@ def find_tenant(keys: Mapping[str, ApiKey], presented: str, *, now: datetime) ->
     key = keys.get(rest.partition("_")[0])
     if prefix != PREFIX or key is None or not hmac.compare_digest(_digest(presented), key.digest):
         return None
-    is_over = key.expires_on is not None and now.astimezone(UTC) >= _end_of(key.expires_on)
+    is_over = key.expires_on is not None and now.astimezone(UTC).date() > key.expires_on
     return None if is_over else key.tenant
 
 
@@ -160,7 +164,3 @@ def _parse_line(line: str) -> ApiKey | None:
 
 def _digest(key: str) -> bytes:
     return sha256(key.encode()).digest()
-
-
-def _end_of(day: date) -> datetime:
-    return datetime.combine(day, datetime.min.time(), UTC) + timedelta(days=1)

@@ -41,7 +41,8 @@ class CertificateFiles:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
-            context.load_cert_chain(self.cert, self.key)
+            # Without a word for a password OpenSSL would ask for one at the terminal.
+            context.load_cert_chain(self.cert, self.key, password="")
             if self.peer_ca is not None:
                 context.load_verify_locations(self.peer_ca)
                 context.verify_mode = ssl.CERT_REQUIRED
@@ -49,8 +50,12 @@ class CertificateFiles:
             files = ", ".join(str(path) for path in self.paths)
             raise ConfigError(
                 f"{self.owner}: {files} make no certificate with its key ({error}); "
-                "give PEM files that belong together"
+                "give PEM files that belong together, the key without a password"
             ) from error
+        if self.peer_ca is not None and not context.cert_store_stats()["x509"]:
+            raise ConfigError(
+                f"{self.owner}: {self.peer_ca} has no certificate to trust; give the authority's"
+            )
         return context
 
 

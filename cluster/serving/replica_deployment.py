@@ -102,6 +102,7 @@ def replica_config(
         dtype=section.dtype,
         threads_per_rank=section.threads_per_rank,
         kernels=section.kernels,
+        attention=section.attention,
         quantization=section.quantization,
         runtime_dir=str(folder.path),
         shared_dir=str(folder.shared_dir),

@@ -78,7 +78,8 @@ def encode_parcel(epoch: int, parcel: Parcel, load: ReplicaLoad) -> list[link_pb
         draining = link_pb2.Draining(reason=parcel.draining)
         messages.append(link_pb2.FromReplica(epoch=epoch, draining=draining))
     if parcel.goodbye is not None:
-        messages.append(link_pb2.FromReplica(epoch=epoch, goodbye=link_pb2.Goodbye(reason=parcel.goodbye)))
+        goodbye = link_pb2.Goodbye(reason=parcel.goodbye, num_unproven=parcel.num_unproven)
+        messages.append(link_pb2.FromReplica(epoch=epoch, goodbye=goodbye))
     return messages
 
 

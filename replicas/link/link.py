@@ -153,11 +153,11 @@ class RouterLink:
             )
             await asyncio.sleep(self._backoff_s())
 
-    def close(self, goodbye: str) -> None:
+    def close(self, goodbye: str, *, num_unproven: int = 0) -> None:
         """Send what is due and then Goodbye; `run` returns when it is out."""
         self._is_closing = True
         if self._session is not None:
-            self._session.outbox.add_goodbye(goodbye)
+            self._session.outbox.add_goodbye(goodbye, num_unproven=num_unproven)
 
     def _backoff_s(self) -> float:
         ceiling_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2.0 ** min(self._failed_dials, 10))

@@ -85,11 +85,11 @@ class LinkPool:
             if not self._is_closing:
                 self._cancel()
 
-    async def close(self, goodbye: str) -> None:
+    async def close(self, goodbye: str, *, num_unproven: int = 0) -> None:
         """Say Goodbye on every link; return when it is out, bounded by `CLOSE_TIMEOUT_S`."""
         self._is_closing = True
         for link, task in self._links.values():
-            link.close(goodbye)
+            link.close(goodbye, num_unproven=num_unproven)
             if not link.is_attached:
                 task.cancel()
         if self._links:

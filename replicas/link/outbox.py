@@ -26,7 +26,8 @@ MIN_GAP_S = 0.001
 class Parcel:
     """Everything that was waiting; it goes in the order of the fields.
 
-    `step` is that of the newest token or delta, `goodbye` the last word on the stream.
+    `step` is that of the newest token or delta, `goodbye` the last word on the stream, `num_unproven` what it
+    says of the requests that other replicas had before.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Parcel:
     energy: tuple[EnergyStatement, ...]
     draining: str | None
     goodbye: str | None
+    num_unproven: int = 0
 
 
 class Outbox:
@@ -56,6 +58,7 @@ class Outbox:
         self._energy: dict[tuple[int, int], EnergyStatement] = {}
         self._draining: str | None = None
         self._goodbye: str | None = None
+        self._num_unproven = 0
         self._taken_s = float("-inf")
         self._wake = asyncio.Event()
         self._overflow = asyncio.Event()
@@ -95,9 +98,9 @@ class Outbox:
         self._draining = reason
         self._wake.set()
 
-    def add_goodbye(self, reason: str) -> None:
+    def add_goodbye(self, reason: str, *, num_unproven: int = 0) -> None:
         """Nothing is sent after it."""
-        self._goodbye = reason
+        self._goodbye, self._num_unproven = reason, num_unproven
         self._wake.set()
 
     async def take(self, timeout_s: float) -> Parcel | None:
@@ -119,6 +122,7 @@ class Outbox:
             energy=tuple(self._energy.values()),
             draining=self._draining,
             goodbye=self._goodbye,
+            num_unproven=self._num_unproven,
         )
         self._deltas.clear()
         self._pending_tokens = 0

@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # Needs Triton.
 logger = logging.getLogger(__name__)
 
 TRITON_KERNELS = "triton"
-"""What the screens call them."""
+VARLEN_KERNELS = "triton+varlen"
+"""What the screens call them; the second, where torch has a part of the attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,13 @@ import sys
 
 import torch
 
+from replicas.attention_choice import choose_attention, varlen_refusal
 from replicas.config import EngineLimits, RankConfig
-from replicas.errors import BadCheckpoint
+from replicas.errors import BadCheckpoint, BadKernels
 from replicas.layers.attention import PagedKV
 from replicas.layers.kernels.layers import CpuLayers
 from replicas.layers.kernels.library import Storage, open_pool
+from replicas.layers.triton.varlen import varlen_facts
 from replicas.models.spec import ModelSpec
 from replicas.models.weights import ModelWeights
 from replicas.parallel.degrees import Shard
@@ -35,9 +37,19 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def cuda_support(config: RankConfig, device: torch.device) -> DeviceSupport:
-    """Graphs need kernels: what torch attends to has another shape at every length."""
+def cuda_support(config: RankConfig, spec: ModelSpec, device: torch.device) -> DeviceSupport:
+    """Graphs need kernels: what torch attends to has another shape at every length. BadKernels for a kind of
+    attention that cannot be, before weights are loaded for it."""
     kernels = None if config.kernels == "off" else load_device_kernels()
+    if kernels is None and config.attention != "auto":
+        raise BadKernels(f"attention is {config.attention!r}, but Triton is missing: install it, or set auto")
+    facts = varlen_facts(
+        dtype_of(config.dtype, device),
+        device,
+        block_tokens=config.limits.block_tokens,
+        head_dim=spec.head_dim,
+    )
+    choose_attention(config.attention, varlen_refusal(facts))
     has_graphs = kernels is not None and config.limits.cuda_graphs
     return DeviceSupport(
         transfer=CudaTransfer(device), graphs=CudaGraphBackend() if has_graphs else None, kernels=kernels

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,10 +25,12 @@ from replicas.models.weights import ModelWeights, Progress, load_weights
 from replicas.parallel.collectives import Collectives, SoloCollectives, device_of
 from replicas.parallel.degrees import Shard, shard_of
 from replicas.plan import NewRow, PendingStep, PlannedRow, StepOutcome, StepPlan
+from replicas.rank.attention_probe import AttentionProbe, ProbedSteps, settle_attention
 from replicas.rank.batch import Batch, Rows
 from replicas.rank.buckets import bucket_sizes, chunk_sizes
 from replicas.rank.device_batch import DeviceRows
-from replicas.rank.device_kernels import TRITON_KERNELS
+from replicas.rank.device_clock import DeviceClock
+from replicas.rank.device_kernels import TRITON_KERNELS, VARLEN_KERNELS
 from replicas.rank.device_memory import (
     PROBE_BLOCKS,
     blocks_that_fit,
@@ -62,6 +65,9 @@ from replicas.rank.rank_experts import RankExperts
 from replicas.rank.sampler import NOT_FINITE, Peaks, draw_tokens, peaks, stage_sampling
 from replicas.rank.transfer import Upload
 from replicas.request import TORCH_KERNELS, SamplingParams
+
+if TYPE_CHECKING:  # Needs Triton.
+    from replicas.layers.triton.page_attention import PageAttention
 
 _LOAD_SKEW_S = 1800.0
 """How much longer the slowest rank may take to load. A rank that dies meanwhile is noticed at once."""
@@ -116,6 +122,8 @@ class ModelRunner:
         self._store: ExpertStore = self._kernels or StackedExperts(weights.layers)
         device_kernels = None if support is None else support.kernels
         device_layers = None if device_kernels is None else device_kernels.layers(spec, shard, weights, kv)
+        self._pages = None if device_layers is None else device_layers.pages
+        self._asked_attention = config.attention
         self._has_spans = device_layers is None
         self.kernels = TORCH_KERNELS if self._kernels is None else self._kernels.name
         if device_layers is not None:
@@ -144,15 +152,15 @@ class ModelRunner:
         `support` None: what the device has; a CPU runs its steps here and now.
         """
         device = device_of(config)
+        folder = Path(config.source)
+        spec = ModelSpec.from_folder(folder)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            support = support or cuda_support(config, device)
+            support = support or cuda_support(config, spec, device)
         else:
             torch.set_num_threads(config.threads)
             keep_large_buffers()
         dtype = dtype_of(config.dtype, device)
-        folder = Path(config.source)
-        spec = ModelSpec.from_folder(folder)
         shard = shard_of(spec, config.parallel, config.rank)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             weights = load_weights(checkpoint, spec, shard, device=device, dtype=dtype, progress=progress)
@@ -221,6 +229,8 @@ class ModelRunner:
 
         All ranks call it together, before any plan. From then on no peer may be late.
         """
+        if self._pages is not None:
+            self._settle_attention(self._pages)
         most_tokens = min(self._limits.step_tokens, self.context_tokens)
         for num_tokens in (most_tokens,) if self._steps is None else chunk_sizes(most_tokens):
             self._run_chunk(num_tokens)
@@ -303,6 +313,16 @@ class ModelRunner:
             min(limits.max_sequences, limits.step_tokens), has_experts=self.spec.num_experts > 0
         )
         return DeviceSteps(parts, support, sizes)
+
+    def _settle_attention(self, pages: PageAttention) -> None:
+        """Before anything is compiled or captured for steps to come."""
+        steps = ProbedSteps(
+            limits=self._limits, num_heads=self._shard.num_heads, context_tokens=self.context_tokens
+        )
+        clock = DeviceClock(has_graphs=self._support is not None and self._support.graphs is not None)
+        probe = AttentionProbe(pages, self._kv, steps, clock)
+        pages.choice = settle_attention(self._asked_attention, probe, self._collectives)
+        self.kernels = VARLEN_KERNELS if pages.choice.has_varlen else TRITON_KERNELS
 
     def _logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
         return self.decoder.logits(batch)

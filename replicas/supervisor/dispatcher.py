@@ -76,6 +76,11 @@ class Dispatcher:
         return len(self._in_flight)
 
     @property
+    def num_unproven(self) -> int:
+        """What its last word says to routers, should the group be lost."""
+        return self._in_flight.num_unproven
+
+    @property
     def num_links(self) -> int:
         return len(self._sessions)
 
@@ -149,6 +154,8 @@ class Dispatcher:
                 session.outbox.cache.add(report.cache)
         if self._energy is not None:
             self._energy.add_step(report)
+        if self._in_flight.num_unproven:
+            self._note_proofs(report)
         self._deliver_tokens(report)
         ended = self._deliver_deltas(report) if report.deltas else []
         for flight in ended:
@@ -209,7 +216,12 @@ class Dispatcher:
                 logger.warning("submit_ignored request=%d attempt=%d", request.request_id, request.attempt)
                 return
             self._cancel(live)
-        flight = self._in_flight.open(session, request_id=request.request_id, attempt=request.attempt)
+        flight = self._in_flight.open(
+            session,
+            request_id=request.request_id,
+            attempt=request.attempt,
+            is_moved=request.attempt > 0 or request.first_offset > 0,
+        )
         self.idle.clear()
         if self._energy is not None:
             self._energy.begin(flight.engine_id, payer=request.tenant)
@@ -232,6 +244,12 @@ class Dispatcher:
     def _cancel(self, flight: Flight[LinkSession]) -> None:
         self._in_flight.mute(flight)
         self._send(Cancel(request_id=flight.engine_id))
+
+    def _note_proofs(self, report: StepReport) -> None:
+        for engine_id, _, _, token_ids in report.tokens.runs():
+            self._in_flight.note_tokens(engine_id, len(token_ids))
+        for delta in report.deltas:
+            self._in_flight.note_tokens(delta.request_id, len(delta.token_ids))
 
     def _deliver_tokens(self, report: StepReport) -> None:
         """One bundle of runs per link, in its numbering."""

@@ -14,6 +14,10 @@ from typing import Generic, TypeVar
 MAX_UNBILLED = 8192
 """Finished requests whose energy is still open; beyond it the oldest is forgotten, and stays unknown."""
 
+PROOF_TOKENS = 4
+"""Given by one replica they prove a request harmless that another one died under: more than a step or two
+that is still under way when an engine fails."""
+
 LinkT = TypeVar("LinkT", bound=Hashable)
 
 
@@ -40,6 +44,8 @@ class InFlight(Generic[LinkT]):
         self._heard: dict[int, Flight[LinkT]] = {}
         self._live: dict[tuple[LinkT, int], Flight[LinkT]] = {}
         self._stopped: set[int] = set()
+        self._unproven: dict[int, int] = {}
+        """How many tokens those gave that came from another replica, up to the proof."""
         self._unbilled: OrderedDict[int, Flight[LinkT]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -51,14 +57,32 @@ class InFlight(Generic[LinkT]):
         """Landed requests whose energy is still open."""
         return len(self._unbilled)
 
-    def open(self, link: LinkT, *, request_id: int, attempt: int) -> Flight[LinkT]:
-        """Number a new request. The caller has made sure that no live one has its id."""
+    @property
+    def num_unproven(self) -> int:
+        """Live requests that came from another replica and have yet to prove themselves."""
+        return len(self._unproven)
+
+    def open(self, link: LinkT, *, request_id: int, attempt: int, is_moved: bool = False) -> Flight[LinkT]:
+        """Number a new request. The caller has made sure that no live one has its id.
+
+        `is_moved`: another replica had it before.
+        """
         assert (link, request_id) not in self._live
         self._last_engine_id += 1
         flight = Flight(engine_id=self._last_engine_id, link=link, request_id=request_id, attempt=attempt)
         self._in_engine[flight.engine_id] = self._heard[flight.engine_id] = flight
         self._live[link, request_id] = flight
+        if is_moved:
+            self._unproven[flight.engine_id] = 0
         return flight
+
+    def note_tokens(self, engine_id: int, count: int) -> None:
+        """They came of it; of interest while it has yet to prove itself."""
+        if engine_id not in self._unproven:
+            return
+        self._unproven[engine_id] += count
+        if self._unproven[engine_id] >= PROOF_TOKENS:
+            del self._unproven[engine_id]
 
     def live(self) -> tuple[Flight[LinkT], ...]:
         """Those that somebody waits for."""
@@ -80,6 +104,7 @@ class InFlight(Generic[LinkT]):
         """Nobody waits for its tokens any more. It stays in the engine until the engine ends it."""
         if self._heard.pop(flight.engine_id, None) is not None:
             del self._live[flight.link, flight.request_id]
+            self._unproven.pop(flight.engine_id, None)
 
     def listener(self, engine_id: int) -> Flight[LinkT] | None:
         """The live flight with this number; None if muted or unknown. Asked for every token."""

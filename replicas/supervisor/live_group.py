@@ -116,7 +116,7 @@ class LiveGroup:
     async def close_links(self, goodbye: str) -> None:
         """Send what is due and Goodbye on every link. Works after `run` ended too."""
         self.dispatcher.bill_unfinished()
-        await self._links.close(goodbye)
+        await self._links.close(goodbye, num_unproven=self.dispatcher.num_unproven)
         if self._learned_file and self._energy and self._energy.learned:
             self._learned_file.write(self._energy.learned)
         if self._links_task is not None:

@@ -204,6 +204,7 @@ class Supervisor:
                 dtype=config.dtype,
                 threads=config.threads_per_rank,
                 kernels=config.kernels,
+                attention=config.attention,
                 quantization=config.quantization,
                 socket_path=str(files.socket_path) if rank == 0 else "",
                 shared_dir=config.shared_dir,

@@ -18,12 +18,13 @@ MEMORY_MIB = 2048
 INSTRUMENTED = [
     "cluster.config",
     "cluster.foreign",
+    "cluster.ledger",
     "cluster.link.messages",
     "cluster.oip",
     "cluster.openai",
-    "cluster.security.api_keys",
     "cluster.request.resume_token",
     "cluster.request.validation",
+    "cluster.security",
     "yaml",
 ]
 

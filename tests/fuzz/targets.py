@@ -27,11 +27,22 @@ from cluster.request.errors import InvalidRequest, ResumeRefused
 from cluster.request.failover import ReplicaIdentity
 from cluster.request.resume_token import ResumeSeal
 from cluster.request.validation import RequestBounds, parse_chat, parse_generate
-from cluster.security.api_keys import parse_keys
 from protos import wattline_inference_pb2 as pb
+from protos import wattline_ledger_pb2 as ledger
 from protos import wattline_link_pb2 as link
 from protos import wattline_oip_pb2 as oip
 from replicas.wire.deltas import logprobs_from_wire
+from tests.fuzz.ledger import RECORD, SUMMARY, fuzz_batch, fuzz_listed, fuzz_summary
+from tests.fuzz.trust import (
+    BASIC,
+    KEY,
+    KEYS,
+    LOCKED_KEY,
+    fuzz_certificates,
+    fuzz_credential,
+    fuzz_keys,
+    make_pem,
+)
 
 BOUNDS = RequestBounds(max_prompt_bytes=4096, max_output_tokens=64, vocab_size=1000, has_chat_template=True)
 QUESTION = b"q" * 16
@@ -69,17 +80,13 @@ def fuzz_token(content: bytes) -> None:
     """Nothing but what was sealed is opened."""
     with suppress(ResumeRefused):
         claims = SEAL.open(content, question=QUESTION)
-        assert content == SEAL.seal(seed=claims.seed, question=QUESTION, identity=IDENTITY)
+        again = SEAL.seal(claims.num_deaths, seed=claims.seed, question=QUESTION, identity=IDENTITY)
+        assert content == again
 
 
 def fuzz_config(content: bytes) -> None:
     with suppress(ConfigError):
         parse_config(read_yaml(content, origin="fuzz"), origin="fuzz")
-
-
-def fuzz_keys(content: bytes) -> None:
-    with suppress(ConfigError):
-        parse_keys(content.decode(errors="replace"), origin="fuzz")
 
 
 def read_from_replica(message: link.FromReplica) -> None:
@@ -170,7 +177,6 @@ tenants: [{name: acme, weight: 2.0, requests_per_s: 5}]
 energy: {meter: fake}
 runtime_dir: /tmp/x
 """
-KEYS = f"acme: 46638d1801d3 sha256:{'0' * 64} label=laptop expires=2027-02-20\n# a comment\n".encode()
 
 TARGETS = {
     "generate": Target(
@@ -199,4 +205,11 @@ TARGETS = {
     "resume-token": Target(fuzz_token, (SEAL.seal(seed=7, question=QUESTION, identity=IDENTITY),)),
     "config": Target(fuzz_config, (CONFIG,)),
     "keys": Target(fuzz_keys, (KEYS,)),
+    "credential": Target(fuzz_credential, (f"Bearer {KEY}".encode(), BASIC)),
+    "certificates": Target(fuzz_certificates, (make_pem(), LOCKED_KEY)),
+    "ledger-batch": Target(fuzz_batch, (RECORD.SerializeToString(),)),
+    "ledger-summary": Target(fuzz_summary, (SUMMARY.SerializeToString(),)),
+    "ledger-list": Target(
+        fuzz_listed, (ledger.ClosedRequests(requests=RECORD.requests).SerializeToString(),)
+    ),
 }

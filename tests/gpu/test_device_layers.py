@@ -10,9 +10,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton (pip install 'wattline[gpu]')")
 
+from replicas.attention_choice import VARLEN_ALONE
 from replicas.config import ParallelConfig
 from replicas.layers.attention import PagedKV
 from replicas.layers.triton.layers import DeviceLayers
+from replicas.layers.triton.page_attention import PageAttention
 from replicas.layers.triton.sequences import DeviceSequences
 from replicas.models.checkpoint import Checkpoint
 from replicas.models.decoder import Decoder
@@ -24,6 +26,7 @@ from replicas.plan import NewRow, PlannedRow, StepPlan
 from replicas.rank.batch import Batch, Rows
 from replicas.request import SamplingParams
 from tests.checkpoints import make_granite, make_granite_moe
+from tests.varlen_reference import Recorded, varlen_reference
 
 BLOCK_TOKENS = 4
 NUM_BLOCKS = 24
@@ -114,6 +117,19 @@ def test_a_dense_model_gives_the_logits_of_the_torch_path(tmp_path: Path, device
         expected, actual, hits = paths.step(plan)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         assert hits == (0, 0)
+
+
+@torch.inference_mode()
+def test_varlen_attention_gives_the_logits_of_the_torch_path(tmp_path: Path, device: torch.device) -> None:
+    paths = TwoPaths(make_granite(tmp_path), device)
+    scale = ModelSpec.from_folder(tmp_path).attention_scale
+    recorded = Recorded(varlen_reference)
+    paths.layers.pages = PageAttention(scale=scale, find=lambda: recorded, choice=VARLEN_ALONE)
+    for plan in make_plans():
+        expected, actual, _ = paths.step(plan)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    # Two layers; chunks, then decodes beside a chunk, then decodes.
+    assert [args[5] for args, _ in recorded.calls] == [11, 11, 1, 4, 1, 4, 1, 1]
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ async def get(router: TestRouter, path: str) -> tuple[int, Mapping[str, str], by
     """Status, headers and body; redirects are not followed."""
 
     def fetch() -> tuple[int, Mapping[str, str], bytes]:
-        connection = HTTPConnection(router.addresses.http, timeout=20)
+        connection = HTTPConnection(router.addresses.http, timeout=60)
         connection.request("GET", path)
         response = connection.getresponse()
         return response.status, {key.lower(): value for key, value in response.getheaders()}, response.read()
@@ -46,7 +46,7 @@ async def read_events(router: TestRouter, count: int) -> list[tuple[str, Any]]:
     events: list[tuple[str, Any]] = []
     name = ""
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(events) < count:
                 line = (await reader.readuntil()).decode().rstrip()
                 if line.startswith("event: "):
@@ -236,7 +236,7 @@ def assert_same(status: cluster_pb.StatusResponse, snapshot: dict[str, Any]) -> 
 
 async def settled(router: TestRouter, *, meter_mj: int) -> dict[str, Any]:
     """The snapshot once the replica's last report is in it."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             _, _, body = await get(router, "/dash/snapshot.json")
             snapshot: dict[str, Any] = json.loads(body)

@@ -27,7 +27,7 @@ from tests.router_fixture import (
     spell,
 )
 
-WAIT_S = 15.0
+WAIT_S = 150.0
 
 
 @pytest.fixture
@@ -91,9 +91,9 @@ async def test_server_and_models_describe_themselves(
     assert list(metadata.outputs[0].shape) == [-1]
     assert config.model_transaction_policy.decoupled and config.max_batch_size == 0
     assert [tensor.optional for tensor in config.input] == [False] + [True] * 8
-    with pytest.raises(InferenceServerException, match="model is not served here"):
+    with pytest.raises(InferenceServerException, match="name: got 'other'; allowed: tiny, absent; name one"):
         await client.get_model_metadata("other")
-    with pytest.raises(InferenceServerException, match="model is not served here"):
+    with pytest.raises(InferenceServerException, match="version: got '2'; allowed: 1; name one"):
         await client.is_model_ready(MODEL, "2")
 
 
@@ -236,11 +236,11 @@ async def test_parameters_of_the_request_do_as_well_and_time_limits_hold(
         result = await client.infer(MODEL, inputs, parameters={"max_tokens": 2, "temperature": 0.0})
         assert texts(result) == [expected(count=2)]
         replica.running.clear()
-        asking = asyncio.create_task(client.infer(MODEL, inputs, timeout=50_000))
+        asking = asyncio.create_task(client.infer(MODEL, inputs, timeout=60_000_000))
         submit = (await replica.wait_command("submit", count=2)).submit
-        assert 0 < submit.deadline_ms <= 50
+        assert 0 < submit.deadline_ms <= 60_000
         replica.running.set()
-        await asyncio.gather(asking, return_exceptions=True)
+        await asking
         with pytest.raises(InferenceServerException, match="none beside sampling_parameters"):
             await client.infer(MODEL, make_inputs(), parameters={"seed": 3})
 

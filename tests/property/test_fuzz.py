@@ -1,7 +1,7 @@
 """Whatever comes in over the wire: the process lives, nothing leaks, and every call has a proper status.
 
-Real servers: a router with a null replica in processes of its own, and an energy agent. The long runs are in
-`make soak`.
+Real servers: a router with a null replica in processes of its own, an energy agent and a
+ledger store. The long runs are in `make soak`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 from http.client import HTTPConnection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic, sleep
+from time import monotonic, sleep, time
 from typing import Any
 
 import grpc
@@ -24,23 +24,29 @@ from grpc_health.v1 import health_pb2
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from cluster.ledger.database import Database
+from cluster.ledger.service import SERVICE, LedgerServicer
 from protos import wattline_cluster_pb2 as cluster_pb
 from protos import wattline_energy_pb2 as energy_pb
 from protos import wattline_inference_pb2 as pb
+from protos import wattline_ledger_pb2 as ledger
 from protos import wattline_link_pb2 as link
 from protos import wattline_oip_pb2 as oip
+from protos.wattline_ledger_pb2_grpc import add_LedgerStoreServicer_to_server
 from replicas.config import EngineLimits, NullEngineConfig, ReplicaConfig
 from replicas.energy.agent import EnergyAgent
 from replicas.link.messages import PROTOCOL_VERSION
+from replicas.strict_messages import add_strictly
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
+from tests.fuzz.ledger import RECORD
 from tests.fuzzing import JSON_VALUES, changed, changed_json, messages, mutated, spoilt
 from tests.router_fixture import MODEL, VOCAB_SIZE, TestRouter, make_config, make_request, run_test_router
 
 pytestmark = pytest.mark.processes
 
-WAIT_S = 60.0
-CALL_TIMEOUT_S = 20.0
+WAIT_S = 150.0
+CALL_TIMEOUT_S = 60.0
 IMPROPER = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS}
 REPLICA = "one"
 QUICK = settings(
@@ -257,8 +263,10 @@ def target(background: Background) -> Iterator[Target]:
                 runtime_dir=name,
                 shared_dir=name,
                 ready_timeout_s=WAIT_S,
+                stall_floor_s=WAIT_S,
             )
-            supervisor = Supervisor(config, SubprocessRankGroup(runtime_dir=Path(name)), lambda _: None)
+            ranks = SubprocessRankGroup(runtime_dir=Path(name))
+            supervisor = Supervisor(config, ranks, lambda _: None, first_link_timeout_s=WAIT_S)
             stack.push_async_callback(supervisor.stop)
             await supervisor.start()
             return router
@@ -454,3 +462,55 @@ async def _make_agent(folder: Path) -> EnergyAgent:
     agent = EnergyAgent(poll_s=0.01)
     await agent.start(f"unix:{folder}/agent.sock")
     return agent
+
+
+LEDGER_CALLS: dict[str, tuple[Message, bool]] = {
+    "Record": (RECORD, False),
+    "Summarize": (ledger.SummarizeRequest(since_s=1.0, until_s=2.0), False),
+    "ListRequests": (ledger.ListRequestsRequest(since_s=1.0, until_s=2.0), True),
+    "LeaseEnergy": (ledger.LeaseEnergyRequest(tenant="a", want_mj=7, budget_mj_per_day=9), False),
+    "GiveBackEnergy": (ledger.GiveBackEnergyRequest(tenant="a", unspent_mj=7, day=3), False),
+}
+
+
+def test_no_call_harms_the_ledger_store(background: Background, tmp_path: Path) -> None:
+    """Whatever was taken before, everything can still be summed up."""
+    stack = AsyncExitStack()
+    channel = grpc.insecure_channel(f"unix:{tmp_path}/ledger.sock")
+
+    def call(method: str, content: bytes, *, is_stream: bool) -> grpc.StatusCode:
+        make: Callable[..., Any] = channel.unary_stream if is_stream else channel.unary_unary
+        ask = make(f"/{SERVICE}/{method}", request_serializer=bytes, response_deserializer=bytes)
+        try:
+            answer = ask(content, timeout=CALL_TIMEOUT_S)
+            list(answer) if is_stream else answer
+        except grpc.RpcError as error:
+            return _code(error)
+        return grpc.StatusCode.OK
+
+    def fuzz(told: tuple[str, bytes]) -> None:
+        method, content = told
+        assert call(method, content, is_stream=LEDGER_CALLS[method][1]) not in IMPROPER
+
+    told = st.sampled_from(sorted(LEDGER_CALLS)).flatmap(
+        lambda method: st.tuples(st.just(method), any_bytes(LEDGER_CALLS[method][0]))
+    )
+    try:
+        background.run(_start_ledger(stack, tmp_path))
+        settings(QUICK, max_examples=150)(given(told)(fuzz))()
+        assert call("Record", b"\xff" * 9, is_stream=False) is grpc.StatusCode.INVALID_ARGUMENT
+        assert call("Summarize", b"", is_stream=False) is grpc.StatusCode.OK
+        assert call("ListRequests", b"", is_stream=True) is grpc.StatusCode.OK
+    finally:
+        channel.close()
+        background.run(stack.aclose())
+
+
+async def _start_ledger(stack: AsyncExitStack, folder: Path) -> None:
+    servicer = LedgerServicer(Database(folder / "ledger.db"), wall_s=time)
+    stack.callback(servicer.close)
+    server = grpc.aio.server()
+    add_strictly(add_LedgerStoreServicer_to_server, servicer, server)
+    server.add_insecure_port(f"unix:{folder}/ledger.sock")
+    await server.start()
+    stack.push_async_callback(server.stop, None)

@@ -1,9 +1,9 @@
 """A rank's decoder layers on a CUDA device: Triton kernels between the matrix products of torch.
 
 Per half layer: residual sum and norm in one kernel; the fused product; rotation and cache write in one;
-attention over pages; the output product. A step with one token on one rank goes through the shorter chain of
-`one_token.py`. Nothing here waits for the device or looks at a value on it, so that
-a decode step can be captured in a CUDA graph; kernels are chosen by host integers alone. Partial sums come
+attention over pages (`page_attention.py`); the output product. A step with one token on one rank goes through
+the shorter chain of `one_token.py`. Nothing here waits for the device or looks at a value on it, so that a
+decode step can be captured in a CUDA graph; kernels are chosen by host integers alone. Partial sums come
 back as the torch path gives them: the decoder adds up ranks. The weights are the rank's own, not copied.
 Shape letters: T tokens, H hidden, S sampled tokens, V local vocabulary rows, X all experts.
 """
@@ -17,15 +17,15 @@ from replicas.layers.linear import linear
 from replicas.layers.rope import Rotation
 from replicas.layers.triton.add_norm import add_norm
 from replicas.layers.triton.combine import combine_experts
-from replicas.layers.triton.decode_attention import decode_attention
 from replicas.layers.triton.expert_lists import list_pairs
 from replicas.layers.triton.grouped_linear import PairLists, down_experts, gated_experts
 from replicas.layers.triton.one_token import OneToken
-from replicas.layers.triton.prefill_attention import prefill_attention
+from replicas.layers.triton.page_attention import PageAttention
 from replicas.layers.triton.rope_cache import rope_to_cache
 from replicas.layers.triton.router import choose_experts
 from replicas.layers.triton.sequences import DeviceSequences
 from replicas.layers.triton.swiglu import swiglu
+from replicas.layers.triton.varlen import find_varlen
 from replicas.models.spec import ModelSpec
 from replicas.models.weights import ExpertWeights, MlpWeights, ModelWeights
 from replicas.parallel.degrees import Shard
@@ -36,6 +36,7 @@ class DeviceLayers:
 
     `attention` and `ffn` first add what the half layer before gave, `delta_TH`, to `x_TH` in place (times the
     residual multiplier); None: there was none. `fuses_one_token` False: one token takes the way of many.
+    `pages` attends; its choice is the owner's to set.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class DeviceLayers:
         self._shard = shard
         self._weights = weights
         self._kv = kv
-        self._step: tuple[Rotation, torch.Tensor, DeviceSequences] | None = None
+        self.pages = PageAttention(scale=spec.attention_scale, find=find_varlen)
+        self._step: tuple[Rotation, torch.Tensor] | None = None
         self.expert_counts_LX = torch.zeros(
             (spec.num_layers, spec.num_experts), device=weights.embedding_VH.device, dtype=torch.int32
         )
@@ -61,12 +63,13 @@ class DeviceLayers:
 
     def begin(self, rotation: Rotation, slots_T: torch.Tensor, sequences: DeviceSequences) -> None:
         """Where the tokens of the next calls are: angles, slots to write, pages to read."""
-        self._step = (rotation, slots_T, sequences)
+        self._step = (rotation, slots_T)
+        self.pages.begin(sequences)
 
     def attention(self, index: int, x_TH: torch.Tensor, delta_TH: torch.Tensor | None) -> torch.Tensor:
         """This rank's heads' part of attention [T, H]; writes the new tokens to the cache."""
         assert self._step is not None, "begin() comes before the layers"
-        rotation, slots_T, sequences = self._step
+        rotation, slots_T = self._step
         layer, keys, values = self._weights.layers[index], self._kv.keys[index], self._kv.values[index]
         one_token = self._one_token if len(x_TH) == 1 else None
         if one_token is not None:
@@ -74,7 +77,7 @@ class DeviceLayers:
         else:
             qkv_TC = linear(self._add_norm(x_TH, delta_TH, layer.attention_norm_H), layer.qkv_QH)
         q_TND = rope_to_cache(qkv_TC, rotation, slots_T, keys, values, num_heads=self._shard.num_heads)
-        mixed_TND = attend_pages(q_TND, keys, values, sequences, scale=self._spec.attention_scale)
+        mixed_TND = self.pages.attend(q_TND, keys, values)
         if one_token is not None:
             return one_token.add_mixed(x_TH, mixed_TND, layer)
         return linear(mixed_TND.flatten(1), layer.out_HA)
@@ -104,6 +107,7 @@ class DeviceLayers:
     def close(self) -> None:
         """Let go of the last step's tensors."""
         self._step = None
+        self.pages.close()
 
     def _add_norm(
         self, x_TH: torch.Tensor, delta_TH: torch.Tensor | None, weight_H: torch.Tensor
@@ -123,41 +127,3 @@ class DeviceLayers:
         )
         y_MH = down_experts(gated_experts(x_TH, weights.gate_up_E2FH, lists), weights.down_EHF, lists)
         return combine_experts(y_MH, choices_TC, shares_TC, first_expert=first_expert, num_local=num_local)
-
-
-def attend_pages(
-    q_TND: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    sequences: DeviceSequences,
-    *,
-    scale: float,
-) -> torch.Tensor:
-    """[T, N, D]: decode rows by the split kernel, chunks by the causal one."""
-    out_TND = torch.empty_like(q_TND)
-    decodes = sequences.num_decodes
-    tables_BP, lengths_B = sequences.tables_BP, sequences.lengths_B
-    if decodes:
-        decode_attention(
-            q_TND[:decodes],
-            keys,
-            values,
-            tables_BP[:decodes],
-            lengths_B[:decodes],
-            out_TND[:decodes],
-            scale=scale,
-            max_context_tokens=sequences.max_context_tokens,
-        )
-    if sequences.num_chunks:
-        prefill_attention(
-            q_TND,
-            keys,
-            values,
-            tables_BP[decodes:],
-            lengths_B[decodes:],
-            sequences.starts_C1,
-            out_TND,
-            scale=scale,
-            max_chunk_tokens=sequences.max_chunk_tokens,
-        )
-    return out_TND

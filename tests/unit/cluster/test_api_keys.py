@@ -41,6 +41,22 @@ def test_no_two_keys_are_equal() -> None:
     assert len({make_key("acme")[0] for _ in range(20)}) == 20
 
 
+def test_a_key_may_hold_to_the_end_of_the_calendar() -> None:
+    text, key = make_key("acme", expires_on=date.max)
+    assert find_tenant(keys_of(key), text, now=NOW) == "acme"
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(st.text(min_size=1, max_size=66), st.none() | st.dates())
+def test_what_is_made_is_read_back_whatever_its_label(label: str, expires_on: date | None) -> None:
+    """In a line with a comment sign, what follows it would be lost: the day the key ends, too."""
+    try:
+        _, key = make_key("acme", label=label, expires_on=expires_on)
+    except ConfigError:
+        return
+    assert parse_keys(key.line, origin="f") == keys_of(key)
+
+
 def test_a_key_holds_up_to_the_end_of_its_last_day() -> None:
     text, key = make_key("acme", expires_on=date(2026, 11, 22))
     assert find_tenant(keys_of(key), text, now=datetime(2026, 11, 22, 23, 59, tzinfo=UTC)) == "acme"

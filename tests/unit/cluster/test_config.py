@@ -70,6 +70,11 @@ def test_our_own_rules_speak_for_themselves() -> None:
             "models[0]: parallel.layout dispatch and parallel.spare_experts run on CPU ranks only; "
             "set layout to shared and spare_experts to 0, or device to cpu",
         ),
+        (
+            {"attention": "varlen", "device": "cuda"},
+            "models[0]: attention is 'varlen', but limits.block_tokens is 16; varlen reads pages of a "
+            "multiple of 256 tokens: set it to 256 (or set attention to auto)",
+        ),
         ({"parallel": {"tensor": "two"}}, "models[0].parallel.tensor: got 'two'; allowed: a whole number"),
         (
             {"limits": {"drain_s": float("nan")}},

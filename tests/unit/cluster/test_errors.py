@@ -15,7 +15,7 @@ def make_errors() -> list[RouterError]:
         errors.InvalidRequest(field="a.b", got=1, limit="2 to 3", fix="choose"),
         errors.Unauthenticated("no key"),
         errors.NotAllowed("not yours"),
-        errors.UnknownModel(served=("x", "y")),
+        errors.UnknownModel(field="model", name="z", served=("x", "y")),
         errors.ResumeRefused("of another request"),
         errors.UnknownRequest("gone"),
         errors.UnknownReplica("gone"),

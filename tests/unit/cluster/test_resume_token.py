@@ -85,6 +85,14 @@ def test_a_token_holds_for_an_hour() -> None:
         seal.open(token, question=question())
 
 
+def test_a_token_says_how_many_deaths_are_held_against_the_request() -> None:
+    seal = ResumeSeal(b"k" * 32)
+    for num_deaths, told in ((0, 0), (1, 1), (15, 15), (99, 15)):
+        token = seal.seal(num_deaths, seed=1, question=question(), identity=IDENTITY)
+        assert seal.open(token, question=question()).num_deaths == told
+        assert len(token) == TOKEN_BYTES
+
+
 def test_other_routers_tokens_are_refused() -> None:
     with pytest.raises(ResumeRefused, match="was not made by these routers"):
         ResumeSeal(b"x" * 32).open(make_token(ResumeSeal(b"k" * 32)), question=question())

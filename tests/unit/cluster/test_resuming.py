@@ -75,6 +75,20 @@ def test_a_lost_stream_goes_on_with_what_came() -> None:
     assert (asked[1].resume.token, list(asked[1].resume.token_ids)) == (b"t", [1, 2, 3])
 
 
+def test_the_newest_token_counts_also_where_no_other_came() -> None:
+    scripts: list[Script] = [
+        [delta(token=b"t"), UNAVAILABLE],
+        [delta(1, token=b"u"), delta(2), delta(token=b"v"), UNAVAILABLE],
+        [delta(3, token=b"w", is_last=True), FINAL],
+    ]
+    _, asked = run(scripts, num_routers=1)
+    assert [(one.resume.token, list(one.resume.token_ids)) for one in asked] == [
+        (b"", []),
+        (b"t", []),
+        (b"v", [1, 2]),
+    ]
+
+
 def test_an_answer_that_lacks_its_final_message_repeats_nothing() -> None:
     scripts: list[Script] = [
         [delta(1, 2, token=b"t"), delta(3, is_last=True), UNAVAILABLE],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from replicas.config import EngineLimits, ReplicaConfig
 from replicas.energy.ledger import Ledger
@@ -159,6 +159,21 @@ async def test_a_cancelled_request_is_heard_no_more() -> None:
     assert await deltas(link) == ()
     assert desk.dispatcher.num_in_flight == 0
     assert desk.dispatcher.idle.is_set()
+
+
+async def test_what_other_replicas_had_is_counted_over_all_links_until_it_has_given_a_few_tokens() -> None:
+    desk = Desk()
+    moved = replace(make_request(7), attempt=0, first_offset=9)
+    for name, request in (
+        ("a", moved),
+        ("b", make_request(7, attempt=1)),
+        ("c", replace(moved, first_offset=0)),
+    ):
+        desk.dispatcher.on_command(desk.attach(name), Submit(request=request))
+    assert desk.dispatcher.num_unproven == 2
+    desk.step(make_delta(1, (11, 12)), make_delta(2, (21,), attempt=1))
+    desk.step(make_delta(1, (13, 14)))
+    assert desk.dispatcher.num_unproven == 1
 
 
 async def test_a_newer_attempt_replaces_the_older_one() -> None:

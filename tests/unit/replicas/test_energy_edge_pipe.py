@@ -34,7 +34,7 @@ async def test_a_watcher_reads_what_was_written_until_the_watch_ends(tmp_path: P
     pipe = EdgePipe(tmp_path / "edges")
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     read: list[Reading] = []
-    async with asyncio.timeout(20), aclosing(read_edges(str(pipe.path), until=ended)) as batches:
+    async with asyncio.timeout(60), aclosing(read_edges(str(pipe.path), until=ended)) as batches:
         pipe.write(EDGES[0])
         read += await anext(batches)
         pipe.write(EDGES[1])
@@ -56,7 +56,7 @@ async def test_a_full_pipe_stops_nobody_and_keeps_the_gap(tmp_path: Path) -> Non
     for number in range(3):
         watcher.put(Reading(t_ns=number, energy_mj=number, source=Source.COUNTER, gap=number == 1))
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    async with asyncio.timeout(20), aclosing(read_edges(str(pipe.path), until=ended)) as batches:
+    async with asyncio.timeout(60), aclosing(read_edges(str(pipe.path), until=ended)) as batches:
         num_read = 0
         while num_read < num_written:
             num_read += len(await anext(batches))

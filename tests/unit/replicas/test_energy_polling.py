@@ -119,9 +119,9 @@ async def test_a_meter_that_breaks_ends_its_own_watches_with_its_error(thread: P
     thread.add(sound)
     for watcher in (watchers[0], broken.subscribe()):
         with pytest.raises(RuntimeError, match="polling ended") as caught:
-            await asyncio.wait_for(watcher.take(), 20)
+            await asyncio.wait_for(watcher.take(), 60)
         assert isinstance(caught.value.__cause__, OSError)
-    assert await asyncio.wait_for(watchers[1].take(), 20)
+    assert await asyncio.wait_for(watchers[1].take(), 60)
     thread.remove(sound)
 
 
@@ -130,12 +130,12 @@ def test_a_meter_is_not_read_any_more_once_it_is_removed(thread: PollThread) -> 
     pollers = make_poller(removed), make_poller(kept)
     for poller in pollers:
         thread.add(poller)
-    assert removed.was_read.wait(20)
+    assert removed.was_read.wait(60)
     thread.remove(pollers[0])
     thread.wait_round()
     num_reads = removed.num_reads
     kept.awaited = kept.num_reads + 5
-    assert kept.was_read.wait(20)
+    assert kept.was_read.wait(60)
     thread.remove(pollers[1])
     assert removed.num_reads == num_reads
 
@@ -145,7 +145,7 @@ def test_meters_are_read_again_after_all_were_removed(thread: PollThread) -> Non
         meter = CountingMeter(awaited=2)
         poller = make_poller(meter)
         thread.add(poller)
-        assert meter.was_read.wait(20)
+        assert meter.was_read.wait(60)
         thread.remove(poller)
 
 
@@ -169,7 +169,7 @@ def test_while_a_meter_says_that_nothing_runs_it_is_read_less_often() -> None:
     thread.add(poller)
     told = []
     for _ in range(4):
-        told.append(waits_s.get(timeout=20))
+        told.append(waits_s.get(timeout=60))
         goes_on.release()
     thread.remove(poller)
     goes_on.release()

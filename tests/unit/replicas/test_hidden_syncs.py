@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from replicas.config import EngineLimits, ParallelConfig
 from replicas.layers.experts import run_all, run_grouped
+from replicas.layers.triton.sequences import DeviceSequences
+from replicas.layers.triton.varlen import chunk_part, decode_part, find_varlen, varlen_attention
 from replicas.models.checkpoint import Checkpoint
 from replicas.models.spec import ModelSpec
 from replicas.models.weights import ExpertWeights, LayerWeights, MlpWeights, ModelWeights, load_weights
@@ -255,6 +257,30 @@ def test_the_watch_sees_what_it_is_for() -> None:
     for read in (x.tolist, x.sum().item, x.nonzero, lambda: x[x > 0], lambda: bool(x.any())):
         with pytest.raises((RuntimeError, NotImplementedError)):
             read()
+
+
+@pytest.mark.parametrize("num_decodes", [0, 3, 5])
+def test_varlen_attention_needs_no_value_from_the_device(num_decodes: int) -> None:
+    """Torch's own function takes what we give it; bounds are host integers: a graph can record a decode."""
+    attend = find_varlen()
+    if attend is None:
+        pytest.skip("this torch has no varlen attention over pages")
+    num_chunks = 5 - num_decodes
+    q_TND = torch.zeros((9, 4, 8), dtype=torch.bfloat16, device=META)
+    sequences = DeviceSequences(
+        tables_BP=torch.zeros((5, 2), dtype=torch.int32, device=META),
+        lengths_B=torch.zeros(5, dtype=torch.int32, device=META),
+        starts_C1=torch.zeros(num_chunks + 1, dtype=torch.int32, device=META),
+        num_decodes=num_decodes,
+        max_chunk_tokens=4,
+        max_context_tokens=512,
+    )
+    cache = torch.zeros((3, 256, 2, 8), dtype=torch.bfloat16, device=META)
+    with on_device_only():
+        for part in (decode_part(sequences), chunk_part(sequences)):
+            assert len(part.starts_B1) == len(part.cached_B1) == len(part.lengths_B) + 1
+            out_TND = varlen_attention(attend, q_TND, cache, cache, part, scale=1.0)
+            assert out_TND.shape == q_TND.shape
 
 
 @pytest.mark.parametrize(("run", "dtype"), [(run_grouped, torch.bfloat16), (run_all, torch.float32)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from replicas.supervisor.in_flight import MAX_UNBILLED, InFlight
+from replicas.supervisor.in_flight import MAX_UNBILLED, PROOF_TOKENS, InFlight
 
 
 def test_two_routers_may_use_the_same_number() -> None:
@@ -70,3 +70,17 @@ def test_unbilled_requests_are_bounded() -> None:
         flights.land(flights.open("a", request_id=request_id, attempt=1).engine_id)
     assert flights.num_unbilled == MAX_UNBILLED
     assert flights.settle(1) is None
+
+
+def test_what_another_replica_had_is_unproven_until_it_gave_a_few_tokens_or_is_gone() -> None:
+    flights: InFlight[str] = InFlight()
+    moved = [flights.open(link, request_id=1, attempt=1, is_moved=True) for link in ("a", "b", "c")]
+    new = flights.open("a", request_id=2, attempt=0)
+    assert flights.num_unproven == 3
+    flights.note_tokens(new.engine_id, PROOF_TOKENS)
+    flights.note_tokens(moved[0].engine_id, PROOF_TOKENS - 1)
+    assert flights.num_unproven == 3
+    flights.note_tokens(moved[0].engine_id, 1)
+    flights.land(moved[1].engine_id)
+    flights.drop_link("c")
+    assert flights.num_unproven == 0

@@ -243,9 +243,10 @@ async def test_goodbye_is_the_last_word_and_arrives_behind_the_tokens() -> None:
             request_id=1, attempt=1, first_offset=0, token_ids=(7,), finish=FinishReason.STOP
         )
         recorder.sessions[0].outbox.add_deltas(1, [last])
-        await pool.close("rolling update")
+        await pool.close("a rank is lost", num_unproven=3)
         await replica.ended()
-        assert (replica.token_ids(1), replica.goodbye) == ([7], "rolling update")
+        assert (replica.token_ids(1), replica.goodbye) == ([7], "a rank is lost")
+        assert replica.num_unproven == 3
         async with asyncio.timeout(WAIT_S):
             await task
 
@@ -262,7 +263,7 @@ async def test_one_router_behind_two_addresses_has_one_stream() -> None:
         streams = [await router.attached() for _ in range(2)]
         # Both are welcomed; which of them the replica keeps is up to the order of its own reading.
         ends = [asyncio.create_task(stream.ended()) for stream in streams]
-        done, others = await asyncio.wait(ends, timeout=10.0, return_when=asyncio.FIRST_COMPLETED)
+        done, others = await asyncio.wait(ends, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
         assert len(done) == 1
         for other in others:
             other.cancel()

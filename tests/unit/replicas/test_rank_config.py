@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from replicas.config import (
     rank_config_from_json,
     rank_config_to_json,
 )
+from replicas.errors import BadKernels
 
 CONFIG = RankConfig(
     group="llama-0",
@@ -41,3 +43,10 @@ def test_an_unknown_key_is_named() -> None:
 
 def test_a_gpu_plans_one_step_ahead() -> None:
     assert [lookahead_on(device) for device in ("cpu", "cuda", "cuda:1")] == [0, 1, 1]
+
+
+def test_an_attention_that_can_never_be_is_refused_before_a_rank_starts() -> None:
+    with pytest.raises(BadKernels, match="attention is 'varlen', but device is 'cpu'"):
+        replace(CONFIG, attention="varlen")
+    limits = replace(CONFIG.limits, block_tokens=256)
+    assert replace(CONFIG, attention="varlen", device="cuda", limits=limits).attention == "varlen"
