@@ -793,6 +793,7 @@ class PhaseEnergy(_message.Message):
     WASTED_J_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     IS_FINAL_FIELD_NUMBER: _builtins.int
+    HOST_J_FIELD_NUMBER: _builtins.int
     prefill_j: _builtins.float
     decode_j: _builtins.float
     static_j: _builtins.float
@@ -800,6 +801,8 @@ class PhaseEnergy(_message.Message):
     wasted_j: _builtins.float
     source: _builtins.str
     is_final: _builtins.bool
+    host_j: _builtins.float
+    """Beside them, never in them: of what the hosts around the devices drew. Unset: unknown."""
     def __init__(
         self,
         *,
@@ -809,12 +812,15 @@ class PhaseEnergy(_message.Message):
         wasted_j: _builtins.float = ...,
         source: _builtins.str = ...,
         is_final: _builtins.bool = ...,
+        host_j: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_host_j", b"_host_j", "host_j", b"host_j"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_j", b"decode_j", "is_final", b"is_final", "prefill_j", b"prefill_j", "source", b"source", "static_j", b"static_j", "wasted_j", b"wasted_j"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_host_j", b"_host_j", "decode_j", b"decode_j", "host_j", b"host_j", "is_final", b"is_final", "prefill_j", b"prefill_j", "source", b"source", "static_j", b"static_j", "wasted_j", b"wasted_j"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__host_j: _TypeAlias = _typing.Literal["host_j"]  # noqa: Y015
+    _WhichOneofArgType__host_j: _TypeAlias = _typing.Literal["_host_j", b"_host_j"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__host_j) -> _WhichOneofReturnType__host_j | None: ...
 
 Global___PhaseEnergy: _TypeAlias = PhaseEnergy  # noqa: Y015
 

@@ -100,7 +100,7 @@ class EnergyReading(_message.Message):
     t_ns: _builtins.int
     """Monotonic clock of the host."""
     energy_mj: _builtins.int
-    """Since the watch began; never falls."""
+    """From an arbitrary start; never falls within a watch."""
     static_mj: _builtins.int
     """Part of energy_mj drawn whatever the work, where the meter can tell."""
     source: _builtins.str

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/wattline_ledger.proto\x12\x0bwattline.v1\"\xb4\x02\n\x12\x43losedRequestEntry\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07outcome\x18\x05 \x01(\t\x12\x0f\n\x07\x65nded_s\x18\x06 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x15\n\routput_tokens\x18\t \x01(\x04\x12\x15\n\rwasted_tokens\x18\n \x01(\x04\x12\x0f\n\x07ttft_ms\x18\x0b \x01(\x01\x12\x10\n\x08total_ms\x18\x0c \x01(\x01\x12-\n\x06\x65nergy\x18\r \x01(\x0b\x32\x18.wattline.v1.EnergyEntryH\x00\x88\x01\x01\x42\t\n\x07_energy\"\xa7\x01\n\x0b\x45nergyEntry\x12\x12\n\nprefill_mj\x18\x01 \x01(\x04\x12\x11\n\tdecode_mj\x18\x02 \x01(\x04\x12\x11\n\tstatic_mj\x18\x03 \x01(\x04\x12\x11\n\twasted_mj\x18\x04 \x01(\x04\x12\x0e\n\x06source\x18\x05 \x01(\t\x12\x0e\n\x06method\x18\x06 \x01(\t\x12\x19\n\x11\x63onfidence_factor\x18\x07 \x01(\x01\x12\x10\n\x08is_final\x18\x08 \x01(\x08\"\xb2\x01\n\x10ReplicaSumsEntry\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x0c\n\x04\x61t_s\x18\x05 \x01(\x01\x12\x10\n\x08meter_mj\x18\x06 \x01(\x04\x12\x12\n\nrequest_mj\x18\x07 \x01(\x04\x12\x0f\n\x07idle_mj\x18\x08 \x01(\x04\x12\x17\n\x0funattributed_mj\x18\t \x01(\x04\"\x86\x01\n\rRecordRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x31\n\x08requests\x18\x02 \x03(\x0b\x32\x1f.wattline.v1.ClosedRequestEntry\x12/\n\x08replicas\x18\x03 \x03(\x0b\x32\x1d.wattline.v1.ReplicaSumsEntry\"!\n\x0eRecordResponse\x12\x0f\n\x07num_new\x18\x01 \x01(\r\"4\n\x10SummarizeRequest\x12\x0f\n\x07since_s\x18\x01 \x01(\x01\x12\x0f\n\x07until_s\x18\x02 \x01(\x01\"g\n\x11SummarizeResponse\x12*\n\x08requests\x18\x01 \x03(\x0b\x32\x18.wattline.v1.RequestSums\x12&\n\x06models\x18\x02 \x03(\x0b\x32\x16.wattline.v1.ModelSums\"\xaf\x02\n\x0bRequestSums\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x14\n\x0cnum_requests\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x15\n\rcached_tokens\x18\x06 \x01(\x04\x12\x15\n\routput_tokens\x18\x07 \x01(\x04\x12\x15\n\rwasted_tokens\x18\x08 \x01(\x04\x12\x12\n\nprefill_mj\x18\t \x01(\x04\x12\x11\n\tdecode_mj\x18\n \x01(\x04\x12\x11\n\tstatic_mj\x18\x0b \x01(\x04\x12\x11\n\twasted_mj\x18\x0c \x01(\x04\x12\x11\n\tnum_final\x18\r \x01(\x04\x12\x1f\n\x17worst_confidence_factor\x18\x0e \x01(\x01\"z\n\tModelSums\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08meter_mj\x18\x03 \x01(\x04\x12\x12\n\nrequest_mj\x18\x04 \x01(\x04\x12\x0f\n\x07idle_mj\x18\x05 \x01(\x04\x12\x17\n\x0funattributed_mj\x18\x06 \x01(\x04\"7\n\x13ListRequestsRequest\x12\x0f\n\x07since_s\x18\x01 \x01(\x01\x12\x0f\n\x07until_s\x18\x02 \x01(\x01\"C\n\x0e\x43losedRequests\x12\x31\n\x08requests\x18\x01 \x03(\x0b\x32\x1f.wattline.v1.ClosedRequestEntry\"P\n\x12LeaseEnergyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07want_mj\x18\x02 \x01(\x04\x12\x19\n\x11\x62udget_mj_per_day\x18\x03 \x01(\x04\"M\n\x13LeaseEnergyResponse\x12\x12\n\ngranted_mj\x18\x01 \x01(\x04\x12\x15\n\rretry_after_s\x18\x02 \x01(\x01\x12\x0b\n\x03\x64\x61y\x18\x03 \x01(\r\"H\n\x15GiveBackEnergyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nunspent_mj\x18\x02 \x01(\x04\x12\x0b\n\x03\x64\x61y\x18\x03 \x01(\r\"\x18\n\x16GiveBackEnergyResponse2\x9a\x03\n\x0bLedgerStore\x12\x41\n\x06Record\x12\x1a.wattline.v1.RecordRequest\x1a\x1b.wattline.v1.RecordResponse\x12J\n\tSummarize\x12\x1d.wattline.v1.SummarizeRequest\x1a\x1e.wattline.v1.SummarizeResponse\x12O\n\x0cListRequests\x12 .wattline.v1.ListRequestsRequest\x1a\x1b.wattline.v1.ClosedRequests0\x01\x12P\n\x0bLeaseEnergy\x12\x1f.wattline.v1.LeaseEnergyRequest\x1a .wattline.v1.LeaseEnergyResponse\x12Y\n\x0eGiveBackEnergy\x12\".wattline.v1.GiveBackEnergyRequest\x1a#.wattline.v1.GiveBackEnergyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/wattline_ledger.proto\x12\x0bwattline.v1\"\xb4\x02\n\x12\x43losedRequestEntry\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07outcome\x18\x05 \x01(\t\x12\x0f\n\x07\x65nded_s\x18\x06 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x15\n\routput_tokens\x18\t \x01(\x04\x12\x15\n\rwasted_tokens\x18\n \x01(\x04\x12\x0f\n\x07ttft_ms\x18\x0b \x01(\x01\x12\x10\n\x08total_ms\x18\x0c \x01(\x01\x12-\n\x06\x65nergy\x18\r \x01(\x0b\x32\x18.wattline.v1.EnergyEntryH\x00\x88\x01\x01\x42\t\n\x07_energy\"\xc9\x01\n\x0b\x45nergyEntry\x12\x12\n\nprefill_mj\x18\x01 \x01(\x04\x12\x11\n\tdecode_mj\x18\x02 \x01(\x04\x12\x11\n\tstatic_mj\x18\x03 \x01(\x04\x12\x11\n\twasted_mj\x18\x04 \x01(\x04\x12\x0e\n\x06source\x18\x05 \x01(\t\x12\x0e\n\x06method\x18\x06 \x01(\t\x12\x19\n\x11\x63onfidence_factor\x18\x07 \x01(\x01\x12\x10\n\x08is_final\x18\x08 \x01(\x08\x12\x14\n\x07host_mj\x18\t \x01(\x04H\x00\x88\x01\x01\x42\n\n\x08_host_mj\"\xe2\x01\n\x10ReplicaSumsEntry\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x0c\n\x04\x61t_s\x18\x05 \x01(\x01\x12\x10\n\x08meter_mj\x18\x06 \x01(\x04\x12\x12\n\nrequest_mj\x18\x07 \x01(\x04\x12\x0f\n\x07idle_mj\x18\x08 \x01(\x04\x12\x17\n\x0funattributed_mj\x18\t \x01(\x04\x12\x15\n\rhost_meter_mj\x18\n \x01(\x04\x12\x17\n\x0fhost_request_mj\x18\x0b \x01(\x04\"\x86\x01\n\rRecordRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x31\n\x08requests\x18\x02 \x03(\x0b\x32\x1f.wattline.v1.ClosedRequestEntry\x12/\n\x08replicas\x18\x03 \x03(\x0b\x32\x1d.wattline.v1.ReplicaSumsEntry\"!\n\x0eRecordResponse\x12\x0f\n\x07num_new\x18\x01 \x01(\r\"4\n\x10SummarizeRequest\x12\x0f\n\x07since_s\x18\x01 \x01(\x01\x12\x0f\n\x07until_s\x18\x02 \x01(\x01\"g\n\x11SummarizeResponse\x12*\n\x08requests\x18\x01 \x03(\x0b\x32\x18.wattline.v1.RequestSums\x12&\n\x06models\x18\x02 \x03(\x0b\x32\x16.wattline.v1.ModelSums\"\xd2\x02\n\x0bRequestSums\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x14\n\x0cnum_requests\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x15\n\rcached_tokens\x18\x06 \x01(\x04\x12\x15\n\routput_tokens\x18\x07 \x01(\x04\x12\x15\n\rwasted_tokens\x18\x08 \x01(\x04\x12\x12\n\nprefill_mj\x18\t \x01(\x04\x12\x11\n\tdecode_mj\x18\n \x01(\x04\x12\x11\n\tstatic_mj\x18\x0b \x01(\x04\x12\x11\n\twasted_mj\x18\x0c \x01(\x04\x12\x11\n\tnum_final\x18\r \x01(\x04\x12\x1f\n\x17worst_confidence_factor\x18\x0e \x01(\x01\x12\x0f\n\x07host_mj\x18\x0f \x01(\x04\x12\x10\n\x08num_host\x18\x10 \x01(\x04\"\xaa\x01\n\tModelSums\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08meter_mj\x18\x03 \x01(\x04\x12\x12\n\nrequest_mj\x18\x04 \x01(\x04\x12\x0f\n\x07idle_mj\x18\x05 \x01(\x04\x12\x17\n\x0funattributed_mj\x18\x06 \x01(\x04\x12\x15\n\rhost_meter_mj\x18\x07 \x01(\x04\x12\x17\n\x0fhost_request_mj\x18\x08 \x01(\x04\"7\n\x13ListRequestsRequest\x12\x0f\n\x07since_s\x18\x01 \x01(\x01\x12\x0f\n\x07until_s\x18\x02 \x01(\x01\"C\n\x0e\x43losedRequests\x12\x31\n\x08requests\x18\x01 \x03(\x0b\x32\x1f.wattline.v1.ClosedRequestEntry\"P\n\x12LeaseEnergyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07want_mj\x18\x02 \x01(\x04\x12\x19\n\x11\x62udget_mj_per_day\x18\x03 \x01(\x04\"M\n\x13LeaseEnergyResponse\x12\x12\n\ngranted_mj\x18\x01 \x01(\x04\x12\x15\n\rretry_after_s\x18\x02 \x01(\x01\x12\x0b\n\x03\x64\x61y\x18\x03 \x01(\r\"H\n\x15GiveBackEnergyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nunspent_mj\x18\x02 \x01(\x04\x12\x0b\n\x03\x64\x61y\x18\x03 \x01(\r\"\x18\n\x16GiveBackEnergyResponse2\x9a\x03\n\x0bLedgerStore\x12\x41\n\x06Record\x12\x1a.wattline.v1.RecordRequest\x1a\x1b.wattline.v1.RecordResponse\x12J\n\tSummarize\x12\x1d.wattline.v1.SummarizeRequest\x1a\x1e.wattline.v1.SummarizeResponse\x12O\n\x0cListRequests\x12 .wattline.v1.ListRequestsRequest\x1a\x1b.wattline.v1.ClosedRequests0\x01\x12P\n\x0bLeaseEnergy\x12\x1f.wattline.v1.LeaseEnergyRequest\x1a .wattline.v1.LeaseEnergyResponse\x12Y\n\x0eGiveBackEnergy\x12\".wattline.v1.GiveBackEnergyRequest\x1a#.wattline.v1.GiveBackEnergyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLOSEDREQUESTENTRY']._serialized_start=46
   _globals['_CLOSEDREQUESTENTRY']._serialized_end=354
   _globals['_ENERGYENTRY']._serialized_start=357
-  _globals['_ENERGYENTRY']._serialized_end=524
-  _globals['_REPLICASUMSENTRY']._serialized_start=527
-  _globals['_REPLICASUMSENTRY']._serialized_end=705
-  _globals['_RECORDREQUEST']._serialized_start=708
-  _globals['_RECORDREQUEST']._serialized_end=842
-  _globals['_RECORDRESPONSE']._serialized_start=844
-  _globals['_RECORDRESPONSE']._serialized_end=877
-  _globals['_SUMMARIZEREQUEST']._serialized_start=879
-  _globals['_SUMMARIZEREQUEST']._serialized_end=931
-  _globals['_SUMMARIZERESPONSE']._serialized_start=933
-  _globals['_SUMMARIZERESPONSE']._serialized_end=1036
-  _globals['_REQUESTSUMS']._serialized_start=1039
-  _globals['_REQUESTSUMS']._serialized_end=1342
-  _globals['_MODELSUMS']._serialized_start=1344
-  _globals['_MODELSUMS']._serialized_end=1466
-  _globals['_LISTREQUESTSREQUEST']._serialized_start=1468
-  _globals['_LISTREQUESTSREQUEST']._serialized_end=1523
-  _globals['_CLOSEDREQUESTS']._serialized_start=1525
-  _globals['_CLOSEDREQUESTS']._serialized_end=1592
-  _globals['_LEASEENERGYREQUEST']._serialized_start=1594
-  _globals['_LEASEENERGYREQUEST']._serialized_end=1674
-  _globals['_LEASEENERGYRESPONSE']._serialized_start=1676
-  _globals['_LEASEENERGYRESPONSE']._serialized_end=1753
-  _globals['_GIVEBACKENERGYREQUEST']._serialized_start=1755
-  _globals['_GIVEBACKENERGYREQUEST']._serialized_end=1827
-  _globals['_GIVEBACKENERGYRESPONSE']._serialized_start=1829
-  _globals['_GIVEBACKENERGYRESPONSE']._serialized_end=1853
-  _globals['_LEDGERSTORE']._serialized_start=1856
-  _globals['_LEDGERSTORE']._serialized_end=2266
+  _globals['_ENERGYENTRY']._serialized_end=558
+  _globals['_REPLICASUMSENTRY']._serialized_start=561
+  _globals['_REPLICASUMSENTRY']._serialized_end=787
+  _globals['_RECORDREQUEST']._serialized_start=790
+  _globals['_RECORDREQUEST']._serialized_end=924
+  _globals['_RECORDRESPONSE']._serialized_start=926
+  _globals['_RECORDRESPONSE']._serialized_end=959
+  _globals['_SUMMARIZEREQUEST']._serialized_start=961
+  _globals['_SUMMARIZEREQUEST']._serialized_end=1013
+  _globals['_SUMMARIZERESPONSE']._serialized_start=1015
+  _globals['_SUMMARIZERESPONSE']._serialized_end=1118
+  _globals['_REQUESTSUMS']._serialized_start=1121
+  _globals['_REQUESTSUMS']._serialized_end=1459
+  _globals['_MODELSUMS']._serialized_start=1462
+  _globals['_MODELSUMS']._serialized_end=1632
+  _globals['_LISTREQUESTSREQUEST']._serialized_start=1634
+  _globals['_LISTREQUESTSREQUEST']._serialized_end=1689
+  _globals['_CLOSEDREQUESTS']._serialized_start=1691
+  _globals['_CLOSEDREQUESTS']._serialized_end=1758
+  _globals['_LEASEENERGYREQUEST']._serialized_start=1760
+  _globals['_LEASEENERGYREQUEST']._serialized_end=1840
+  _globals['_LEASEENERGYRESPONSE']._serialized_start=1842
+  _globals['_LEASEENERGYRESPONSE']._serialized_end=1919
+  _globals['_GIVEBACKENERGYREQUEST']._serialized_start=1921
+  _globals['_GIVEBACKENERGYREQUEST']._serialized_end=1993
+  _globals['_GIVEBACKENERGYRESPONSE']._serialized_start=1995
+  _globals['_GIVEBACKENERGYRESPONSE']._serialized_end=2019
+  _globals['_LEDGERSTORE']._serialized_start=2022
+  _globals['_LEDGERSTORE']._serialized_end=2432
 # @@protoc_insertion_point(module_scope)

@@ -94,6 +94,7 @@ class EnergyEntry(_message.Message):
     METHOD_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FACTOR_FIELD_NUMBER: _builtins.int
     IS_FINAL_FIELD_NUMBER: _builtins.int
+    HOST_MJ_FIELD_NUMBER: _builtins.int
     prefill_mj: _builtins.int
     decode_mj: _builtins.int
     static_mj: _builtins.int
@@ -102,6 +103,8 @@ class EnergyEntry(_message.Message):
     method: _builtins.str
     confidence_factor: _builtins.float
     is_final: _builtins.bool
+    host_mj: _builtins.int
+    """Beside the others, never in them: of what the hosts around the devices drew. Unset: unknown."""
     def __init__(
         self,
         *,
@@ -113,12 +116,15 @@ class EnergyEntry(_message.Message):
         method: _builtins.str = ...,
         confidence_factor: _builtins.float = ...,
         is_final: _builtins.bool = ...,
+        host_mj: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_host_mj", b"_host_mj", "host_mj", b"host_mj"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_factor", b"confidence_factor", "decode_mj", b"decode_mj", "is_final", b"is_final", "method", b"method", "prefill_mj", b"prefill_mj", "source", b"source", "static_mj", b"static_mj", "wasted_mj", b"wasted_mj"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_host_mj", b"_host_mj", "confidence_factor", b"confidence_factor", "decode_mj", b"decode_mj", "host_mj", b"host_mj", "is_final", b"is_final", "method", b"method", "prefill_mj", b"prefill_mj", "source", b"source", "static_mj", b"static_mj", "wasted_mj", b"wasted_mj"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__host_mj: _TypeAlias = _typing.Literal["host_mj"]  # noqa: Y015
+    _WhichOneofArgType__host_mj: _TypeAlias = _typing.Literal["_host_mj", b"_host_mj"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__host_mj) -> _WhichOneofReturnType__host_mj | None: ...
 
 Global___EnergyEntry: _TypeAlias = EnergyEntry  # noqa: Y015
 
@@ -137,6 +143,8 @@ class ReplicaSumsEntry(_message.Message):
     REQUEST_MJ_FIELD_NUMBER: _builtins.int
     IDLE_MJ_FIELD_NUMBER: _builtins.int
     UNATTRIBUTED_MJ_FIELD_NUMBER: _builtins.int
+    HOST_METER_MJ_FIELD_NUMBER: _builtins.int
+    HOST_REQUEST_MJ_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     epoch: _builtins.int
     model: _builtins.str
@@ -146,6 +154,9 @@ class ReplicaSumsEntry(_message.Message):
     request_mj: _builtins.int
     idle_mj: _builtins.int
     unattributed_mj: _builtins.int
+    host_meter_mj: _builtins.int
+    """Beside the meter, never in it: what the host drew, and the requests' part of it. 0: unknown."""
+    host_request_mj: _builtins.int
     def __init__(
         self,
         *,
@@ -158,10 +169,12 @@ class ReplicaSumsEntry(_message.Message):
         request_mj: _builtins.int = ...,
         idle_mj: _builtins.int = ...,
         unattributed_mj: _builtins.int = ...,
+        host_meter_mj: _builtins.int = ...,
+        host_request_mj: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "epoch", b"epoch", "idle_mj", b"idle_mj", "meter_mj", b"meter_mj", "model", b"model", "replica_id", b"replica_id", "request_mj", b"request_mj", "source", b"source", "unattributed_mj", b"unattributed_mj"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "epoch", b"epoch", "host_meter_mj", b"host_meter_mj", "host_request_mj", b"host_request_mj", "idle_mj", b"idle_mj", "meter_mj", b"meter_mj", "model", b"model", "replica_id", b"replica_id", "request_mj", b"request_mj", "source", b"source", "unattributed_mj", b"unattributed_mj"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -280,6 +293,8 @@ class RequestSums(_message.Message):
     WASTED_MJ_FIELD_NUMBER: _builtins.int
     NUM_FINAL_FIELD_NUMBER: _builtins.int
     WORST_CONFIDENCE_FACTOR_FIELD_NUMBER: _builtins.int
+    HOST_MJ_FIELD_NUMBER: _builtins.int
+    NUM_HOST_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     model: _builtins.str
     source: _builtins.str
@@ -295,6 +310,9 @@ class RequestSums(_message.Message):
     wasted_mj: _builtins.int
     num_final: _builtins.int
     worst_confidence_factor: _builtins.float
+    host_mj: _builtins.int
+    """Of the num_host requests of which it is known."""
+    num_host: _builtins.int
     def __init__(
         self,
         *,
@@ -312,10 +330,12 @@ class RequestSums(_message.Message):
         wasted_mj: _builtins.int = ...,
         num_final: _builtins.int = ...,
         worst_confidence_factor: _builtins.float = ...,
+        host_mj: _builtins.int = ...,
+        num_host: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_mj", b"decode_mj", "model", b"model", "num_final", b"num_final", "num_requests", b"num_requests", "output_tokens", b"output_tokens", "prefill_mj", b"prefill_mj", "prompt_tokens", b"prompt_tokens", "source", b"source", "static_mj", b"static_mj", "tenant", b"tenant", "wasted_mj", b"wasted_mj", "wasted_tokens", b"wasted_tokens", "worst_confidence_factor", b"worst_confidence_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_mj", b"decode_mj", "host_mj", b"host_mj", "model", b"model", "num_final", b"num_final", "num_host", b"num_host", "num_requests", b"num_requests", "output_tokens", b"output_tokens", "prefill_mj", b"prefill_mj", "prompt_tokens", b"prompt_tokens", "source", b"source", "static_mj", b"static_mj", "tenant", b"tenant", "wasted_mj", b"wasted_mj", "wasted_tokens", b"wasted_tokens", "worst_confidence_factor", b"worst_confidence_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -331,12 +351,16 @@ class ModelSums(_message.Message):
     REQUEST_MJ_FIELD_NUMBER: _builtins.int
     IDLE_MJ_FIELD_NUMBER: _builtins.int
     UNATTRIBUTED_MJ_FIELD_NUMBER: _builtins.int
+    HOST_METER_MJ_FIELD_NUMBER: _builtins.int
+    HOST_REQUEST_MJ_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     source: _builtins.str
     meter_mj: _builtins.int
     request_mj: _builtins.int
     idle_mj: _builtins.int
     unattributed_mj: _builtins.int
+    host_meter_mj: _builtins.int
+    host_request_mj: _builtins.int
     def __init__(
         self,
         *,
@@ -346,10 +370,12 @@ class ModelSums(_message.Message):
         request_mj: _builtins.int = ...,
         idle_mj: _builtins.int = ...,
         unattributed_mj: _builtins.int = ...,
+        host_meter_mj: _builtins.int = ...,
+        host_request_mj: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_mj", b"idle_mj", "meter_mj", b"meter_mj", "model", b"model", "request_mj", b"request_mj", "source", b"source", "unattributed_mj", b"unattributed_mj"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_meter_mj", b"host_meter_mj", "host_request_mj", b"host_request_mj", "idle_mj", b"idle_mj", "meter_mj", b"meter_mj", "model", b"model", "request_mj", b"request_mj", "source", b"source", "unattributed_mj", b"unattributed_mj"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 def find_chromium() -> str | None:

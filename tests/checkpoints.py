@@ -51,17 +51,13 @@ def make_llama(
     has_llama3_rope: bool = False,
     head_dim: int | None = None,
     max_shard_size: str = "5GB",
-    num_layers: int = _BASE["num_hidden_layers"],
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
-    """A Llama of 515 tokens; `max_shard_size` "100KB" spreads it over several files.
-
-    Many layers make a step slow: for tests that must catch a stream half way.
-    """
+    """A Llama of 515 tokens; `max_shard_size` "100KB" spreads it over several files."""
     rope = LLAMA3_ROPE if has_llama3_rope else {"rope_type": "default", "rope_theta": 10_000.0}
     config = LlamaConfig(
-        **_BASE | {"num_hidden_layers": num_layers},
+        **_BASE,
         vocab_size=515,
         intermediate_size=96,
         num_key_value_heads=num_kv_heads,

@@ -270,9 +270,7 @@ class FakeReplica:
                 del self._sequences[request_id]
                 ended.append(sequence)
         output = make_output(self._step, deltas, self.load())
-        await self.send(link.FromReplica(step=output))
-        if ended and self.energy is not EnergyMode.NEVER:
-            await self._bill(ended)
+        await self._send_with_bill(output, ended)
 
     def _advance(self, sequence: Sequence) -> link.SequenceDelta:
         submit = sequence.submit
@@ -308,7 +306,14 @@ class FakeReplica:
         prompt_ids = submit.prompt_ids[: len(submit.prompt_ids) - submit.first_offset]
         return hash_token(prompt_ids, pos, vocab_size=self.vocab_size)
 
-    async def _bill(self, ended: list[Sequence]) -> None:
+    async def _send_with_bill(self, output: link.StepOutput, ended: list[Sequence]) -> None:
+        """The bill is written before anybody can know of an end, and sent behind it."""
+        bill = self._bill(ended) if ended and self.energy is not EnergyMode.NEVER else None
+        await self.send(link.FromReplica(step=output))
+        if bill is not None:
+            await self.send(link.FromReplica(energy=bill))
+
+    def _bill(self, ended: list[Sequence]) -> link.EnergyReport:
         if self.energy is EnergyMode.UNKNOWN:
             entries = [_unknown_energy(sequence) for sequence in ended]
         else:
@@ -316,7 +321,7 @@ class FakeReplica:
             entries = [_energy(sequence, is_final=is_final, host_mj=self.host_mj) for sequence in ended]
         if self.energy is EnergyMode.LATE:
             self._unbilled += entries
-        await self.send(link.FromReplica(energy=link.EnergyReport(requests=entries)))
+        return link.EnergyReport(requests=entries)
 
     async def _read_commands(self) -> None:
         assert self._call is not None
@@ -349,11 +354,9 @@ class FakeReplica:
             finish=link.ENGINE_FINISH_STOP,
             timing=_timing(sequence),
         )
-        await self.send(
-            link.FromReplica(step=link.StepOutput(step=self._step, deltas=[delta], load=self.load()))
+        await self._send_with_bill(
+            link.StepOutput(step=self._step, deltas=[delta], load=self.load()), [sequence]
         )
-        if self.energy is not EnergyMode.NEVER:
-            await self._bill([sequence])
 
     async def _run_steps(self) -> None:
         while True:

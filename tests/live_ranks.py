@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,7 @@ from replicas.frames import Command, EngineFailure, Event, LoadingProgress, read
 from replicas.request import EngineReady, FinishReason, SequenceDelta
 from replicas.step_report import StepReport
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 150.0
 
 
 @dataclass(slots=True)
@@ -36,6 +37,13 @@ class LiveGroup:
 
     async def send(self, command: Command) -> None:
         await write_command(self.writer, command)
+
+    async def send_together(self, *commands: Command) -> None:
+        """Rank 0 finds all of them at once, however slowly they are written: it is stopped meanwhile."""
+        self.ranks[0].send_signal(signal.SIGSTOP)
+        for command in commands:
+            await self.send(command)
+        self.ranks[0].send_signal(signal.SIGCONT)
 
     async def read(self) -> Event:
         async with asyncio.timeout(TIMEOUT_S):

@@ -19,6 +19,7 @@ from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc
 
 DEADLINE_S = (0.005, 0.4)
+PATIENCE_S = 300.0
 CANCEL_AFTER_TOKENS_MAX = 12
 
 
@@ -91,7 +92,7 @@ async def _stream(
     rng: random.Random,
     report: LoadReport,
 ) -> None:
-    timeout_s = rng.uniform(*DEADLINE_S) if ending is Ending.DEADLINE else 60.0
+    timeout_s = rng.uniform(*DEADLINE_S) if ending is Ending.DEADLINE else PATIENCE_S
     cancel_after = rng.randrange(CANCEL_AFTER_TOKENS_MAX) if ending is Ending.CANCEL else None
     call = stub.Generate(
         make_request(question.model, question.prompt_ids, question.max_tokens), timeout=timeout_s

@@ -33,7 +33,7 @@ def spawn_ranks(target: object, arguments: list[tuple[object, ...]]) -> tuple[li
     for child in children:
         child.start()
     for child in children:
-        child.join(timeout=120.0)
+        child.join(timeout=150.0)
         if child.is_alive():
             child.kill()
     reports = []
@@ -55,10 +55,10 @@ def follow_scripts(queue: Queue[Report], configs: list[RankConfig]) -> None:
 def lose_a_peer(queue: Queue[Report], config: RankConfig, folder: Path) -> None:
     """Add up over shared memory and over gloo; then rank 1 kills itself and rank 0 must notice."""
     store = open_store(
-        folder / "store", rendezvous="", rank=config.rank, size=2, epoch=config.epoch, timeout_s=60.0
+        folder / "store", rendezvous="", rank=config.rank, size=2, epoch=config.epoch, timeout_s=150.0
     )
     gloo = ProcessGroupCollectives(
-        store, rank=config.rank, size=2, device=torch.device("cpu"), timeout_s=60.0
+        store, rank=config.rank, size=2, device=torch.device("cpu"), timeout_s=150.0
     )
     mine = torch.arange(6.0).view(2, 3) * (config.rank + 1)
     gloo.barrier()
@@ -86,8 +86,8 @@ def lose_a_peer(queue: Queue[Report], config: RankConfig, folder: Path) -> None:
 
 def choose_small_sums(queue: Queue[Report], rank: int, folder: Path) -> None:
     """Offer a group a way to add up that rank 1 lacks, a wrong one and a right one; then rank 1 is late."""
-    store = open_store(folder / "store", rendezvous="", rank=rank, size=2, epoch=3, timeout_s=60.0)
-    gloo = ProcessGroupCollectives(store, rank=rank, size=2, device=torch.device("cpu"), timeout_s=60.0)
+    store = open_store(folder / "store", rendezvous="", rank=rank, size=2, epoch=3, timeout_s=150.0)
+    gloo = ProcessGroupCollectives(store, rank=rank, size=2, device=torch.device("cpu"), timeout_s=150.0)
     served: list[tuple[int, ...]] = []
 
     def add_right(x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ def make_rank_config(
     parallel: ParallelConfig,
     source: str = "null",
     limits: EngineLimits | None = None,
-    timeout_s: float = 30.0,
+    timeout_s: float = 150.0,
 ) -> RankConfig:
     return RankConfig(
         group="group",
@@ -55,5 +55,5 @@ def run_rank_threads(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120.0)
+        thread.join(timeout=150.0)
     return results

@@ -54,6 +54,11 @@ class TestRouter:
     inference: inference_grpc.InferenceAsyncStub
     cluster: cluster_grpc.ClusterAsyncStub
 
+    @property
+    def num_queued(self) -> int:
+        """Requests for the first model that wait for a place."""
+        return len(self.router._streams._gates[MODEL])
+
     def replica(self, **fields: Any) -> FakeReplica:
         """A replica of the first model, not attached yet."""
         return FakeReplica(
@@ -94,9 +99,11 @@ class Answer:
     headers: dict[str, str]
 
 
-async def collect(call: grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse]) -> Answer:
-    """Read a whole answer. Asserts that it is deltas, then exactly one final message."""
-    messages = [message async for message in call]
+async def collect(
+    call: grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse], *begun: pb.GenerateResponse
+) -> Answer:
+    """Read an answer, of which `begun` was read. Asserts that it is deltas, then just one final message."""
+    messages = [*begun, *[message async for message in call]]
     assert [message.WhichOneof("event") for message in messages] == ["delta"] * (len(messages) - 1) + [
         "final"
     ]

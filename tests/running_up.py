@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,16 @@ import psutil
 import yaml
 
 from cluster.client import Ask, CallError, Client
-from cluster.replies import Delta, Final, ModelState, ReplicaState
+from cluster.replies import Delta, Energy, Final, ModelState, ReplicaState
 from cluster.serving.run_folder import RunFolder, UpState, read_state
 from replicas.config import NullEngineConfig
 from replicas.rank.null_runner import null_continuation
 
-READY_TIMEOUT_S = 90.0
+READY_TIMEOUT_S = 200.0
 NUM_STREAMS = 3
 STREAM_TOKENS = 80
 STREAM_PROMPT = (10, 11, 12)
-END_TIMEOUT_S = 40.0
+END_TIMEOUT_S = 80.0
 POLL_S = 0.1
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,11 @@ class Running:
         (replica,) = self.model(name).replicas
         return replica
 
+    def final_energy(self, final: Final) -> Energy:
+        """Its joules, once all meter windows that it was in have closed."""
+        wait_until(lambda: self.client.get_energy(final.request_id).is_final, READY_TIMEOUT_S, "the joules")
+        return self.client.get_energy(final.request_id)
+
 
 class Streaming:
     """Streams to a null model, one after another in each thread, until told to end; failures are kept."""
@@ -80,7 +85,7 @@ class Streaming:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         for thread in self._threads:
-            thread.join(timeout=30)
+            thread.join(timeout=READY_TIMEOUT_S)
 
     def wait_for_new(self) -> None:
         """Until streams that begin now have ended."""
@@ -110,6 +115,18 @@ def wait_until(is_done: Callable[[], bool], timeout_s: float, what: str) -> floa
         assert waited_s < timeout_s, f"{what}: not within {timeout_s:g} s"
         time.sleep(POLL_S)
     return time.monotonic() - start_s
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it still does anything: an orphan stays a zombie where process 1 reaps none."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_gone(family: Sequence[psutil.Process]) -> None:
+    wait_until(lambda: not any(map(is_alive, family)), END_TIMEOUT_S, "the end of every process")
 
 
 def start_up(

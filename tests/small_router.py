@@ -18,7 +18,7 @@ from protos.wattline_link_pb2_grpc import ReplicaLinkServicer, add_ReplicaLinkSe
 from replicas.wire.deltas import delta_to_wire
 from replicas.wire.steps import columns_from_wire
 
-WAIT_S = 20.0
+WAIT_S = 150.0
 
 Context: TypeAlias = "aio.ServicerContext[link_pb2.FromReplica, link_pb2.ToReplica]"
 

@@ -17,7 +17,7 @@ from bench.edge.null_replica import ReplicaPlan
 from bench.priority import share_priority
 from cluster.addresses import RouterAddresses, read_addresses
 
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 120.0
 POLL_S = 0.05
 STOP_TIMEOUT_S = 10.0
 FREE_PORTS = {"grpc_port": 0, "http_port": 0, "link_port": 0}

@@ -14,16 +14,14 @@ import typer
 from cluster.command_error import CommandError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from cluster.config import EnergySection
     from cluster.ledger.reading import LedgerReader
-    from cluster.ledger.report import Report
+    from cluster.ledger.report import Site
 
 SPAN_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 app = typer.Typer(
-    help="Reports from the ledger: joules, kWh, carbon, by tenant or model.", no_args_is_help=True
+    help="Reports from the ledger: joules, kWh, carbon, cost, by tenant or model.", no_args_is_help=True
 )
 
 
@@ -70,26 +68,27 @@ def report(
         float | None,
         typer.Option("--carbon-g-per-kwh", min=0.0, help="Instead of `energy.carbon_g_per_kwh`."),
     ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price-per-kwh", min=0.0, help="Instead of `energy.price_per_kwh`.")
+    ] = None,
     db: Database = None,
     address: Store = "",
     file: ConfigPath = None,
 ) -> None:
-    """Joules, kWh, g CO2e and joules per token of what was served.
+    """Joules, kWh, g CO2e, cost and joules per token of what was served.
 
     Measured and estimated joules are never added up: each has rows of its own.
     """
     from rich.console import Console
 
+    from cluster.commands.energy_screen import render_report
     from cluster.ledger.formats import report_to_csv, report_to_json
-    from cluster.ledger.report import Group, Site, make_report
+    from cluster.ledger.report import Group, make_report
 
     with _reader(db, address, file) as (reader, energy):
         since_s, until_s = _span(since)
         summary = reader.summarize(since_s=since_s, until_s=until_s)
-    site = Site(
-        pue=energy.pue if pue is None else pue,
-        carbon_g_per_kwh=energy.carbon_g_per_kwh if carbon is None else carbon,
-    )
+    site = _site(energy, pue=pue, carbon_g_per_kwh=carbon, price_per_kwh=price)
     made = make_report(summary, by=Group(by.value), site=site, since_s=since_s, until_s=until_s)
     match form:
         case ReportFormat.CSV:
@@ -97,7 +96,7 @@ def report(
         case ReportFormat.JSON:
             typer.echo(report_to_json(made))
         case ReportFormat.TABLE:
-            Console().print(_render(made))
+            Console().print(render_report(made))
 
 
 @app.command()
@@ -112,8 +111,9 @@ def export(
 
     jsonl: a request per line. mlperf: energy per model. otlp: for a collector's OTLP/HTTP JSON receiver.
     """
-    from cluster.ledger.formats import requests_to_jsonl, to_mlperf, to_otlp
-    from cluster.ledger.report import Group, Site, make_report
+    from cluster.ledger.formats import requests_to_jsonl, to_mlperf
+    from cluster.ledger.otlp import to_otlp
+    from cluster.ledger.report import Group, make_report
 
     with _reader(db, address, file) as (reader, energy):
         since_s, until_s = _span(since)
@@ -125,8 +125,8 @@ def export(
     if form is ExportFormat.OTLP:
         typer.echo(to_otlp(summary, since_s=since_s, until_s=until_s))
         return
-    site = Site(pue=energy.pue, carbon_g_per_kwh=energy.carbon_g_per_kwh)
-    typer.echo(to_mlperf(make_report(summary, by=Group.MODEL, site=site, since_s=since_s, until_s=until_s)))
+    made = make_report(summary, by=Group.MODEL, site=_site(energy), since_s=since_s, until_s=until_s)
+    typer.echo(to_mlperf(made))
 
 
 @contextmanager
@@ -144,6 +144,24 @@ def _reader(db: Path | None, address: str, file: Path | None) -> Iterator[tuple[
         reader.close()
 
 
+def _site(
+    energy: EnergySection,
+    *,
+    pue: float | None = None,
+    carbon_g_per_kwh: float | None = None,
+    price_per_kwh: float | None = None,
+) -> Site:
+    """What the configuration says, but for what is given."""
+    from cluster.ledger.report import Site
+
+    return Site(
+        pue=energy.pue if pue is None else pue,
+        carbon_g_per_kwh=energy.carbon_g_per_kwh if carbon_g_per_kwh is None else carbon_g_per_kwh,
+        price_per_kwh=energy.price_per_kwh if price_per_kwh is None else price_per_kwh,
+        currency=energy.currency,
+    )
+
+
 def _span(text: str) -> tuple[float, float]:
     """(since, until) in seconds since 1970. Raises CommandError."""
     import time
@@ -155,45 +173,3 @@ def _span(text: str) -> tuple[float, float]:
     if match is None:
         raise CommandError(f"--since: got {text!r}; allowed: 90s, 15m, 1h, 7d, 4w, or all")
     return max(0.0, now_s - float(match[1]) * SPAN_S[match[2]]), now_s
-
-
-def _render(report: Report) -> object:
-    """What was served, what it took, and how much of that was measured: tables that fit eighty columns."""
-    from rich.console import Group as Lines
-    from rich.text import Text
-
-    if not report.rows:
-        return Text("nothing was served in this time; --since all looks at everything that is kept")
-    carbon = report.site.carbon_g_per_kwh
-    served = _table(report, ("requests", "tokens in", "out", "J/out", "J/token"))
-    taken = _table(report, ("J", "J idle", "kWh", *(() if carbon is None else ("g CO2e", "SCI g/1k"))))
-    for row in report.rows:
-        name = (row.group, row.source)
-        tokens = (f"{row.prompt_tokens:,}", f"{row.output_tokens:,}")
-        ratios = (_figure(row.joules_per_output_token, "g"), _figure(row.joules_per_token, "g"))
-        served.add_row(*name, f"{row.num_requests:,}", *tokens, *ratios)
-        grams = (_figure(row.carbon_g, "g"), _figure(row.sci_g_per_1000_tokens, "g"))
-        joules = (_figure(row.energy_j, "f"), _figure(row.idle_j, "f"), _figure(row.kwh, "g"))
-        taken.add_row(*name, *joules, *(() if carbon is None else grams))
-    notes = [f"PUE {report.site.pue:g}"]
-    notes.append(f"{carbon:g} g CO2e/kWh" if carbon is not None else "no carbon: set energy.carbon_g_per_kwh")
-    lines = ["; ".join(notes)]
-    if known := report.coverage:
-        lines.append(
-            f"output tokens: {known.measured:.0%} measured, {known.estimated:.0%} estimated, "
-            f"{known.unknown:.0%} unknown"
-        )
-    return Lines(served, Text(""), taken, Text(""), *(Text(line, style="dim") for line in lines))
-
-
-def _table(report: Report, columns: tuple[str, ...]) -> Table:
-    from cluster.commands.status_screen import new_table
-
-    return new_table(report.by.value, "source", *(f">{column}" for column in columns))
-
-
-def _figure(value: float | None, kind: str) -> str:
-    """Joules with a decimal, the rest with three digits; a dash where nothing is known."""
-    if value is None:
-        return "-"
-    return f"{value:,.1f}" if kind == "f" else f"{value:,.3g}"

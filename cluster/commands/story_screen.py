@@ -86,10 +86,11 @@ def _energy(story: pb.RequestStory) -> str:
         return "joules: unknown"
     energy = story.energy
     state = "final" if energy.is_final else "provisional"
+    host = f"; beside them {show_number(energy.host_j)} of the host" if energy.HasField("host_j") else ""
     return (
         f"joules: {show_number(energy.prefill_j)} prefill + {show_number(energy.decode_j)} decode, "
         f"of them {show_number(energy.static_j)} static, {show_number(energy.wasted_j)} wasted "
-        f"({energy.source}, {state})"
+        f"({energy.source}, {state}){host}"
     )
 
 

@@ -57,6 +57,10 @@ class EnergySection(Section):
     carbon_g_per_kwh: float | None = Field(
         None, ge=0.0, le=5000.0, description="of the grid, in g CO2e; for reports; empty: unknown"
     )
+    price_per_kwh: float | None = Field(
+        None, ge=0.0, le=1e6, description="of electricity, in `currency`; for reports; empty: unknown"
+    )
+    currency: str = Field("", max_length=8, description="what `price_per_kwh` is in, as reports show it")
     cpu_core_w: float = Field(8.0, ge=0.0, description="cpu-model: drawn by a busy core on top")
 
 

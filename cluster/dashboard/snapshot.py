@@ -165,6 +165,7 @@ def view_request(closed: ClosedRequest, *, now_s: float) -> Json:
         "tpot_ms": closed.tpot_ms,
         "total_ms": closed.timing.total_ms,
         "energy_mj": energy.total_mj if energy else None,
+        "host_mj": energy.host_mj if energy else None,
         "j_per_output_token": energy.total_mj / 1e3 / output_tokens if energy and output_tokens else None,
         "is_final": closed.account.is_final,
         "source": energy.source if energy else None,

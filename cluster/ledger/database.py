@@ -1,4 +1,4 @@
-"""The SQLite file of the ledger store. The only SQL there is.
+"""The SQLite file of the ledger store. With its `schema.py`, the only SQL there is.
 
 Write-ahead log: a commit survives `kill -9` of the process, and readers never wait. Requests are kept one by
 one for `request_days`, hours of them for `sums_days`. What is known already is not counted again, so a batch
@@ -13,51 +13,37 @@ from dataclasses import astuple, fields
 from pathlib import Path
 
 from cluster.ledger.entries import BilledEnergy, ModelSums, ReplicaSums, RequestEntry, RequestSums, Summary
+from cluster.ledger.schema import VERSION, open_tables
 
 HOUR_S = 3600
 DAY_S = 86_400
 BUSY_TIMEOUT_S = 5.0
-SCHEMA_VERSION = 1
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS requests (
-  request_id TEXT PRIMARY KEY, trace_id TEXT,
-  tenant TEXT NOT NULL, model TEXT NOT NULL, outcome TEXT NOT NULL,
-  ended_s REAL NOT NULL, prompt_tokens INTEGER, cached_tokens INTEGER, output_tokens INTEGER,
-  wasted_tokens INTEGER, ttft_ms REAL, total_ms REAL,
-  prefill_mj INTEGER, decode_mj INTEGER, static_mj INTEGER, wasted_mj INTEGER,
-  source TEXT, method TEXT, confidence_factor REAL, is_final INTEGER
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS requests_by_time ON requests (ended_s);
-CREATE TABLE IF NOT EXISTS hours (
-  hour INTEGER NOT NULL, tenant TEXT NOT NULL, model TEXT NOT NULL, source TEXT NOT NULL,
-  num_requests INTEGER, prompt_tokens INTEGER, cached_tokens INTEGER, output_tokens INTEGER,
-  wasted_tokens INTEGER, prefill_mj INTEGER, decode_mj INTEGER, static_mj INTEGER, wasted_mj INTEGER,
-  num_final INTEGER, worst_confidence_factor REAL,
-  PRIMARY KEY (hour, tenant, model, source)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS replicas (
-  replica_id TEXT NOT NULL, epoch INTEGER NOT NULL, source TEXT NOT NULL, minute INTEGER NOT NULL,
-  model TEXT NOT NULL, at_s REAL NOT NULL,
-  meter_mj INTEGER, request_mj INTEGER, idle_mj INTEGER, unattributed_mj INTEGER,
-  PRIMARY KEY (replica_id, epoch, source, minute)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS leases (
-  tenant TEXT NOT NULL, day INTEGER NOT NULL, granted_mj INTEGER NOT NULL, PRIMARY KEY (tenant, day)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS horizon (
-  one INTEGER PRIMARY KEY CHECK (one = 1), requests_from_s INTEGER NOT NULL
-);
-INSERT OR IGNORE INTO horizon VALUES (1, 0);
-"""
 
 _SUMS = """
   count(*), sum(prompt_tokens), sum(cached_tokens), sum(output_tokens), sum(wasted_tokens),
   coalesce(sum(prefill_mj), 0), coalesce(sum(decode_mj), 0), coalesce(sum(static_mj), 0),
-  coalesce(sum(wasted_mj), 0), coalesce(sum(is_final), 0), coalesce(max(confidence_factor), 0.0)
+  coalesce(sum(wasted_mj), 0), coalesce(sum(is_final), 0), coalesce(sum(host_mj), 0), count(host_mj),
+  coalesce(max(confidence_factor), 0.0)
 """
-_SUM_NAMES = tuple(field.name for field in fields(RequestSums))[3:]
-_ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in _SUM_NAMES[:-1])
+_REQUEST_SUMS = tuple(field.name for field in fields(RequestSums))
+_SUM_NAMES = _REQUEST_SUMS[3:]
+_DIVIDED = tuple(field.name for field in fields(ModelSums))[2:]
+
+
+def _insert_into(table: str, columns: Sequence[str]) -> str:
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+
+
+_ADD_TO_HOUR = (
+    f"{_insert_into('hours', ('hour', *_REQUEST_SUMS))} ON CONFLICT DO UPDATE SET "
+    f"{', '.join(f'{name} = {name} + excluded.{name}' for name in _SUM_NAMES[:-1])}, "
+    "worst_confidence_factor = max(worst_confidence_factor, excluded.worst_confidence_factor)"
+)
+_REPLICA_COLUMNS = ("replica_id", "epoch", "source", "minute", "model", "at_s", *_DIVIDED)
+_SET_REPLICA = (
+    f"{_insert_into('replicas', _REPLICA_COLUMNS)} ON CONFLICT DO UPDATE SET at_s = excluded.at_s, "
+    f"{', '.join(f'{name} = excluded.{name}' for name in _DIVIDED)} WHERE excluded.meter_mj >= meter_mj"
+)
 
 
 class LedgerFileError(OSError):
@@ -73,16 +59,14 @@ class Database:
             self._connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
             if not read_only:
                 self._connection.execute("PRAGMA journal_mode = WAL")
-                self._connection.executescript(_SCHEMA)
-                self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            (found,) = self._connection.execute("PRAGMA user_version").fetchone()
+            found = open_tables(self._connection, read_only=read_only)
         except sqlite3.Error as error:
             raise LedgerFileError(
                 f"{path}: cannot be used as a ledger ({error}); give another file, or move it away"
             ) from error
-        if found != SCHEMA_VERSION:
+        if found != VERSION:
             raise LedgerFileError(
-                f"{path}: is a ledger of format {found}, not {SCHEMA_VERSION}; use the version that wrote it"
+                f"{path}: is a ledger of format {found}, not {VERSION}; use the version that wrote it"
             )
 
     def close(self) -> None:
@@ -93,20 +77,10 @@ class Database:
         with self._connection as transaction:
             new = [entry for entry in requests if self._insert(transaction, entry)]
             for entry in new:
-                transaction.execute(
-                    f"INSERT INTO hours VALUES ({', '.join('?' * 15)}) "
-                    f"ON CONFLICT DO UPDATE SET {_ADDED}, worst_confidence_factor = "
-                    "max(worst_confidence_factor, excluded.worst_confidence_factor)",
-                    (int(entry.ended_s) // HOUR_S, *astuple(_sums_of(entry))),
-                )
+                hour = int(entry.ended_s) // HOUR_S
+                transaction.execute(_ADD_TO_HOUR, (hour, *astuple(_sums_of(entry))))
             for sums in replicas:
-                transaction.execute(
-                    "INSERT INTO replicas VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-                    "at_s = excluded.at_s, meter_mj = excluded.meter_mj, request_mj = excluded.request_mj, "
-                    "idle_mj = excluded.idle_mj, unattributed_mj = excluded.unattributed_mj "
-                    "WHERE excluded.meter_mj >= meter_mj",
-                    _replica_row(sums),
-                )
+                transaction.execute(_SET_REPLICA, _replica_row(sums))
         return len(new)
 
     def summarize(self, *, since_s: float, until_s: float) -> Summary:
@@ -222,10 +196,6 @@ class Database:
         return tuple(ModelSums(**dict(zip(("model", "source", *_DIVIDED), row, strict=True))) for row in rows)
 
 
-_DIVIDED = ("meter_mj", "request_mj", "idle_mj", "unattributed_mj")
-_REQUEST_SUMS = tuple(field.name for field in fields(RequestSums))
-
-
 def _sql_sum(name: str) -> str:
     return f"max({name})" if name == "worst_confidence_factor" else f"sum({name})"
 
@@ -247,6 +217,8 @@ def _sums_of(entry: RequestEntry) -> RequestSums:
         static_mj=energy.static_mj if energy else 0,
         wasted_mj=energy.wasted_mj if energy else 0,
         num_final=int(energy.is_final) if energy else 0,
+        host_mj=(energy.host_mj or 0) if energy else 0,
+        num_host=int(energy is not None and energy.host_mj is not None),
         worst_confidence_factor=energy.confidence_factor if energy else 0.0,
     )
 
@@ -279,8 +251,5 @@ def _replica_row(sums: ReplicaSums) -> tuple[object, ...]:
         int(sums.at_s) // 60,
         sums.model,
         sums.at_s,
-        sums.meter_mj,
-        sums.request_mj,
-        sums.idle_mj,
-        sums.unattributed_mj,
+        *(getattr(sums, name) for name in _DIVIDED),
     )

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BilledEnergy:
-    """The settled joules of one request; `static_mj` and `wasted_mj` are parts of prefill + decode."""
+    """The settled joules of one request; `static_mj` and `wasted_mj` are parts of prefill + decode.
+
+    `host_mj` is beside them: its part of what the hosts around the devices drew; None: unknown.
+    """
 
     prefill_mj: int
     decode_mj: int
@@ -20,6 +23,7 @@ class BilledEnergy:
     method: str
     confidence_factor: float
     is_final: bool
+    host_mj: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +50,10 @@ class RequestEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSums:
-    """Running sums of one life of a replica: request + idle + unattributed == meter."""
+    """Running sums of one life of a replica: request + idle + unattributed == meter.
+
+    Beside the meter: `host_request_mj` is a part of `host_meter_mj`, what the host drew; 0: unknown.
+    """
 
     replica_id: str
     epoch: int
@@ -57,11 +64,16 @@ class ReplicaSums:
     request_mj: int
     idle_mj: int
     unattributed_mj: int
+    host_meter_mj: int = 0
+    host_request_mj: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSums:
-    """Closed requests of one tenant, model and source. `source` empty: those whose energy is unknown."""
+    """Closed requests of one tenant, model and source. `source` empty: those whose energy is unknown.
+
+    `host_mj` is of the `num_host` requests of which it is known.
+    """
 
     tenant: str
     model: str
@@ -76,6 +88,8 @@ class RequestSums:
     static_mj: int
     wasted_mj: int
     num_final: int
+    host_mj: int
+    num_host: int
     worst_confidence_factor: float
 
     @property
@@ -89,7 +103,10 @@ class RequestSums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSums:
-    """What the replicas' ledgers divided of their meters: request + idle + unattributed == meter."""
+    """What the replicas' ledgers divided of their meters: request + idle + unattributed == meter.
+
+    Beside the meter, as in `ReplicaSums`: what the hosts drew, and the requests' part of it.
+    """
 
     model: str
     source: str
@@ -97,6 +114,12 @@ class ModelSums:
     request_mj: int
     idle_mj: int
     unattributed_mj: int
+    host_meter_mj: int = 0
+    host_request_mj: int = 0
+
+    @property
+    def host_rest_mj(self) -> int:
+        return self.host_meter_mj - self.host_request_mj
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,10 +27,15 @@ class Group(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """What joules mean at this place. `carbon_g_per_kwh` None: unknown, and no carbon is reported."""
+    """What joules mean at this place. None: unknown, and no carbon, or no cost, is reported.
+
+    `currency` is what the price is in, as text; empty: not said.
+    """
 
     pue: float
     carbon_g_per_kwh: float | None
+    price_per_kwh: float | None = None
+    currency: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +43,9 @@ class ReportRow:
     """One group and source of joules. `source` `unknown`: requests that no meter or model spoke for.
 
     `idle_j` is what the model's devices drew for nobody, unattributed included; None where rows are tenants,
-    since it belongs to none. `kwh`, `carbon_g` and SCI are of requests and idle, times PUE.
+    since it belongs to none. Beside them, never in them, `host_j` is the requests' part of what the hosts
+    drew around the devices, of `num_host_requests` for which it is known, and `host_rest_j` is the rest.
+    `kwh` is all four at the building's meter: times PUE. `carbon_g`, `cost` and SCI follow from it.
     """
 
     group: str
@@ -53,11 +60,16 @@ class ReportRow:
     static_j: float | None
     wasted_j: float | None
     idle_j: float | None
+    host_j: float | None
+    host_rest_j: float | None
+    num_host_requests: int
     joules_per_output_token: float | None
     joules_per_token: float | None
     kwh: float | None
     carbon_g: float | None
     sci_g_per_1000_tokens: float | None
+    cost: float | None
+    """In the site's currency."""
     confidence_factor: float | None
 
 
@@ -124,7 +136,11 @@ def _row(
     total_tokens = sum(one.total_tokens for one in requests)
     energy_mj = sum(one.energy_mj for one in requests)
     idle_mj = None if models is None else sum(one.idle_mj + one.unattributed_mj for one in models)
-    kwh = (energy_mj + (idle_mj or 0)) * site.pue / MJ_PER_KWH
+    num_host_requests = sum(one.num_host for one in requests)
+    host_mj = sum(one.host_mj for one in requests)
+    host_rest_mj = sum(one.host_rest_mj for one in models or ())
+    has_host = any(one.host_meter_mj for one in models or ())
+    kwh = (energy_mj + (idle_mj or 0) + host_mj + host_rest_mj) * site.pue / MJ_PER_KWH
     carbon_g = None if site.carbon_g_per_kwh is None else kwh * site.carbon_g_per_kwh
     is_known = bool(source)
     worst = max((one.worst_confidence_factor for one in requests), default=0.0)
@@ -141,6 +157,9 @@ def _row(
         static_j=_joules((one.static_mj for one in requests), is_known),
         wasted_j=_joules((one.wasted_mj for one in requests), is_known),
         idle_j=None if idle_mj is None or not is_known else idle_mj / 1e3,
+        host_j=host_mj / 1e3 if num_host_requests else None,
+        host_rest_j=host_rest_mj / 1e3 if has_host else None,
+        num_host_requests=num_host_requests,
         joules_per_output_token=energy_mj / 1e3 / output_tokens if is_known and output_tokens else None,
         joules_per_token=energy_mj / 1e3 / total_tokens if is_known and total_tokens else None,
         kwh=kwh if is_known else None,
@@ -148,6 +167,7 @@ def _row(
         sci_g_per_1000_tokens=(
             carbon_g * 1000 / output_tokens if is_known and carbon_g is not None and output_tokens else None
         ),
+        cost=None if site.price_per_kwh is None or not is_known else kwh * site.price_per_kwh,
         confidence_factor=worst or None,
     )
 

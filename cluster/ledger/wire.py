@@ -25,7 +25,10 @@ def request_to_wire(entry: RequestEntry) -> pb.ClosedRequestEntry:
 def request_from_wire(message: pb.ClosedRequestEntry) -> RequestEntry:
     energy = None
     if message.HasField("energy"):
-        energy = BilledEnergy(**{name: getattr(message.energy, name) for name in _ENERGY_NAMES})
+        billed = {name: getattr(message.energy, name) for name in _ENERGY_NAMES}
+        if not message.energy.HasField("host_mj"):
+            billed["host_mj"] = None
+        energy = BilledEnergy(**billed)
     return RequestEntry(**{name: getattr(message, name) for name in _REQUEST_NAMES}, energy=energy)
 
 

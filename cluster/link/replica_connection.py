@@ -89,11 +89,11 @@ class ReplicaConnection:
         self._worker = worker
         self._pace = pace
         self._clock_s = clock_s
-        self._heard_at_s = self.attached_at_s
         self._load_at_s = self.attached_at_s
         self._snapshot_count = 0
         self._step_fit = StepFit()
         self._watch = StepWatch(floor_s=freeze_s)
+        self._silence = StepWatch(floor_s=STALL_S)
         self._fenced_why = ""
         self._draining_why: str | None = None
         self._end: Standing | None = None
@@ -138,8 +138,8 @@ class ReplicaConnection:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing came for so long that the link may be dead."""
-        return self._clock_s() - self._heard_at_s > STALL_S
+        """Whether nothing came for so long that the link may be dead. While nobody listened is no silence."""
+        return self._silence.waited_s > STALL_S
 
     @property
     def in_flight(self) -> int:
@@ -210,7 +210,7 @@ class ReplicaConnection:
 
     def heard(self) -> None:
         """A message came: the replica lives."""
-        self._heard_at_s = self._clock_s()
+        self._silence.note_step(None)
         self._fenced_why = ""
         self._watch.note_step(self.load.step_ms / 1e3)
 
@@ -219,7 +219,9 @@ class ReplicaConnection:
 
         A gap of this process's own does not count: the watch adds little per call, however late it comes.
         """
-        self._watch.tick(self._clock_s(), has_work=bool(self._streams))
+        now_s = self._clock_s()
+        self._silence.tick(now_s, has_work=True)
+        self._watch.tick(now_s, has_work=bool(self._streams))
         if self._watch.is_stalled:
             logger.warning("replica_fenced id=%s streams=%d", self.replica_id, len(self._streams))
             self._fence()

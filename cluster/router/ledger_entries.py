@@ -44,6 +44,8 @@ def replica_sums(models: Iterable[ServedModel], *, at_s: float) -> Iterator[Repl
                     request_mj=sums.requests_mj,
                     idle_mj=sums.idle_mj,
                     unattributed_mj=sums.unattributed_mj,
+                    host_meter_mj=sums.host_meter_mj,
+                    host_request_mj=sums.host_requests_mj,
                 )
 
 
@@ -57,4 +59,5 @@ def _billed(energy: RequestEnergy) -> BilledEnergy:
         method=energy.method,
         confidence_factor=energy.confidence_factor,
         is_final=energy.is_final,
+        host_mj=energy.host_mj,
     )

@@ -125,6 +125,7 @@ def _energy_message(account: EnergyAccount) -> pb.PhaseEnergy | None:
         wasted_j=energy.wasted_mj / 1e3,
         source=energy.source,
         is_final=energy.is_final,
+        host_j=None if energy.host_mj is None else energy.host_mj / 1e3,
     )
 
 

@@ -23,13 +23,13 @@ def check_ports(router: RouterSection) -> None:
             for index in range(router.processes if router.processes > 1 else 0)
         ),
     ]
+    given = [(key, host, port) for key, host, port in wanted if port]
     seen: dict[int, str] = {}
-    for key, host, port in wanted:
-        if port == 0:
-            continue
+    for key, _, port in given:
         if port in seen:
             raise CommandError(f"{key}: port {port} is also {seen[port]}; give each its own")
         seen[port] = key
+    for key, host, port in given:
         _check_port(key, host, port)
 
 

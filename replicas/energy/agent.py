@@ -30,6 +30,7 @@ from replicas.energy.edge_pipe import EdgePipe
 from replicas.energy.host_meter import open_host_meter
 from replicas.energy.meter import Meter, Reading, hold_the_same
 from replicas.energy.nvml import NvmlMeter
+from replicas.energy.poll_thread import PollThread
 from replicas.energy.polling import MeterPoller
 from replicas.energy.rapl import POWERCAP_DIR, RaplMeter
 from replicas.energy.replay import FakeMeter
@@ -78,7 +79,6 @@ class EnergyAgent:
         if not 0.001 <= poll_s <= 1.0:
             raise ValueError(f"poll_s={poll_s}: give 0.001 to 1.0 (a GPU counter moves every 0.1 s)")
         self.registry = CollectorRegistry()
-        self._poll_s = poll_s
         self._cpu_static_w = cpu_static_w
         self._cpu_core_w = cpu_core_w
         self._clock = clock
@@ -86,7 +86,10 @@ class EnergyAgent:
         self._host = open_host_meter(host_meter, powercap_dir)
         self._pollers: dict[WatchKey, MeterPoller] = {}
         self._making = asyncio.Lock()
-        self._series = MeterSeries(self._pollers.values)
+        self._thread = PollThread(poll_s=poll_s)
+        self._series = MeterSeries(
+            self._pollers.values, host=self._host, count_reads=lambda: self._thread.num_reads
+        )
         self.registry.register(self._series)
         self._num_watches = self._num_pipes = 0
         self._page: MetricsPage | None = None
@@ -112,7 +115,7 @@ class EnergyAgent:
             path.chmod(0o600)
             for left_over in path.parent.glob(f"{path.name}{_PIPE_INFIX}*"):
                 left_over.unlink(missing_ok=True)
-        _LOG.info("energy_agent.started", extra={"addresses": bound, "poll_s": self._poll_s})
+        _LOG.info("energy_agent.started", extra={"addresses": bound})
         return bound
 
     @property
@@ -146,7 +149,7 @@ class EnergyAgent:
         if page is not None:
             await asyncio.to_thread(page.close)
         for poller in list(self._pollers.values()):
-            await poller.stop()
+            await self._end(poller)
         self._pollers.clear()
         for path in self._socket_paths:
             path.unlink(missing_ok=True)
@@ -173,15 +176,9 @@ class EnergyAgent:
             if poller is None:
                 meter = await asyncio.to_thread(self._make_meter, key)
                 self._check_once(meter)
-                poller = MeterPoller(
-                    meter,
-                    group=group,
-                    poll_s=self._poll_s,
-                    on_read_s=self._series.note_read,
-                    seat=self._host.seat(meter) if self._host else None,
-                )
+                poller = MeterPoller(meter, group=group, seat=self._host.seat(meter) if self._host else None)
                 self._pollers[key] = poller
-                poller.start()
+                self._thread.add(poller)
                 _LOG.info("energy_agent.meter_opened", extra={"group": group, "meter": type(meter).__name__})
             subscriber = poller.subscribe(pipe)
             self._num_watches += 1
@@ -195,7 +192,17 @@ class EnergyAgent:
             if not poller.is_watched and self._pollers.get(key) is poller:
                 del self._pollers[key]
                 self._series.retire(poller)
-                await poller.stop()
+                await self._end(poller)
+
+    async def _end(self, poller: MeterPoller) -> None:
+        """Whoever is cancelled meanwhile: it is read no more, and closed after its last round."""
+        self._thread.remove(poller)
+
+        def close() -> None:
+            self._thread.wait_round()
+            poller.close()
+
+        await asyncio.shield(asyncio.to_thread(close))
 
     def _check_once(self, meter: Meter) -> None:
         """Refuse a meter whose joules another one, which is watched, counts already."""

@@ -108,29 +108,28 @@ async def _edges(
 
 
 class _Splice:
-    """Joins the counts of successive watches, each of which starts at 0, into one that never falls."""
+    """Joins the counts of successive watches, wherever each starts, into one from 0 on that never falls."""
 
     def __init__(self) -> None:
         self._last: Reading | None = None
         self._base_mj = 0
         self._base_static_mj = 0
-        self._is_cut = False
+        self._is_cut = True
 
     def cut(self) -> None:
-        self._is_cut = self._last is not None
+        self._is_cut = True
 
     def join(self, reading: Reading) -> Reading:
         last = self._last
-        if self._is_cut and last is not None:
-            self._base_mj = last.energy_mj - reading.energy_mj
-            if last.static_mj is not None and reading.static_mj is not None:
-                self._base_static_mj = last.static_mj - reading.static_mj
+        if self._is_cut:
+            self._base_mj = (last.energy_mj if last else 0) - reading.energy_mj
+            self._base_static_mj = ((last.static_mj if last else 0) or 0) - (reading.static_mj or 0)
         static_mj = None if reading.static_mj is None else reading.static_mj + self._base_static_mj
         joined = replace(
             reading,
             energy_mj=reading.energy_mj + self._base_mj,
             static_mj=static_mj,
-            gap=reading.gap or self._is_cut,
+            gap=last is not None and (reading.gap or self._is_cut),
         )
         self._is_cut = False
         self._last = joined

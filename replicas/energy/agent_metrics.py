@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from replicas.energy.host_meter import HostMeter
 from replicas.energy.meter import MeterHealth, MeterScope, MeterState, Source
 from replicas.energy.polling import MeterPoller
 
@@ -21,17 +22,21 @@ class MeterSeries(Collector):
     `hw_id` is the group of the watch. A measured and an estimated joule never share a series, by `source`.
     `wattline_meter_state` and `wattline_meter_check_ratio` tell how each meter is.
     The count of a group whose watch ended goes on where it was if it is watched again.
+    `wattline_host_meter_joules_total` is the host's own meter, in no `hw_` series: there it would be added up
+    with its devices.
     """
 
-    def __init__(self, pollers: Callable[[], Iterable[MeterPoller]]) -> None:
+    def __init__(
+        self,
+        pollers: Callable[[], Iterable[MeterPoller]],
+        *,
+        host: HostMeter | None = None,
+        count_reads: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._pollers = pollers
+        self._count_reads = count_reads
+        self._host = host
         self._retired_mj: dict[tuple[str, Source, MeterScope], int] = {}
-        self._num_reads = 0
-        self._reading_s = 0.0
-
-    def note_read(self, took_s: float) -> None:
-        self._num_reads += 1
-        self._reading_s += took_s
 
     def retire(self, poller: MeterPoller) -> None:
         """Keep the count of a poller that stops: a counter must not fall."""
@@ -60,11 +65,16 @@ class MeterSeries(Collector):
             energy.add_metric(_labels(*key), energy_mj / 1e3)
         yield energy
         yield power
+        if self._host is not None:
+            host = CounterMetricFamily(
+                "wattline_host_meter_joules",
+                "What the CPUs and memory of the host drew while devices were watched.",
+                labels=["source"],
+            )
+            host.add_metric([Source.SHARED.value], self._host.energy_mj / 1e3)
+            yield host
         yield from _health_families({poller.group: poller.health for poller in _worst_last(self._pollers())})
-        yield CounterMetricFamily("wattline_energy_agent_reads", "Meter reads.", value=self._num_reads)
-        yield CounterMetricFamily(
-            "wattline_energy_agent_reading_seconds", "Time spent in meter reads.", value=self._reading_s
-        )
+        yield CounterMetricFamily("wattline_energy_agent_reads", "Meter reads.", value=self._count_reads())
         yield CounterMetricFamily(
             "wattline_energy_agent_cpu_seconds", "CPU time of the agent's process.", value=time.process_time()
         )

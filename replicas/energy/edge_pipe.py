@@ -30,24 +30,27 @@ class EdgePipe:
         os.mkfifo(path, mode=0o600)
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        self._owes_gap = False
 
-    def write(self, edge: Reading) -> bool:
-        """False: the pipe is full, and the edge is not in it."""
+    def write(self, edge: Reading) -> None:
+        """One that finds the pipe full is not in it: the next that fits spans its time, and says its gap."""
+        has_gap = edge.gap or self._owes_gap
         try:
-            os.write(self._file, pack_edge(edge))
+            os.write(self._file, pack_edge(edge, has_gap=has_gap))
         except BlockingIOError:
-            return False
-        return True
+            self._owes_gap = has_gap
+        else:
+            self._owes_gap = False
 
     def close(self) -> None:
         os.close(self._file)
         self.path.unlink(missing_ok=True)
 
 
-def pack_edge(edge: Reading) -> bytes:
+def pack_edge(edge: Reading, *, has_gap: bool) -> bytes:
     static_mj = _UNKNOWN if edge.static_mj is None else edge.static_mj
     host_mj = _UNKNOWN if edge.host_mj is None else edge.host_mj
-    return _EDGE.pack(edge.t_ns, edge.energy_mj, static_mj, host_mj, _SOURCES.index(edge.source), edge.gap)
+    return _EDGE.pack(edge.t_ns, edge.energy_mj, static_mj, host_mj, _SOURCES.index(edge.source), has_gap)
 
 
 def unpack_edges(content: bytes) -> list[Reading]:

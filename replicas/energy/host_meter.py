@@ -35,6 +35,8 @@ class HostMeter:
 
     def __init__(self, meter: Meter) -> None:
         self.lock = threading.Lock()
+        self.energy_mj = 0
+        """What it counted while devices were watched, whoever had a share of it."""
         self._meter = meter
         self._last: Reading | None = None
         self._seats: list[HostSeat] = []
@@ -61,7 +63,9 @@ class HostMeter:
             if self._last.gap:
                 self._cut()
             else:
-                self._divide(self._last.energy_mj - last.energy_mj)
+                delta_mj = self._last.energy_mj - last.energy_mj
+                self.energy_mj += delta_mj
+                self._divide(delta_mj)
 
     def _cut(self) -> None:
         for seat in self._seats:

@@ -7,6 +7,7 @@ out. AMD's counters appear under the same names. Used by the energy agent alone.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _PERIOD_NS = 1_000_000
 _RETRY_NS = 1_000_000_000
 _RESET_SHOWN_NS = 60_000_000_000
 _UJ_PER_MJ = 1_000
+_COUNTER_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,8 @@ class RaplMeter:
 
     Hence its source `shared`: exact for the host, and an upper bound for one group of processes on it. A wrap
     is undone; it must be read once per wrap (minutes). A counter that moves faster than any CPU draws is a
-    reset: that reading has `gap`. A zone that cannot be read gives None until it can, and then a gap.
+    reset: that reading has `gap`. A zone that cannot be read gives None until it can, and then a gap. The
+    counters stay open: to open one costs several times what reading it does.
     """
 
     scope = MeterScope.HOST
@@ -71,9 +74,10 @@ class RaplMeter:
         if blocked:
             raise MeterUnavailable(f"RAPL zone {blocked[0].name}: {blocked[0].unreadable}")
         self._zones: Sequence[RaplZone] = zones
+        self._files: list[int] = []
         self._clock = clock
         self._last_ns = clock()
-        self._counts_uj = [_count_uj(zone) for zone in zones]
+        self._counts_uj = self._read_counts_uj()
         self._energy_uj = 0
         self._is_lost = False
         self._retry_ns = 0
@@ -87,8 +91,9 @@ class RaplMeter:
         if self._last is not None and now_ns < self._last_ns + _PERIOD_NS:
             return self._last
         try:
-            counts_uj = [_count_uj(zone) for zone in self._zones]
+            counts_uj = self._read_counts_uj()
         except (OSError, ValueError):
+            self.close()
             self._is_lost, self._retry_ns = True, now_ns + _RETRY_NS
             return None
         has_gap = self._take(counts_uj, now_ns)
@@ -104,7 +109,15 @@ class RaplMeter:
         return MeterHealth(state=MeterState.RESET if self._last_ns < self._reset_until_ns else MeterState.OK)
 
     def close(self) -> None:
-        """Nothing to release."""
+        files, self._files = self._files, []
+        for file in files:
+            os.close(file)
+
+    def _read_counts_uj(self) -> list[int]:
+        """Opens what is not open. OSError or ValueError where one cannot be read."""
+        for zone in self._zones[len(self._files) :]:
+            self._files.append(os.open(zone.path / "energy_uj", os.O_RDONLY))
+        return [int(os.pread(file, _COUNTER_BYTES, 0)) for file in self._files]
 
     def _take(self, counts_uj: Sequence[int], now_ns: int) -> bool:
         """Add what all zones counted, or nothing; says whether the reading is incomplete."""
@@ -125,8 +138,7 @@ class RaplMeter:
 def _describe(path: Path, name: str) -> RaplZone:
     try:
         range_uj = int(_text(path / "max_energy_range_uj"))
-        zone = RaplZone(name=name, path=path, range_uj=range_uj)
-        _count_uj(zone)
+        int((path / "energy_uj").read_text(encoding="ascii"))
     except PermissionError:
         unreadable = (
             f"{path / 'energy_uj'} is for root only (the kernel closed it against a power side channel); "
@@ -137,11 +149,7 @@ def _describe(path: Path, name: str) -> RaplZone:
         return RaplZone(name=name, path=path, unreadable=f"cannot be read: {error}")
     if range_uj <= 0:
         return RaplZone(name=name, path=path, unreadable=f"max_energy_range_uj={range_uj} makes no sense")
-    return zone
-
-
-def _count_uj(zone: RaplZone) -> int:
-    return int((zone.path / "energy_uj").read_text(encoding="ascii"))
+    return RaplZone(name=name, path=path, range_uj=range_uj)
 
 
 def _text(path: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from replicas.energy.meter import CONFIDENCE_FACTORS, MeterScope, Source
 from replicas.energy.nvml import GpuDescription, discover_gpus
 from replicas.energy.rapl import POWERCAP_DIR, discover_zones
+from replicas.energy.zeus_devices import discover_devices
 from replicas.errors import MeterUnavailable
 
 
@@ -41,7 +42,7 @@ def survey_meters(powercap_dir: Path = POWERCAP_DIR) -> list[FoundMeter]:
         is_available=True,
         detail="estimate: watts while warm plus watts per busy core",
     )
-    return [*_gpus(), *_cpus(powercap_dir), estimate]
+    return [*_gpus(), *_cpus(powercap_dir), *_zeus(), estimate]
 
 
 def _gpus() -> list[FoundMeter]:
@@ -82,6 +83,25 @@ def _cpus(powercap_dir: Path) -> list[FoundMeter]:
             or "the whole host's, whoever uses it; for one replica per host, or beside GPUs",
         )
         for zone in zones
+    ]
+
+
+def _zeus() -> list[FoundMeter]:
+    try:
+        devices = discover_devices()
+    except MeterUnavailable as error:
+        return [_missing("zeus", Source.SHARED, str(error).removeprefix("meter zeus: "))]
+    return [
+        FoundMeter(
+            name="zeus",
+            source=Source.SHARED,
+            device=one.device,
+            is_available=one.is_readable,
+            detail=f"{one.detail}; all of them are one meter, for one replica per host"
+            if one.is_readable
+            else one.detail,
+        )
+        for one in devices
     ]
 
 

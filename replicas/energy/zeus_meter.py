@@ -1,18 +1,13 @@
-"""AMD GPUs and Jetson boards, through Zeus (https://ml.energy/zeus): the optional extra `zeus`.
-
-The only file that imports it, and only when such a meter is asked for: Zeus brings 300 MB of packages and a
-second of imports. NVIDIA GPUs have `nvml.py`. Used by the energy agent alone.
-"""
+"""AMD GPUs and Jetson boards as one meter, through Zeus. Used by the energy agent alone."""
 
 from __future__ import annotations
 
-import importlib
 import queue
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
 
-from replicas.energy.meter import MeterHealth, MeterScope, MeterState, Reading, Source
+from replicas.energy.meter import MeterHealth, MeterState, Reading, Source
+from replicas.energy.zeus_devices import ZeusDevices, open_devices
 from replicas.errors import MeterUnavailable
 
 _PLAUSIBLE_W = 2_000
@@ -20,45 +15,6 @@ _PLAUSIBLE_W = 2_000
 _SLACK_NS = 1_000_000_000
 _RETRY_NS = 1_000_000_000
 _RESET_SHOWN_NS = 60_000_000_000
-_SOC_TIMEOUT_S = 1.0
-_PJ_PER_MJ = 1_000_000_000
-_INSTALL = "pip install 'wattline[zeus]'"
-
-
-class ZeusGpus(Protocol):
-    """The part of `zeus.device.gpu.GPUs` that is used here: millijoules and milliwatts by index."""
-
-    def __len__(self) -> int: ...
-    def supports_get_total_energy_consumption(self, gpu_index: int, /) -> bool: ...
-    def get_total_energy_consumption(self, gpu_index: int, /) -> int: ...
-    def get_instant_power_usage(self, gpu_index: int, /) -> int: ...
-    def get_average_power_usage(self, gpu_index: int, /) -> int: ...
-
-
-class SocMeasurement(Protocol):
-    """What a Jetson board took since Zeus began to look; None where it has no such rail."""
-
-    cpu_energy_mj: float | None
-    gpu_energy_mj: float | None
-    total_energy_mj: float | None
-
-
-class ZeusSoc(Protocol):
-    """The part of `zeus.device.soc.jetson.Jetson` that is used here."""
-
-    def get_total_energy_consumption(self, timeout: float) -> SocMeasurement: ...
-
-
-Count = Callable[[int], int]
-"""Millijoules of one device up to a time, which never fall unless its counter begins anew."""
-
-
-class ZeusDevices(NamedTuple):
-    """What Zeus shows on this host. `errors` is what it raises for a device that cannot be read."""
-
-    counts: Sequence[Count]
-    scope: MeterScope = MeterScope.DEVICE
-    errors: tuple[type[Exception], ...] = ()
 
 
 class ZeusMeter:
@@ -113,80 +69,3 @@ class ZeusMeter:
 
     def close(self) -> None:
         """Zeus ends what it started with the process."""
-
-
-def open_devices(now_ns: int) -> ZeusDevices:
-    """What Zeus can count here. MeterUnavailable, in Zeus' words, where that is nothing."""
-    try:
-        device = importlib.import_module("zeus.device")
-        errors: tuple[type[Exception], ...] = (importlib.import_module("zeus.exception").ZeusBaseError,)
-    except ImportError as error:
-        raise MeterUnavailable(f"meter zeus: Zeus is not installed ({error}); {_INSTALL}") from error
-    try:
-        gpus = device.get_gpus()
-    except errors as no_gpus:
-        try:
-            soc = device.get_soc()
-        except errors as no_soc:
-            raise MeterUnavailable(f"meter zeus: {no_gpus} {no_soc}") from no_soc
-        return ZeusDevices([soc_count(soc)], MeterScope.MODULE, errors)
-    if type(gpus).__module__.endswith(".nvidia"):
-        raise MeterUnavailable("meter zeus: NVIDIA GPUs are read without Zeus; set energy.meter to nvml")
-    return ZeusDevices(gpu_counts(gpus, now_ns, errors), MeterScope.DEVICE, errors)
-
-
-def gpu_counts(gpus: ZeusGpus, now_ns: int, errors: tuple[type[Exception], ...]) -> list[Count]:
-    """Counters where Zeus trusts them, integrated power elsewhere.
-
-    A chiplet without either is counted by its neighbour. MeterUnavailable if none of them has any.
-    """
-    counts = []
-    for index in range(len(gpus)):
-        if gpus.supports_get_total_energy_consumption(index):
-            counts.append(_counter(gpus, index))
-            continue
-        for read_mw in (gpus.get_instant_power_usage, gpus.get_average_power_usage):
-            try:
-                read_mw(index)
-            except errors:
-                continue
-            counts.append(PowerIntegral(read_mw, index, now_ns).energy_mj)
-            break
-    if not counts:
-        raise MeterUnavailable(f"meter zeus: none of {len(gpus)} GPUs shows energy or power")
-    return counts
-
-
-def soc_count(soc: ZeusSoc) -> Count:
-    """A board by its total rail, else by those of CPU and GPU."""
-
-    def energy_mj(_: int) -> int:
-        measured = soc.get_total_energy_consumption(timeout=_SOC_TIMEOUT_S)
-        if measured.total_energy_mj is not None:
-            return int(measured.total_energy_mj)
-        rails_mj = [one for one in (measured.cpu_energy_mj, measured.gpu_energy_mj) if one is not None]
-        if not rails_mj:
-            raise MeterUnavailable("meter zeus: this board has no power rail that can be read")
-        return int(sum(rails_mj))
-
-    return energy_mj
-
-
-class PowerIntegral:
-    """Energy of a device that shows only power: between two looks it drew the mean of both."""
-
-    def __init__(self, read_mw: Callable[[int], int], index: int, now_ns: int) -> None:
-        self._read_mw = read_mw
-        self._index = index
-        self._last_ns, self._last_mw = now_ns, read_mw(index)
-        self._energy_pj = 0
-
-    def energy_mj(self, now_ns: int) -> int:
-        power_mw = self._read_mw(self._index)
-        self._energy_pj += (power_mw + self._last_mw) * (now_ns - self._last_ns) // 2
-        self._last_ns, self._last_mw = now_ns, power_mw
-        return self._energy_pj // _PJ_PER_MJ
-
-
-def _counter(gpus: ZeusGpus, index: int) -> Count:
-    return lambda _: gpus.get_total_energy_consumption(index)

@@ -31,7 +31,7 @@ from tests.router_fixture import (
 
 pytestmark = pytest.mark.chaos
 
-WAIT_S = 120.0
+WAIT_S = 150.0
 NUM_STALLED = 8
 FOREVER = 1_000_000
 """Tokens that no test waits for."""
@@ -47,12 +47,14 @@ with Client(sys.argv[1]) as client:
 
 
 @asynccontextmanager
-async def client_child(router: TestRouter) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A client in a process of its own, that has read a first token and reads on."""
+async def client_child(router: TestRouter, replica: FakeReplica) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A client in a process of its own, that has read the one step the replica made, and waits for more."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", CLIENT, router.addresses.grpc, stdout=asyncio.subprocess.PIPE
     )
     try:
+        await replica.wait_command("submit")
+        await replica.step()
         assert process.stdout is not None and await process.stdout.readline()
         yield process
     finally:
@@ -68,11 +70,12 @@ def make_endless() -> Config:
 
 async def until_idle(router: TestRouter) -> None:
     """Nothing is under way, and nothing waits."""
-    await until_active(router, 0)
+    while await active_requests(router):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
 
 
-async def until_active(router: TestRouter, count: int) -> None:
-    while await active_requests(router) != count:  # noqa: ASYNC110
+async def until_queued(router: TestRouter, count: int) -> None:
+    while router.num_queued != count:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
@@ -101,11 +104,13 @@ async def test_a_caller_that_is_gone_stops_the_engine(how: signal.Signals) -> No
         asyncio.timeout(WAIT_S),
         run_test_router(config) as router,
         router.replica(context_tokens=2 * FOREVER, step_s=0.001, tokens_per_step=32) as replica,
-        client_child(router) as client,
     ):
-        os.kill(client.pid, how)
-        await replica.wait_command("cancel")
-        await until_idle(router)
+        replica.running.clear()
+        async with client_child(router, replica) as client:
+            os.kill(client.pid, how)
+            replica.running.set()
+            await replica.wait_command("cancel")
+            await until_idle(router)
         assert replica.load().running == [0]
 
 
@@ -135,6 +140,8 @@ async def test_readers_that_stall_slow_nobody_and_are_cut() -> None:
 
 
 STATES = ("queued", "prefill", "decode", "failover")
+NUM_AHEAD = 2
+"""Requests that a replica with one row takes: one runs, one is next."""
 PATIENCE_S = 4.0
 """The deadline of callers that have one: enough to get into any state, and no state ends by itself."""
 
@@ -150,7 +157,9 @@ async def caught_in(state: str, *, timeout_s: float | None = None) -> AsyncItera
     ):
         replica.running.clear()
         before = [router.inference.Generate(make_request()) for _ in range(6)] if state == "queued" else []
-        await until_active(router, len(before))
+        if before:
+            await replica.wait_command("submit", count=NUM_AHEAD)
+            await until_queued(router, len(before) - NUM_AHEAD)
         call = router.inference.Generate(make_request(max_tokens=40), timeout=timeout_s)
         await bring_into(state, router, replica, num_before=len(before))
         yield call
@@ -166,9 +175,8 @@ async def caught_in(state: str, *, timeout_s: float | None = None) -> AsyncItera
 
 
 async def bring_into(state: str, router: TestRouter, replica: FakeReplica, *, num_before: int) -> None:
-    await until_active(router, num_before + 1)
     if state == "queued":
-        assert len(replica.received("submit")) <= num_before
+        await until_queued(router, num_before - NUM_AHEAD + 1)
         return
     await replica.wait_command("submit")
     if state != "prefill":

@@ -19,7 +19,7 @@ from tests.router_fixture import TestRouter, collect, make_config, run_test_rout
 
 pytestmark = [pytest.mark.processes, pytest.mark.chaos]
 
-WAIT_S = 120.0
+WAIT_S = 150.0
 LOSSY_S = (0.0,) * 15 + (0.005, 0.02, 0.05, 0.05, 0.2)
 """Jitter up to 50 ms, and one chunk in twenty that TCP sends again after 200 ms."""
 

@@ -12,7 +12,6 @@ import signal
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,12 +24,12 @@ from tritonclient.grpc.aio import InferenceServerClient, InferInput
 from cluster.router.choices import choice_seed
 from replicas.rank.null_runner import null_continuation
 from replicas.request import SamplingParams
+from tests.crawling_rank import crawl_file
 from tests.integration.test_failover_processes import NULL, WAIT_S, running, until
 from tests.router_fixture import MODEL, TestRouter, decode, make_config, run_test_router, spell
 
 pytestmark = [pytest.mark.processes, pytest.mark.chaos]
 
-SLOW = replace(NULL, step_ms=10.0)
 NUM_TOKENS = 300
 NUM_CHOICES = 2
 SEED = 7
@@ -106,12 +105,14 @@ async def test_no_foreign_stream_notices_a_killed_replica() -> None:
     config = make_config(router={"failover": {"wait_s": WAIT_S}})
     async with asyncio.timeout(WAIT_S), run_test_router(config) as router, AsyncExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="wl-")))
-        old = await stack.enter_async_context(running(folder, router, "one", null=SLOW))
+        old = await stack.enter_async_context(running(folder, router, "one"))
         client = await stack.enter_async_context(make_client(router))
+        crawl_file(folder).touch()
         asking = asyncio.gather(complete(client), chat(client), infer(router.addresses.grpc))
         await until(router, lambda found: sum(found[0].load.running) == SEQUENCES)
         os.kill(old.processes[0].pid, signal.SIGKILL)
-        await stack.enter_async_context(running(folder, router, "two", null=SLOW))
+        crawl_file(folder).unlink()
+        await stack.enter_async_context(running(folder, router, "two"))
         completed, chatted, inferred = await asking
     assert completed == {index: expected(index=index) for index in range(NUM_CHOICES)}
     assert chatted == expected(f"<user>{PROMPT}\n<assistant>")

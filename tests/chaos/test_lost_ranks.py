@@ -19,7 +19,10 @@ from replicas.supervisor.supervisor import Supervisor
 from tests.integration.test_failover_processes import (
     GREEDY,
     NULL,
+    STALL_S,
+    WAIT_S,
     disturbed,
+    is_one_and_empty,
     make_ask,
     running,
     two_replicas,
@@ -29,7 +32,6 @@ from tests.router_fixture import Answer, TestRouter, collect, fail, make_config,
 
 pytestmark = [pytest.mark.processes, pytest.mark.chaos]
 
-WAIT_S = 120.0
 NUM_TOKENS = 300
 NUM_STREAMS = 4
 
@@ -56,12 +58,11 @@ def assert_exact(requests: list[pb.GenerateRequest], answers: list[Answer]) -> N
 async def test_no_stream_notices_a_lost_rank(rank: int, how: signal.Signals) -> None:
     """Promise: callers see no error and the tokens of an undisturbed run; the survivor holds no block."""
     requests = make_asks()
-    async with two_replicas() as (router, replicas):
+    async with two_replicas(stall_floor_s=STALL_S if how is signal.SIGSTOP else WAIT_S) as (router, replicas):
         answers = await disturbed(
             router, replicas, requests, lambda victim: os.kill(victim.processes[rank].pid, how)
         )
-        await until(router, lambda left: len(left) == 1 and not sum(left[0].load.running))
-        await until(router, lambda left: list(left[0].load.free_blocks) == list(left[0].load.total_blocks))
+        await until(router, is_one_and_empty)
     assert_exact(requests, answers)
     assert any(answer.final.attempts == 2 for answer in answers)
 
@@ -75,7 +76,7 @@ async def test_a_stopped_rank_that_wakes_up_says_nothing_more() -> None:
         pids.extend(process.pid for process in victim.processes)
         os.kill(pids[1], signal.SIGSTOP)
 
-    async with two_replicas() as (router, replicas):
+    async with two_replicas(stall_floor_s=STALL_S) as (router, replicas):
         answers = asyncio.create_task(disturbed(router, replicas, requests, stop))
         while not pids:  # noqa: ASYNC110
             await asyncio.sleep(0.01)

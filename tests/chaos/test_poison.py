@@ -18,7 +18,7 @@ from tests.router_fixture import VOCAB_SIZE, TestRouter, collect, fail, make_con
 
 pytestmark = [pytest.mark.processes, pytest.mark.chaos]
 
-WAIT_S = 120.0
+WAIT_S = 150.0
 NUM_TOKENS = 300
 STREAMING = [(110 + index, 11, 12) for index in range(3)]
 NEW = [(120 + index, 11, 12) for index in range(3)]

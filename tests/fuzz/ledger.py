@@ -10,7 +10,8 @@ from google.protobuf.message import DecodeError
 
 from cluster.ledger.bounds import MAX_TIME_S, problem_of
 from cluster.ledger.database import Database
-from cluster.ledger.formats import report_to_csv, requests_to_jsonl, to_mlperf, to_otlp
+from cluster.ledger.formats import report_to_csv, requests_to_jsonl, to_mlperf
+from cluster.ledger.otlp import to_otlp
 from cluster.ledger.report import Group, Site, make_report
 from cluster.ledger.wire import (
     replica_from_wire,

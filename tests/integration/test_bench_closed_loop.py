@@ -12,7 +12,7 @@ from bench.workload import Workload
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc
 
-WAIT_S = 30.0
+WAIT_S = 100.0
 
 
 class LateBills(pb_grpc.InferenceServicer):

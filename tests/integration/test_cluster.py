@@ -21,11 +21,12 @@ import yaml
 
 from cluster.client import Ask, CallError
 from cluster.replies import Delta, Final
-from tests.running_up import NUM_STREAMS, Running, Streaming, running_up, wait_until
+from tests.running_up import NUM_STREAMS, Running, Streaming, running_up, wait_gone, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
-RECOVERY_TIMEOUT_S = 60.0
+RECOVERY_TIMEOUT_S = 150.0
+COMMAND_TIMEOUT_S = 120.0
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,10 @@ def test_every_model_streams_tokens_and_then_their_joules(running: Running) -> N
         assert all(isinstance(delta, Delta) for delta in deltas)
         assert isinstance(final, Final)
         assert final.usage.completion_tokens == 12
-        assert final.energy.source == "fake"
-        assert final.energy.total_j is not None
-        assert final.energy.total_j > 0
+        energy = running.final_energy(final)
+        assert energy.source == "fake"
+        assert energy.total_j is not None
+        assert energy.total_j > 0
         assert len(final.trace_id) == 32
 
 
@@ -87,7 +89,9 @@ def test_a_second_up_on_the_same_ports_is_refused_with_port_and_key(running: Run
         config_path = tmp_path / "second.yaml"
         config_path.write_text(yaml.safe_dump(make_config(Path(other), grpc_port=port)))
         command = [sys.executable, "-m", "cluster.cli", "up", "--file", str(config_path)]
-        refused = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        refused = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+        )
     assert refused.returncode == 1
     assert f"router.grpc_port: port {port} on 127.0.0.1 is in use" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -95,7 +99,7 @@ def test_a_second_up_on_the_same_ports_is_refused_with_port_and_key(running: Run
 
 def test_a_second_up_in_the_same_folder_is_refused_with_the_process(running: Running) -> None:
     command = [sys.executable, "-m", "cluster.cli", "up", "--file", str(running.config_path)]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     assert refused.returncode == 1
     assert f"process {running.process.pid} already runs `wattline up`" in refused.stderr
 
@@ -126,6 +130,7 @@ def test_a_killed_router_comes_back_and_no_replica_is_restarted(running: Running
 
 def test_a_killed_rank_ends_its_streams_and_serve_replaces_the_replica(running: Running) -> None:
     lost = running.replica("solo")
+    gone = [psutil.Process(pid) for pid in (lost.supervisor_pid, *(rank.pid for rank in lost.ranks))]
     stream = running.client.generate("solo", "hello", Ask(max_tokens=4000, resume=False))
     next(stream)
     os.kill(lost.ranks[1].pid, signal.SIGKILL)
@@ -146,8 +151,7 @@ def test_a_killed_rank_ends_its_streams_and_serve_replaces_the_replica(running: 
     logger.info("measured rank_kill_recovery_s=%.1f", recovery_s)
     replacement = running.replica("solo")
     assert replacement.replica_id != lost.replica_id
-    gone = (lost.supervisor_pid, *(rank.pid for rank in lost.ranks))
-    assert not [pid for pid in gone if psutil.pid_exists(pid)]
+    wait_gone(gone)
 
 
 REDEPLOY = """
@@ -179,7 +183,7 @@ def redeploy_pair(running: Running) -> None:
         running.state.ray,
         running.state.link,
     ]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=COMMAND_TIMEOUT_S)
 
 
 def test_a_rolling_redeploy_breaks_no_stream(running: Running) -> None:
@@ -204,11 +208,11 @@ def test_down_leaves_no_process_no_shared_memory_and_no_port(running: Running) -
     assert len(family) > 8
     command = [sys.executable, "-m", "cluster.cli", "down", "--file", str(running.config_path)]
     start_s = time.monotonic()
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     logger.info("measured down_s=%.1f", time.monotonic() - start_s)
     assert ended.returncode == 0, ended.stderr
-    assert running.process.wait(timeout=5) == 0
-    assert [process for process in family if process.is_running()] == []
+    assert running.process.wait(timeout=COMMAND_TIMEOUT_S) == 0
+    wait_gone(family)
     assert not running.folder.shared_dir.exists()
     assert list(running.folder.path.glob("*.sock")) == []
     assert not running.folder.token_path.exists()

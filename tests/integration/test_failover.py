@@ -28,9 +28,12 @@ from tests.router_fixture import (
     spell,
 )
 
-WAIT_S = 15.0
+WAIT_S = 150.0
 LONG = 40
-FAST = {"freeze_s": 0.5}
+PATIENT = {"freeze_s": WAIT_S}
+"""A test process that pauses takes no replica for frozen."""
+IMPATIENT = {"freeze_s": 1.0}
+"""Twice what one pause can add to a silence, however long it is."""
 
 
 def expected(text: str = "hello", count: int = LONG) -> list[int]:
@@ -39,8 +42,10 @@ def expected(text: str = "hello", count: int = LONG) -> list[int]:
 
 
 @pytest.fixture
-async def router() -> AsyncIterator[TestRouter]:
-    async with run_test_router(make_config(router={"failover": FAST})) as running:
+async def router(request: pytest.FixtureRequest) -> AsyncIterator[TestRouter]:
+    """Impatient with replicas where the test asks for it."""
+    failover = getattr(request, "param", PATIENT)
+    async with run_test_router(make_config(router={"failover": failover})) as running:
         yield running
 
 
@@ -48,7 +53,7 @@ async def metric(router: TestRouter, reason: str) -> float:
     """How many streams were moved for this reason."""
 
     def read() -> str:
-        with urllib.request.urlopen(f"http://{router.addresses.http}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{router.addresses.http}/metrics", timeout=WAIT_S) as answer:
             return str(answer.read(), "utf-8")
 
     name = f'wattline_failovers_total{{model="tiny",reason="{reason}"}} '
@@ -57,13 +62,14 @@ async def metric(router: TestRouter, reason: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("fate", "reason"),
+    ("router", "fate", "reason"),
     [
-        (Fate.KILLED, "killed"),
-        (Fate.FAILED, "failed"),
-        (Fate.DRAINED, "drained"),
-        (Fate.FROZEN, "frozen"),
+        (PATIENT, Fate.KILLED, "killed"),
+        (PATIENT, Fate.FAILED, "failed"),
+        (PATIENT, Fate.DRAINED, "drained"),
+        (IMPATIENT, Fate.FROZEN, "frozen"),
     ],
+    indirect=["router"],
 )
 async def test_a_stream_goes_on_where_its_replica_stopped(
     router: TestRouter, fate: Fate, reason: str
@@ -96,6 +102,7 @@ async def test_a_stream_goes_on_where_its_replica_stopped(
     await new.leave()
 
 
+@pytest.mark.parametrize("router", [IMPATIENT], indirect=True)
 async def test_what_a_frozen_replica_says_later_is_dropped_but_for_its_joules(router: TestRouter) -> None:
     async with router.replica(replica_id="old") as old, asyncio.timeout(WAIT_S):
         old.fate, old.fate_after = Fate.FROZEN, 5
@@ -171,7 +178,7 @@ async def test_only_an_equal_replica_goes_on(router: TestRouter, fields: dict[st
 
 
 async def test_a_stream_waits_for_a_replica_as_long_as_it_may() -> None:
-    config = make_config(router={"failover": {**FAST, "wait_s": 60.0}})
+    config = make_config(router={"failover": {**PATIENT, "wait_s": 60.0}})
     async with run_test_router(config) as router, asyncio.timeout(WAIT_S):
         old = router.replica(epoch=1)
         await old.attach()
@@ -179,7 +186,8 @@ async def test_a_stream_waits_for_a_replica_as_long_as_it_may() -> None:
         old.fate, old.fate_after = Fate.KILLED, 6
         call = router.inference.Generate(make_request(max_tokens=LONG))
         late = router.inference.Generate(make_request(max_tokens=LONG), timeout=1.0)
-        await old.wait_command("submit", count=2)
+        # However late they are: `late` ends like this wherever it is.
+        await asyncio.gather(call.initial_metadata(), late.initial_metadata())
         old.running.set()
         assert (await fail(late)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
         async with router.replica(epoch=2):
@@ -204,7 +212,7 @@ async def test_a_refused_request_goes_to_another_replica_before_its_first_token(
 
 
 async def test_a_spent_budget_is_unavailable_with_a_time_to_come_back() -> None:
-    config = make_config(router={"failover": {**FAST, "burst": 1, "budget_ratio": 0.0}})
+    config = make_config(router={"failover": {**PATIENT, "burst": 1, "budget_ratio": 0.0}})
     async with run_test_router(config) as router, asyncio.timeout(WAIT_S):
         old = router.replica(replica_id="old")
         await old.attach()

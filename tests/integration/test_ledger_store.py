@@ -28,7 +28,7 @@ from protos import wattline_ledger_pb2_grpc as pb_grpc
 from tests.router_fixture import MODEL, collect, make_config, make_request, run_test_router
 
 pytestmark = pytest.mark.processes
-WAIT_S = 60.0
+WAIT_S = 150.0
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ async def running_store(folder: Path) -> AsyncIterator[tuple[subprocess.Popen[by
     finally:
         if process.poll() is None:
             process.terminate()
-        await asyncio.to_thread(process.wait, 20)
+        await asyncio.to_thread(process.wait, WAIT_S)
 
 
 async def drained(recorder: LedgerRecorder) -> None:
@@ -105,7 +105,7 @@ async def test_what_was_confirmed_survives_a_kill_and_the_rest_is_sent_again(sho
             recorder.add(entry(number))
         await drained(recorder)
         process.send_signal(signal.SIGKILL)
-        await asyncio.to_thread(process.wait, 20)
+        await asyncio.to_thread(process.wait, WAIT_S)
         for number in range(2400, 3000):
             recorder.add(entry(number))
     database = Database(short_folder / "ledger.db", read_only=True)
@@ -155,11 +155,15 @@ async def test_a_budget_outlives_the_store(short_folder: Path) -> None:
     assert granted in ([700, 300], [700, 700])  # The second holds if midnight, UTC, came between.
 
 
-async def test_a_router_sends_its_closed_requests_and_the_sums_of_its_replicas(short_folder: Path) -> None:
+async def test_a_router_sends_its_closed_requests_and_the_sums_of_its_replicas(
+    short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LAST_TIMEOUT_S", "RECORD_TIMEOUT_S"):
+        monkeypatch.setattr(f"cluster.ledger.recorder.{name}", WAIT_S)
     config = make_config(runtime_dir=str(short_folder))
     async with running_store(short_folder) as (_, address):
-        async with run_test_router(config) as router, router.replica():
-            answer = await collect(router.inference.Generate(make_request()))
+        async with run_test_router(config) as router, router.replica(host_mj=700):
+            answer = await collect(router.inference.Generate(make_request(energy_wait_ms=1000)))
         # The router is gone, and what it knew is here.
         reader = StoreReader(address)
         (found,) = await asyncio.to_thread(lambda: list(reader.list_requests(since_s=0.0, until_s=1e11)))
@@ -169,6 +173,7 @@ async def test_a_router_sends_its_closed_requests_and_the_sums_of_its_replicas(s
     assert found.output_tokens == answer.final.usage.completion_tokens
     assert found.energy is not None
     assert (found.energy.prefill_mj + found.energy.decode_mj) / 1e3 == answer.final.energy.total_j
+    assert found.energy.host_mj == 700
 
 
 async def test_a_second_store_is_refused_and_leaves_the_first_its_socket(short_folder: Path) -> None:

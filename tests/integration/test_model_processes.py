@@ -64,14 +64,16 @@ async def test_a_group_answers_like_transformers(
         assert (ready.context_tokens, ready.dtype, ready.device) == (100, "float32", "cpu")
         assert ready.lanes == len(ready.load.free_blocks) == parallel.num_lanes
         assert (ready.kernels == "torch") == (shutil.which("cc") is None)
-        for request_id, prompt_ids in enumerate(PROMPTS):
-            request = GenerationRequest(
+        requests = [
+            GenerationRequest(
                 request_id=request_id,
                 prompt_ids=prompt_ids,
                 max_tokens=NUM_TOKENS,
                 lane=(0, 0, 1, 0)[request_id] % ready.lanes,
             )
-            await group.send(Submit(request=request))
+            for request_id, prompt_ids in enumerate(PROMPTS)
+        ]
+        await group.send_together(*(Submit(request=request) for request in requests))
         await group.read_until(lambda seen: len(seen.finishes) == len(PROMPTS))
         if name == "granite-moe":
             num_golden = parallel.num_lanes * (GOLDEN_PROMPT_TOKENS + GOLDEN_TOKENS - 1)

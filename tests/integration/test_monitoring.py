@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
-import socket
 import subprocess
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +33,42 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed"),
 ]
 
-WAIT_S = 60.0
+WAIT_S = 150.0
 SCRAPE_S = 0.2
+LISTENS = re.compile(r'msg="Listening on".*address=(127\.0\.0\.1:[1-9]\d*)')
+"""What Prometheus says of the free port that it took."""
 NULL = NullEngineConfig(step_ms=2.0, vocab_size=VOCAB_SIZE, context_tokens=512)
 
 
-@contextmanager
-def running_prometheus(folder: Path) -> Iterator[str]:
+@asynccontextmanager
+async def running_prometheus(folder: Path) -> AsyncIterator[str]:
     """Its address; its files and its log are in `folder`."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    log_path = folder / "prometheus.log"
     command = [
         "prometheus",
         f"--config.file={folder / 'prometheus.yml'}",
         f"--storage.tsdb.path={folder / 'tsdb'}",
-        f"--web.listen-address={address}",
+        "--web.listen-address=127.0.0.1:0",
     ]
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    with log_path.open("wb") as log:
+        process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
     try:
-        yield address
+        async with asyncio.timeout(WAIT_S):
+            while not (found := LISTENS.search(log_path.read_text())):
+                assert process.returncode is None, log_path.read_text()
+                await asyncio.sleep(0.05)
+        yield found[1]
     finally:
-        process.terminate()
-        process.wait(timeout=20)
+        with suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()
 
 
 def ask(address: str, path: str, **parameters: str) -> Any:
     """One answer of Prometheus' API; None while it starts."""
     url = f"http://{address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
             return json.load(answer)["data"]
     except OSError:
         return None
@@ -145,14 +151,16 @@ async def test_every_panel_has_a_series_under_load(tmp_path: Path) -> None:
                 runtime_dir=str(tmp_path),
                 energy_agent=energy_agent,
                 meter="fake",
+                stall_floor_s=WAIT_S,
             ),
             SubprocessRankGroup(runtime_dir=tmp_path),
             lambda _: None,
+            first_link_timeout_s=WAIT_S,
         )
         try:
             await supervisor.start()
             write_all(tmp_path, routers=(router.addresses.http,), scrape_s=SCRAPE_S)
-            with running_prometheus(tmp_path) as prometheus:
+            async with running_prometheus(tmp_path) as prometheus:
                 load = asyncio.create_task(ask_for_text(router))
                 missing = await without_a_series(
                     prometheus, {**panel_queries(has_experts=False), **ENERGY_QUERIES}

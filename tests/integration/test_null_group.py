@@ -21,7 +21,10 @@ from tests.live_ranks import LiveGroup, open_group
 
 pytestmark = pytest.mark.processes
 
-FAST = NullEngineConfig(step_ms=1.0, vocab_size=500, context_tokens=4096)
+FAST = NullEngineConfig(step_ms=1.0, vocab_size=500, context_tokens=100_000)
+NUM_BLOCKS = 16_384
+ENDLESS = 90_000
+"""Tokens of an answer that is under way for a minute and a half, unless it is ended."""
 TWO_RANKS = ParallelConfig(tensor=2)
 OpenNullGroup = Callable[..., AbstractAsyncContextManager[LiveGroup]]
 
@@ -37,7 +40,7 @@ def open_null_group(tmp_path: Path) -> OpenNullGroup:
             rank=0,
             source="null",
             parallel=parallel,
-            limits=EngineLimits(max_sequences=8, num_blocks=512, lookahead=lookahead),
+            limits=EngineLimits(max_sequences=8, num_blocks=NUM_BLOCKS, lookahead=lookahead),
             null=null,
             socket_path=str(tmp_path / "rank0.sock"),
             shared_dir=str(tmp_path),
@@ -58,12 +61,13 @@ async def test_a_group_serves_and_shuts_down(
     async with open_null_group(lookahead=lookahead) as group:
         ready = await group.read_ready()
         assert (ready.architecture, ready.vocab_size, ready.eos_token_ids) == ("null", 500, (2,))
-        assert ready.load.running == (0,) and ready.load.free_blocks == ready.load.total_blocks == (511,)
+        assert ready.load.running == (0,)
+        assert ready.load.free_blocks == ready.load.total_blocks == (NUM_BLOCKS - 1,)
         assert [path.name for path in tmp_path.iterdir()] == ["rank0.sock"]
 
         await group.send(Submit(request=make_request(1, 20)))
-        await group.send(Submit(request=make_request(2, 3000)))
-        await group.send(Submit(request=make_request(3, 3000)))
+        await group.send(Submit(request=make_request(2, ENDLESS)))
+        await group.send(Submit(request=make_request(3, ENDLESS)))
         await group.read_until(lambda seen: 1 in seen.finishes)
         await group.send(Cancel(request_id=2))
         await group.send(Stop(request_id=3))
@@ -83,7 +87,7 @@ async def test_a_group_serves_and_shuts_down(
 async def test_lanes_have_a_cache_each(open_null_group: OpenNullGroup) -> None:
     async with open_null_group(parallel=ParallelConfig(expert=2, layout="dispatch")) as group:
         ready = await group.read_ready()
-        assert (ready.lanes, ready.load.free_blocks, ready.load.running) == (2, (511, 511), (0, 0))
+        assert (ready.lanes, ready.load.free_blocks, ready.load.running) == (2, (NUM_BLOCKS - 1,) * 2, (0, 0))
         for request_id in (1, 2, 3):
             request = replace(make_request(request_id, 30), lane=1 if request_id == 3 else 0)
             await group.send(Submit(request=request))
@@ -100,7 +104,7 @@ async def test_lanes_have_a_cache_each(open_null_group: OpenNullGroup) -> None:
 async def test_a_killed_follower_fails_the_group(open_null_group: OpenNullGroup) -> None:
     async with open_null_group() as group:
         await group.read_ready()
-        await group.send(Submit(request=make_request(1, 3000)))
+        await group.send(Submit(request=make_request(1, ENDLESS)))
         await group.read_step()
         group.ranks[1].send_signal(signal.SIGKILL)
         failure = await group.read_failure()
@@ -118,7 +122,7 @@ async def test_a_closed_socket_ends_every_rank(open_null_group: OpenNullGroup) -
 async def test_a_failing_step_is_told_before_the_ranks_end(open_null_group: OpenNullGroup) -> None:
     async with open_null_group(replace(FAST, fail_at_step=6)) as group:
         await group.read_ready()
-        await group.send(Submit(request=make_request(1, 3000)))
+        await group.send(Submit(request=make_request(1, ENDLESS)))
         failure = await group.read_failure()
         assert failure.reason == "RuntimeError: the null engine was told to fail at step 6"
         assert await group.exit_codes() == [1, 1]
@@ -132,7 +136,7 @@ async def test_idle_ranks_use_no_processor(open_null_group: OpenNullGroup) -> No
         before_s = [cpu_s(rank.pid) for rank in group.ranks]
         await asyncio.sleep(1.0)  # The thing measured: what a second of idleness costs.
         after_s = [cpu_s(rank.pid) for rank in group.ranks]
-        assert max(after - before for before, after in zip(before_s, after_s, strict=True)) <= 0.03
+        assert max(after - before for before, after in zip(before_s, after_s, strict=True)) <= 0.1
 
 
 def cpu_s(pid: int) -> float:

@@ -27,7 +27,7 @@ from tests.router_fixture import (
     spell,
 )
 
-WAIT_S = 15.0
+WAIT_S = 150.0
 
 
 @pytest.fixture
@@ -236,11 +236,11 @@ async def test_parameters_of_the_request_do_as_well_and_time_limits_hold(
         result = await client.infer(MODEL, inputs, parameters={"max_tokens": 2, "temperature": 0.0})
         assert texts(result) == [expected(count=2)]
         replica.running.clear()
-        asking = asyncio.create_task(client.infer(MODEL, inputs, timeout=50_000))
+        asking = asyncio.create_task(client.infer(MODEL, inputs, timeout=60_000_000))
         submit = (await replica.wait_command("submit", count=2)).submit
-        assert 0 < submit.deadline_ms <= 50
+        assert 0 < submit.deadline_ms <= 60_000
         replica.running.set()
-        await asyncio.gather(asking, return_exceptions=True)
+        await asking
         with pytest.raises(InferenceServerException, match="none beside sampling_parameters"):
             await client.infer(MODEL, make_inputs(), parameters={"seed": 3})
 

@@ -61,7 +61,7 @@ def test_processes_generate_what_one_rank_generates(tmp_path: Path) -> None:
 def test_a_killed_peer_is_lost_at_once(tmp_path: Path) -> None:
     arguments: list[tuple[object, ...]] = [
         (
-            make_rank_config(tmp_path, rank=rank, parallel=ParallelConfig(tensor=2), timeout_s=60.0),
+            make_rank_config(tmp_path, rank=rank, parallel=ParallelConfig(tensor=2), timeout_s=150.0),
             tmp_path,
         )
         for rank in range(2)

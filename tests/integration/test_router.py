@@ -26,7 +26,7 @@ from tests.router_fixture import (
     spell,
 )
 
-WAIT_S = 10.0
+WAIT_S = 150.0
 
 
 @pytest.fixture
@@ -104,7 +104,9 @@ async def test_a_stop_text_across_tokens_ends_the_answer_before_it(tokens_per_st
     async with run_test_router() as router:
         tokens = script(*spell("one END two"))
         async with router.replica(tokens=tokens, tokens_per_step=tokens_per_step) as replica:
-            call = router.inference.Generate(make_request(max_tokens=50, stop=["END", "never"]))
+            # In one step, or so many that none of them is the last before the stop has come down.
+            max_tokens = 50 if tokens_per_step == 50 else 4000
+            call = router.inference.Generate(make_request(max_tokens=max_tokens, stop=["END", "never"]))
             answer = await collect(call)
             if tokens_per_step < 50:
                 await replica.wait_command("stop")
@@ -249,10 +251,14 @@ async def test_a_cancel_reaches_the_replica(router: TestRouter) -> None:
 async def test_the_deadline_goes_down_and_ends_the_call(router: TestRouter) -> None:
     async with router.replica() as replica:
         replica.running.clear()
+        call = router.inference.Generate(make_request(), timeout=60.0)
+        assert 0 < (await replica.wait_command("submit")).submit.deadline_ms <= 60_000
         error = await fail(router.inference.Generate(make_request(), timeout=0.3))
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert 0 < (await replica.wait_command("submit")).submit.deadline_ms <= 300
-        await replica.wait_command("cancel")
+        call.cancel()
+        # Whether or not the late one came as far as the replica, nothing of it is there.
+        while replica.load().running != [0]:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 async def test_a_deadline_longer_than_the_wire_can_say_is_served_with_the_longest(router: TestRouter) -> None:

@@ -29,7 +29,7 @@ from tests.router_fixture import (
 
 pytestmark = pytest.mark.processes
 
-WAIT_S = 20.0
+WAIT_S = 150.0
 
 
 def make_config(folder: Path, router: TestRouter) -> ReplicaConfig:
@@ -45,8 +45,8 @@ def make_config(folder: Path, router: TestRouter) -> ReplicaConfig:
         runtime_dir=str(folder / "run"),
         shared_dir=str(folder / "shm"),
         drain_s=25.0,
-        ready_timeout_s=60.0,
-        stall_floor_s=5.0,
+        ready_timeout_s=WAIT_S,
+        stall_floor_s=WAIT_S,
     )
 
 
@@ -57,7 +57,7 @@ async def router() -> AsyncIterator[TestRouter]:
         async with run_test_router() as running:
             config = make_config(Path(folder), running)
             ranks = SubprocessRankGroup(runtime_dir=Path(config.runtime_dir))
-            supervisor = Supervisor(config, ranks, lambda _: None)
+            supervisor = Supervisor(config, ranks, lambda _: None, first_link_timeout_s=WAIT_S)
             try:
                 await supervisor.start()
                 yield running
@@ -77,6 +77,7 @@ async def wait_idle(router: TestRouter) -> None:
             load = (await replica_status(router)).load
             if not sum(load.running) and list(load.free_blocks) == list(load.total_blocks):
                 return
+            await asyncio.sleep(0.01)
 
 
 async def test_a_request_goes_all_the_way_whatever_ends_it(router: TestRouter) -> None:

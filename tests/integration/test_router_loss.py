@@ -26,6 +26,7 @@ from replicas.rank.null_runner import null_continuation
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
 from tests.checkpoints import make_llama
+from tests.crawling_rank import MODULE, crawl_file
 from tests.fake_replica import Fate
 from tests.router_fixture import (
     MODEL,
@@ -42,18 +43,20 @@ from tests.router_fixture import (
 
 pytestmark = pytest.mark.processes
 
-WAIT_S = 60.0
+WAIT_S = 150.0
 NUM_TOKENS = 300
 PROMPT = (10, 11, 12)
 NULL = NullEngineConfig(step_ms=4.0, vocab_size=VOCAB_SIZE, context_tokens=512)
-NUM_LAYERS = 32
-"""Of the real model: its steps take milliseconds, so that a kill comes in the middle of a stream."""
+NUM_BEFORE = 3
+"""Tokens that the caller has when the router is killed; the replica crawls until then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterChild:
     process: asyncio.subprocess.Process
     addresses: RouterAddresses
+    crawl: Path
+    """While it is there, the replica crawls."""
 
 
 @asynccontextmanager
@@ -76,7 +79,7 @@ async def router_child(folder: Path, name: str, model: dict[str, Any]) -> AsyncI
         while not addresses.exists():
             assert process.returncode is None, (own / "log").read_text()
             await asyncio.sleep(0.02)
-        yield RouterChild(process=process, addresses=read_addresses(addresses))
+        yield RouterChild(process=process, addresses=read_addresses(addresses), crawl=crawl_file(folder))
     finally:
         if process.returncode is None:
             process.kill()
@@ -105,11 +108,11 @@ async def two_routers(
             runtime_dir=str(folder / "r"),
             shared_dir=str(folder),
             ready_timeout_s=WAIT_S,
+            stall_floor_s=WAIT_S,
         )
         config = replace(told, **changes)
-        supervisor = Supervisor(
-            config, SubprocessRankGroup(runtime_dir=Path(config.runtime_dir)), lambda _: None
-        )
+        ranks = SubprocessRankGroup(runtime_dir=Path(config.runtime_dir), module=MODULE)
+        supervisor = Supervisor(config, ranks, lambda _: None, first_link_timeout_s=WAIT_S)
         stack.push_async_callback(supervisor.stop)
         await supervisor.start()
         for router in routers:
@@ -146,10 +149,14 @@ def answer(client: Client, ask: Ask, on_token: Any = lambda count: None) -> Said
     raise AssertionError("an answer ends with its final message")
 
 
-def kill_after(router: RouterChild, count: int) -> Any:
+def kill_midway(router: RouterChild) -> Any:
+    """The replica crawls until the caller has a few tokens and the router is dead, then it hurries."""
+    router.crawl.touch()
+
     def on_token(num_tokens: int) -> None:
-        if num_tokens >= count and router.process.returncode is None:
+        if num_tokens >= NUM_BEFORE and router.crawl.exists():
             os.kill(router.process.pid, signal.SIGKILL)
+            router.crawl.unlink()
 
     return on_token
 
@@ -159,13 +166,13 @@ async def test_a_stream_outlives_its_router(temperature: float) -> None:
     ask = Ask(temperature=temperature, max_tokens=NUM_TOKENS, ignore_eos=True)
     async with two_routers() as (first, second):
         with Client(f"{first.addresses.grpc},{second.addresses.grpc}") as client:
-            said = await asyncio.to_thread(answer, client, ask, kill_after(first, 20))
+            said = await asyncio.to_thread(answer, client, ask, kill_midway(first))
             with pytest.raises(CallError) as caught:  # Whoever does not want it is told.
                 left = replace(ask, resume=False)
-                await asyncio.to_thread(answer, client, left, kill_after(second, 20))
+                await asyncio.to_thread(answer, client, left, kill_midway(second))
     assert caught.value.code == "UNAVAILABLE"
     (resumed_at,) = said.final.resumed_at
-    assert 20 <= resumed_at < NUM_TOKENS == len(said.token_ids)
+    assert NUM_BEFORE <= resumed_at < NUM_TOKENS == len(said.token_ids)
     assert said.final.usage.completion_tokens == NUM_TOKENS
     assert said.final.usage.prompt_tokens == len(PROMPT)
     if temperature == 0.0:
@@ -173,7 +180,7 @@ async def test_a_stream_outlives_its_router(temperature: float) -> None:
 
 
 async def test_a_real_model_goes_on_with_the_same_draws(tmp_path: Path) -> None:
-    source = str(make_llama(tmp_path / "checkpoint", num_layers=NUM_LAYERS, seed=10))
+    source = str(make_llama(tmp_path / "checkpoint", seed=10))
     limits = EngineLimits(max_sequences=8, step_tokens=64, block_tokens=8, num_blocks=512, context_tokens=300)
     ask = Ask(temperature=1.0, top_p=0.9, seed=7, max_tokens=150, ignore_eos=True)
     changes: dict[str, Any] = {
@@ -185,7 +192,7 @@ async def test_a_real_model_goes_on_with_the_same_draws(tmp_path: Path) -> None:
     async with two_routers(**changes) as (first, second):
         with Client(f"{first.addresses.grpc},{second.addresses.grpc}") as client:
             calm = await asyncio.to_thread(answer, client, ask)
-            shaken = await asyncio.to_thread(answer, client, ask, kill_after(first, 20))
+            shaken = await asyncio.to_thread(answer, client, ask, kill_midway(first))
     assert shaken.final.resumed_at and not calm.final.resumed_at
     assert (shaken.token_ids, shaken.text) == (calm.token_ids, calm.text)
 

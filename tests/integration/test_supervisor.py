@@ -27,10 +27,10 @@ from tests.small_router import WAIT_S, AttachedReplica, SmallRouter
 
 pytestmark = pytest.mark.processes
 
-NULL = NullEngineConfig(step_ms=2.0, context_tokens=512)
-LIMITS = EngineLimits(max_sequences=8, max_waiting=8, num_blocks=256)
-LONG = 400
-"""Tokens of an answer that is still under way when the test does what it is about."""
+NULL = NullEngineConfig(step_ms=2.0, context_tokens=100_000)
+LIMITS = EngineLimits(max_sequences=8, max_waiting=8, num_blocks=8192)
+LONG = 60_000
+"""Tokens of an answer that is under way for two minutes, unless it is ended."""
 
 
 @dataclass
@@ -71,8 +71,8 @@ def make_config(folder: Path, *routers: SmallRouter) -> ReplicaConfig:
         runtime_dir=str(folder / "run"),
         shared_dir=str(shared_dir),
         drain_s=25.0,
-        ready_timeout_s=60.0,
-        stall_floor_s=5.0,
+        ready_timeout_s=WAIT_S,
+        stall_floor_s=WAIT_S,
     )
 
 
@@ -84,6 +84,7 @@ async def running(config: ReplicaConfig) -> AsyncIterator[Replica]:
         SubprocessRankGroup(runtime_dir=Path(config.runtime_dir)),
         lambda reason: holder[0].on_fatal(reason),
         epoch=7,
+        first_link_timeout_s=WAIT_S,
     )
     replica = Replica(supervisor=supervisor, config=config)
     holder.append(replica)
@@ -117,7 +118,7 @@ async def stream_under_way(link: AttachedReplica, request_id: int) -> None:
 
 async def scrape(address: str) -> dict[str, float]:
     def read() -> str:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=WAIT_S) as answer:
             return str(answer.read(), "utf-8")
 
     text = await asyncio.to_thread(read)
@@ -214,29 +215,36 @@ async def test_a_deadline_ends_the_answer(tmp_path: Path) -> None:
 
 
 async def test_a_prompt_that_does_not_fit_fails_alone(tmp_path: Path) -> None:
-    async with SmallRouter() as router, running(make_config(tmp_path, router)):
-        link = await router.attached()
-        link.submit(1, max_tokens=30)
-        link.submit(2, prompt_ids=range(3, 3 + 600))
-        link.submit(3, prompt_ids=(NULL.vocab_size,))
-        for request_id in (2, 3):
-            last = await link.finished(request_id)
-            assert (last.finish, last.error.code) == (link_pb2.ENGINE_FINISH_ERROR, "INVALID_ARGUMENT")
-            assert "prompt_ids" in last.error.message
-        assert (await link.finished(1)).finish == link_pb2.ENGINE_FINISH_LENGTH
+    async with SmallRouter() as router:
+        config = replace(make_config(tmp_path, router), null=replace(NULL, context_tokens=512))
+        async with running(config):
+            link = await router.attached()
+            link.submit(1, max_tokens=30)
+            link.submit(2, prompt_ids=range(3, 3 + 600))
+            link.submit(3, prompt_ids=(NULL.vocab_size,))
+            for request_id in (2, 3):
+                last = await link.finished(request_id)
+                assert (last.finish, last.error.code) == (link_pb2.ENGINE_FINISH_ERROR, "INVALID_ARGUMENT")
+                assert "prompt_ids" in last.error.message
+            assert (await link.finished(1)).finish == link_pb2.ENGINE_FINISH_LENGTH
 
 
 async def test_more_than_the_queue_holds_is_refused(tmp_path: Path) -> None:
     async with SmallRouter() as router, running(make_config(tmp_path, router)):
         link = await router.attached()
         capacity = LIMITS.max_sequences + LIMITS.max_waiting
-        for request_id in range(1, capacity + 11):
-            link.submit(request_id, max_tokens=40)
-        ends = [await link.finished(request_id) for request_id in range(1, capacity + 11)]
-        codes = [end.error.code for end in ends if end.finish == link_pb2.ENGINE_FINISH_ERROR]
-        assert set(codes) == {"RESOURCE_EXHAUSTED"}
-        assert len(codes) >= 10
-        assert [end.finish for end in ends].count(link_pb2.ENGINE_FINISH_LENGTH) >= LIMITS.max_sequences
+        running_ids, held_ids = range(1, LIMITS.max_sequences + 1), range(1, capacity + 1)
+        for request_id in running_ids:
+            await stream_under_way(link, request_id)
+        refused_ids = range(capacity + 1, capacity + 11)
+        for request_id in (*held_ids[len(running_ids) :], *refused_ids):
+            link.submit(request_id, max_tokens=LONG)
+        codes = [(await link.finished(request_id)).error.code for request_id in refused_ids]
+        assert codes == ["RESOURCE_EXHAUSTED"] * len(refused_ids)
+        for request_id in held_ids:
+            link.stop(request_id)
+        ends = [(await link.finished(request_id)).finish for request_id in held_ids]
+        assert ends == [link_pb2.ENGINE_FINISH_STOP] * capacity
 
 
 async def test_a_lost_router_is_dialled_again_and_its_requests_are_cancelled(tmp_path: Path) -> None:
@@ -288,8 +296,8 @@ async def test_a_frozen_rank_is_a_stall(tmp_path: Path) -> None:
         config = replace(make_config(tmp_path, router), stall_floor_s=1.0)
         async with running(config) as replica:
             link = await router.attached()
-            await stream_under_way(link, 1)
             os.kill(replica.pids[1], signal.SIGSTOP)
+            link.submit(1)
             reason = await replica.lost()
             assert reason.startswith("no step for ")
             await link.ended()
@@ -318,11 +326,11 @@ async def test_drain_lets_live_answers_finish_and_refuses_new_ones(tmp_path: Pat
         assert (last.finish, last.error.code) == (link_pb2.ENGINE_FINISH_ERROR, "UNAVAILABLE")
         await drain
         assert (await link.finished(1)).finish == link_pb2.ENGINE_FINISH_LENGTH
+        await link.billed(1)
         assert link.draining == "scale down"
         await replica.supervisor.stop("scaled down")
         await link.ended()
         assert link.goodbye == "scaled down"
-        assert link.final_energy(1) is not None
         assert replica.fatal_reasons == []
 
 

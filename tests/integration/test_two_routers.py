@@ -32,7 +32,7 @@ from tests.router_fixture import MODEL, VOCAB_SIZE, collect
 
 pytestmark = pytest.mark.processes
 
-WAIT_S = 120.0
+WAIT_S = 150.0
 NULL = NullEngineConfig(step_ms=3.0, vocab_size=VOCAB_SIZE, context_tokens=512)
 PROMPT = (10, 11, 12)
 NUM_TOKENS = 40
@@ -78,10 +78,10 @@ async def two_routers() -> AsyncIterator[Two]:
             runtime_dir=str(path / "r"),
             shared_dir=str(path),
             ready_timeout_s=WAIT_S,
+            stall_floor_s=WAIT_S,
         )
-        supervisor = Supervisor(
-            replica, SubprocessRankGroup(runtime_dir=Path(replica.runtime_dir)), lambda _: None
-        )
+        ranks = SubprocessRankGroup(runtime_dir=Path(replica.runtime_dir))
+        supervisor = Supervisor(replica, ranks, lambda _: None, first_link_timeout_s=WAIT_S)
         stack.push_async_callback(supervisor.stop)
         await supervisor.start()
         tending = asyncio.create_task(tend(group))
@@ -100,8 +100,8 @@ async def tend(group: RouterGroup) -> None:
 
 async def attached(address: str) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
-        stub = cluster_grpc.ClusterStub(channel)
-        while not (await stub.Status(cluster_pb.StatusRequest())).models[0].replicas:  # noqa: ASYNC110
+        status, request = cluster_grpc.ClusterStub(channel).Status, cluster_pb.StatusRequest()
+        while not (await status(request, wait_for_ready=True)).models[0].replicas:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -185,5 +185,5 @@ async def outlive_the_first(two: Two) -> None:
 
 
 def read(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
         return str(answer.read(), "utf-8")

@@ -45,8 +45,8 @@ from tests.router_fixture import MODEL, VOCAB_SIZE, TestRouter, make_config, mak
 
 pytestmark = pytest.mark.processes
 
-WAIT_S = 60.0
-CALL_TIMEOUT_S = 20.0
+WAIT_S = 150.0
+CALL_TIMEOUT_S = 60.0
 IMPROPER = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS}
 REPLICA = "one"
 QUICK = settings(
@@ -263,8 +263,10 @@ def target(background: Background) -> Iterator[Target]:
                 runtime_dir=name,
                 shared_dir=name,
                 ready_timeout_s=WAIT_S,
+                stall_floor_s=WAIT_S,
             )
-            supervisor = Supervisor(config, SubprocessRankGroup(runtime_dir=Path(name)), lambda _: None)
+            ranks = SubprocessRankGroup(runtime_dir=Path(name))
+            supervisor = Supervisor(config, ranks, lambda _: None, first_link_timeout_s=WAIT_S)
             stack.push_async_callback(supervisor.stop)
             await supervisor.start()
             return router

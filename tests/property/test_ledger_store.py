@@ -24,6 +24,7 @@ energies = st.builds(
     method=st.just("step-ledger/1"),
     confidence_factor=st.sampled_from([1.05, 2.0]),
     is_final=st.booleans(),
+    host_mj=st.none() | st.integers(0, 10**6),
 )
 entries = st.builds(
     RequestEntry,
@@ -55,6 +56,8 @@ def tally(summary: Summary) -> Counter[tuple[str, ...]]:
                 (*key, "prefill"): sums.prefill_mj,
                 (*key, "wasted"): sums.wasted_mj,
                 (*key, "final"): sums.num_final,
+                (*key, "host"): sums.host_mj,
+                (*key, "hosts known"): sums.num_host,
             }
         )
     return +found
@@ -70,6 +73,8 @@ def expected(known: list[RequestEntry]) -> Counter[tuple[str, ...]]:
             found[(*key, "prefill")] += entry.energy.prefill_mj
             found[(*key, "wasted")] += entry.energy.wasted_mj
             found[(*key, "final")] += entry.energy.is_final
+            found[(*key, "host")] += entry.energy.host_mj or 0
+            found[(*key, "hosts known")] += entry.energy.host_mj is not None
     return +found
 
 
@@ -137,10 +142,13 @@ def test_meters_count_what_was_added_within_the_span(added: list[tuple[str, int,
                 request_mj=total - total // 3,
                 idle_mj=total // 3,
                 unattributed_mj=0,
+                host_meter_mj=total // 2,
+                host_request_mj=total // 3,
             )
             database.record([], [sums, sums])
         found = database.summarize(since_s=since_s, until_s=NOW_S).models
         assert sum(one.meter_mj for one in found) == within
+        assert all(one.host_request_mj <= one.host_meter_mj <= one.meter_mj for one in found)
         assert all(one.request_mj + one.idle_mj + one.unattributed_mj == one.meter_mj for one in found)
         database.close()
 

@@ -85,16 +85,18 @@ export function showEnergy(model) {
     delete check.dataset.ok;
     return;
   }
-  const row = (name, key, rowClass = "") => {
+  const row = (name, key, rowClass = "", whole = sums.meter_mj) => {
     const swatch = element("span", { class: "swatch" });
     swatch.style.background = rowClass ? "transparent" : `var(--${name})`;
-    const share = sums.meter_mj ? percent(sums[key] / sums.meter_mj) : UNKNOWN;
+    const share = whole ? percent(sums[key] / whole) : UNKNOWN;
     const value = element("td", { "data-ledger": key, "data-mj": String(sums[key]) }, joules(sums[key]));
     return element("tr", { class: rowClass }, element("th", { scope: "row" }, swatch, name), value, element("td", {}, share));
   };
+  const host = sums.host_meter_mj;
+  const beside = host ? [row("host, beside it", "host_meter_mj", "sum", host), row("of it for requests", "host_requests_mj", "part", host)] : [];
   body.replaceChildren(
     row("prefill", "prefill_mj"), row("decode", "decode_mj"), row("idle", "idle_mj"), row("unattributed", "unattributed_mj"),
-    row("meter", "meter_mj", "sum"), row("of it static", "static_mj", "part"), row("of it wasted", "wasted_mj", "part"),
+    row("meter", "meter_mj", "sum"), row("of it static", "static_mj", "part"), row("of it wasted", "wasted_mj", "part"), ...beside,
   );
   check.dataset.ok = String(sums.is_conserved);
   const others = ledger.filter((one) => one !== sums).map((one) => `${joules(one.meter_mj)} J from ${one.source}`);
@@ -106,12 +108,13 @@ export function showRequests(requests) {
   const rows = requests.map((request) => {
     const isError = request.outcome === request.outcome.toUpperCase();
     const isOpen = isKnown(request.energy_mj) && !request.is_final;
+    const host = isKnown(request.host_mj) ? `beside it ${joules(request.host_mj)} J of the host` : "";
     return {
       key: request.id,
       cells: [
         heading(request.id.slice(0, 8), "mono", `wattline why ${request.id}`), cell(request.model, "wide"), cell(duration(request.age_s), "num"),
         cell(count(request.prompt_tokens), "num"), cell(count(request.output_tokens), "num"),
-        cell(`${joules(request.energy_mj)}${isOpen ? " ~" : ""}`, "num", null, isOpen ? "not final yet" : ""),
+        cell(`${joules(request.energy_mj)}${isOpen ? " ~" : ""}`, "num", null, [isOpen ? "not final yet" : "", host].filter(Boolean).join("; ")),
         cell(number(request.j_per_output_token), "num"),
         cell(milliseconds(request.ttft_ms), "num"), cell(milliseconds(request.total_ms), "num"), state(request.outcome, isError ? "error" : request.outcome),
         cell(request.trace_id, "mono quiet id"),

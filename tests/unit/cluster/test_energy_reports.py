@@ -5,21 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from google.protobuf import json_format
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.commands.energy_screen import render_report
 from cluster.ledger.database import Database, LedgerFileError
 from cluster.ledger.entries import BilledEnergy, ModelSums, RequestEntry, RequestSums, Summary
-from cluster.ledger.formats import report_to_csv, to_mlperf, to_otlp
+from cluster.ledger.formats import report_to_csv, to_mlperf
+from cluster.ledger.otlp import to_otlp
 from cluster.ledger.report import Group, Site, make_report
 
 
-def sums(tenant: str, model: str, source: str, *, output_tokens: int, energy_mj: int) -> RequestSums:
+def sums(
+    tenant: str, model: str, source: str, *, output_tokens: int, energy_mj: int, host_mj: int | None = None
+) -> RequestSums:
     return RequestSums(
         tenant=tenant,
         model=model,
@@ -34,6 +40,8 @@ def sums(tenant: str, model: str, source: str, *, output_tokens: int, energy_mj:
         static_mj=energy_mj // 2,
         wasted_mj=0,
         num_final=2,
+        host_mj=host_mj or 0,
+        num_host=0 if host_mj is None else 2,
         worst_confidence_factor=1.05 if source else 0.0,
     )
 
@@ -91,6 +99,44 @@ def test_idle_energy_is_no_tenants() -> None:
         ("b", "unknown"),
     ]
     assert all(row.idle_j is None for row in report.rows)
+
+
+WITH_HOST = Summary(
+    requests=(
+        sums("a", "m", "counter", output_tokens=1000, energy_mj=1_800_000, host_mj=600_000),
+        sums("b", "m", "counter", output_tokens=500, energy_mj=900_000),
+    ),
+    models=(replace(SUMMARY.models[0], host_meter_mj=800_000, host_request_mj=600_000),),
+)
+
+
+def test_the_host_stands_beside_the_devices_and_is_in_the_buildings_kwh() -> None:
+    (row,) = make_report(WITH_HOST, by=Group.MODEL, site=SITE, since_s=0.0, until_s=60.0).rows
+    assert (row.energy_j, row.idle_j, row.host_j, row.host_rest_j) == (2700.0, 900.0, 600.0, 200.0)
+    assert (row.joules_per_output_token, row.num_host_requests) == (1.8, 2)
+    assert row.kwh == pytest.approx((2700 + 900 + 600 + 200) * 1.5 / 3.6e6)
+    message = json_format.Parse(to_otlp(WITH_HOST, since_s=0.0, until_s=1.0), ExportMetricsServiceRequest())
+    *_, host = message.resource_metrics[0].scope_metrics[0].metrics
+    assert host.name == "wattline.host_energy"
+    assert [point.as_double for point in host.sum.data_points] == [600.0, 200.0]
+
+
+def test_a_tenant_has_a_cost_where_a_price_is_set() -> None:
+    site = replace(SITE, price_per_kwh=1200.0, currency="EUR")
+    report = make_report(WITH_HOST, by=Group.TENANT, site=site, since_s=0.0, until_s=60.0)
+    assert {row.group: row.cost for row in report.rows} == pytest.approx({"a": 1.2, "b": 0.45})
+    assert {row.group: row.host_j for row in report.rows} == {"a": 600.0, "b": None}
+    out = io.StringIO()
+    Console(file=out, width=80).print(render_report(report))
+    shown = out.getvalue()
+    assert "cost EUR" in shown and "1.20" in shown and "1200 EUR/kWh" in shown
+    assert "J host: of 2 of 4 requests" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_without_a_price_there_is_no_cost() -> None:
+    report = make_report(SUMMARY, by=Group.TENANT, site=SITE, since_s=0.0, until_s=60.0)
+    assert all(row.cost is None for row in report.rows)
 
 
 def test_csv_leaves_unknown_empty() -> None:

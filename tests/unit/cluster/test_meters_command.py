@@ -21,7 +21,7 @@ def test_the_table_has_the_estimate_that_every_host_has() -> None:
 def test_json_has_every_meter_with_its_reason() -> None:
     answer = CliRunner().invoke(app, ["meters", "--json"])
     rows = json.loads(answer.output)
-    assert {row["name"] for row in rows} == {"nvml", "rapl", "cpu-model"}
+    assert {row["name"] for row in rows} == {"nvml", "rapl", "zeus", "cpu-model"}
     assert all(row["is_available"] or row["detail"] for row in rows)
 
 

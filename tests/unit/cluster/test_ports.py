@@ -35,9 +35,9 @@ def test_a_busy_port_is_named_with_its_key(busy_port: int) -> None:
         check_ports(make_router(http_port=busy_port))
 
 
-def test_one_port_for_two_keys_is_refused() -> None:
-    with pytest.raises(CommandError, match=r"router\.link_port: port 45871 is also router\.grpc_port"):
-        check_ports(make_router(grpc_port=45871, link_port=45871))
+def test_one_port_for_two_keys_is_refused_whoever_else_has_it(busy_port: int) -> None:
+    with pytest.raises(CommandError, match=rf"router\.link_port: port {busy_port} is also router\.grpc_port"):
+        check_ports(make_router(grpc_port=busy_port, link_port=busy_port))
 
 
 def test_a_host_that_is_not_ours_is_refused() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from cluster.link.detokenize_worker import DetokenizeWorker, StreamTokens, deliver, detokenize
 from cluster.link.engine_job import EngineJob
 from cluster.link.reader_pace import ReaderPace
-from cluster.link.replica_connection import ReplicaConnection
+from cluster.link.replica_connection import STALL_S, ReplicaConnection, ReplicaState
 from cluster.link.token_stream import TokenStream
 from cluster.request.errors import EngineFault
 from cluster.text.answer_text import AnswerText
@@ -30,7 +30,7 @@ class Worker(DetokenizeWorker):
         deliver([detokenize(*entry) for entry in step])
 
 
-def make_connection(worker: Worker) -> ReplicaConnection:
+def make_connection(worker: Worker, clock_s: Callable[[], float] = lambda: 1.0) -> ReplicaConnection:
     return ReplicaConnection(
         hello=link.Hello(replica_id="r", model="m", lanes=1, max_sequences=4, block_tokens=16),
         epoch=1,
@@ -38,7 +38,7 @@ def make_connection(worker: Worker) -> ReplicaConnection:
         freeze_s=2.0,
         worker=worker,
         pace=ReaderPace(),
-        clock_s=lambda: 1.0,
+        clock_s=clock_s,
     )
 
 
@@ -106,3 +106,20 @@ async def test_columns_that_do_not_fit_are_no_message() -> None:
     step.tokens.token_ids.append(11)
     with pytest.raises(MalformedMessage):
         connection.take_step(step)
+
+
+async def test_a_replica_is_silent_only_while_somebody_listens() -> None:
+    """A router that was paused itself finds what was said meanwhile; until then it blames nobody."""
+    now_s = 0.0
+    connection = make_connection(Worker(), lambda: now_s)
+    connection.check_progress()
+    now_s += 3600.0
+    connection.check_progress()
+    states = [connection.state]
+    for _ in range(round(STALL_S / 0.1) + 1):
+        now_s += 0.1
+        connection.check_progress()
+    states.append(connection.state)
+    connection.heard()
+    states.append(connection.state)
+    assert states == [ReplicaState.READY, ReplicaState.STALLED, ReplicaState.READY]

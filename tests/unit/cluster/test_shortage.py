@@ -25,9 +25,14 @@ class Told:
     def note(self, is_short: bool = True) -> None:
         self.now_s += ASK_AFTER_S
         self.shortage.note(is_short)
-        for thread in threading.enumerate():
-            if thread.name == "shortage":
-                thread.join()
+        join_questions()
+
+
+def join_questions() -> None:
+    """Until nobody asks any more."""
+    for thread in threading.enumerate():
+        if thread.name == "shortage":
+            thread.join()
 
 
 def test_a_reason_is_asked_for_until_there_is_one_and_said_once() -> None:
@@ -63,4 +68,5 @@ def test_a_ray_that_does_not_answer_is_asked_once_and_holds_up_nothing() -> None
         shortage.note(True)
         now_s += ASK_AFTER_S
     answers.set()
+    join_questions()
     assert asked == [1]

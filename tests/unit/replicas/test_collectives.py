@@ -15,7 +15,7 @@ from replicas.parallel.shared_memory import SLAB_BYTES
 from tests.rank_threads import make_rank_config, run_rank_threads
 
 
-def make_configs(folder: Path, size: int, *, timeout_s: float = 30.0) -> list[RankConfig]:
+def make_configs(folder: Path, size: int, *, timeout_s: float = 150.0) -> list[RankConfig]:
     parallel = ParallelConfig(tensor=size)
     return [
         make_rank_config(folder, rank=rank, parallel=parallel, timeout_s=timeout_s) for rank in range(size)

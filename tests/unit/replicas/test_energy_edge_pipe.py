@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import aclosing
 from pathlib import Path
 
@@ -20,11 +21,11 @@ EDGES = [
 
 
 def test_edges_come_out_as_they_went_in() -> None:
-    assert unpack_edges(b"".join(pack_edge(edge) for edge in EDGES)) == EDGES
+    assert unpack_edges(b"".join(pack_edge(edge, has_gap=edge.gap) for edge in EDGES)) == EDGES
 
 
 def test_bytes_of_another_agent_are_refused() -> None:
-    for content in (b"\x00" * 33, pack_edge(EDGES[0])[:-2] + b"\xff\x00"):
+    for content in (b"\x00" * 33, pack_edge(EDGES[0], has_gap=False)[:-2] + b"\xff\x00"):
         with pytest.raises(MeterUnavailable, match="another version; restart it"):
             unpack_edges(content)
 
@@ -33,7 +34,7 @@ async def test_a_watcher_reads_what_was_written_until_the_watch_ends(tmp_path: P
     pipe = EdgePipe(tmp_path / "edges")
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     read: list[Reading] = []
-    async with asyncio.timeout(20), aclosing(read_edges(str(pipe.path), until=ended)) as batches:
+    async with asyncio.timeout(60), aclosing(read_edges(str(pipe.path), until=ended)) as batches:
         pipe.write(EDGES[0])
         read += await anext(batches)
         pipe.write(EDGES[1])
@@ -48,12 +49,14 @@ async def test_a_full_pipe_stops_nobody_and_keeps_the_gap(tmp_path: Path) -> Non
     pipe = EdgePipe(tmp_path / "edges")
     watcher = Subscriber(pipe)
     num_written = 0
-    while pipe.write(EDGES[0]):
-        num_written += 1
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(pipe._file, pack_edge(EDGES[0], has_gap=False))
+            num_written += 1
     for number in range(3):
         watcher.put(Reading(t_ns=number, energy_mj=number, source=Source.COUNTER, gap=number == 1))
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    async with asyncio.timeout(20), aclosing(read_edges(str(pipe.path), until=ended)) as batches:
+    async with asyncio.timeout(60), aclosing(read_edges(str(pipe.path), until=ended)) as batches:
         num_read = 0
         while num_read < num_written:
             num_read += len(await anext(batches))

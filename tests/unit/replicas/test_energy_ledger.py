@@ -10,6 +10,7 @@ from replicas.energy.ledger import Ledger, LedgerLimits, RequestJoules
 from replicas.energy.meter import Reading, Source
 from replicas.energy.replay import StepPowerMeter
 from replicas.energy.weights import CPU_COEFFICIENTS
+from replicas.energy.window import MOST_MJ
 from replicas.request import EngineCosts, StepMember, StepRecord
 
 MS = 1_000_000
@@ -332,6 +333,25 @@ def test_too_many_open_windows_close_as_unattributed() -> None:
         ledger.add_reading(make_reading(100 * index, 10_000 * index))
     assert ledger.totals().unattributed_mj == 10_000
     assert ledger.totals().pending_mj == 20_000
+
+
+def test_what_open_accounts_cannot_hold_is_unattributed_and_nothing_is_lost() -> None:
+    """A request that never ends takes a gigajoule a window, up to some megawatt hours in all."""
+    ledger = make_ledger(idle_power_w=0.0)
+    ledger.add_reading(make_reading(0, 0))
+    for number in range(1, 7):
+        ledger.add_step(make_step(number, 100 * (number - 1), 100 * number))
+        ledger.add_reading(make_reading(100 * number, number * MOST_MJ))
+        ledger.advance(100 * number * MS)
+    totals = ledger.totals()
+    assert (totals.requests_mj, totals.unattributed_mj) == (4 * MOST_MJ, 2 * MOST_MJ)
+    ledger.end_request(1, 600 * MS)
+    assert total_mj(ledger.take_closed()) == {1: 4 * MOST_MJ}
+    ledger.add_step(make_step(7, 600, 700, [2]))
+    ledger.end_request(2, 700 * MS)
+    ledger.add_reading(make_reading(700, 6 * MOST_MJ + 5_000))
+    ledger.advance(700 * MS)
+    assert total_mj(ledger.take_closed()) == {2: 5_000}
 
 
 def test_too_many_open_steps_are_dropped_and_their_window_unattributed() -> None:

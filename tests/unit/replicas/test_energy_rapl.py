@@ -95,13 +95,16 @@ def test_fractions_of_a_millijoule_are_carried_on(host: Host) -> None:
 
 def test_a_zone_that_goes_away_is_lost_and_a_gap_when_it_is_back(host: Host) -> None:
     meter = RaplMeter(host.root, clock=host.clock)
-    (host.root / "intel-rapl:0" / "energy_uj").unlink()
+    file = host.root / "intel-rapl:0" / "energy_uj"
+    file.write_text("")
     host.now_ns += 100 * MS
     assert meter.read() is None
     assert meter.health().state is MeterState.LOST
+    file.unlink()
     host.set("intel-rapl:0", 5_000_000)
     reading = read_after(host, meter, 1_000)
     assert (reading.gap, reading.energy_mj, meter.health().state) == (True, 0, MeterState.OK)
+    meter.close()
 
 
 def test_no_zones_and_unreadable_ones_are_explained(host: Host, tmp_path: Path) -> None:

@@ -21,11 +21,13 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_driver")
 def test_a_host_without_meters_says_why_and_offers_the_estimate(tmp_path: Path) -> None:
-    gpu, cpu, estimate = survey_meters(powercap_dir=tmp_path)
+    gpu, cpu, zeus, estimate = survey_meters(powercap_dir=tmp_path)
     assert (gpu.name, gpu.is_available) == ("nvml", False)
     assert "driver installed" in gpu.detail
     assert (cpu.name, cpu.is_available) == ("rapl", False)
     assert "virtual machines" in cpu.detail
+    assert (zeus.name, zeus.is_available, zeus.source) == ("zeus", False, Source.SHARED)
+    assert zeus.detail
     assert (estimate.name, estimate.is_available, estimate.confidence_factor) == ("cpu-model", True, 2.0)
 
 

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from replicas.energy.meter import MeterScope, MeterState, Reading, Source
-from replicas.energy.zeus_meter import (
+from replicas.energy.zeus_devices import (
     PowerIntegral,
+    ZeusDescription,
     ZeusDevices,
-    ZeusMeter,
+    discover_devices,
     gpu_counts,
     open_devices,
     soc_count,
 )
+from replicas.energy.zeus_meter import ZeusMeter
 from replicas.errors import MeterUnavailable
 
 MS = 1_000_000
@@ -95,6 +97,50 @@ def test_without_zeus_the_meter_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(MeterUnavailable, match=r"pip install 'wattline\[zeus\]'"):
         open_devices(0)
+
+
+class RefusedError(Exception):
+    """Stands for zeus.exception.ZeusBaseError."""
+
+
+class FourGpus:
+    """One with a counter, one with power alone, a chiplet without either, and one that is gone."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def get_name(self, index: int) -> str:
+        if index == 3:
+            raise RefusedError("the device is gone")
+        return f"MI250X {index}"
+
+    def supports_get_total_energy_consumption(self, index: int) -> bool:
+        return index == 0
+
+    def get_instant_power_usage(self, index: int) -> int:
+        raise RefusedError("no such sensor")
+
+    def get_average_power_usage(self, index: int) -> int:
+        if index != 1:
+            raise RefusedError("no such sensor")
+        return 400_000
+
+
+def test_each_device_is_named_with_how_it_is_counted_or_why_it_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modules = {
+        "zeus.device": SimpleNamespace(get_gpus=FourGpus),
+        "zeus.exception": SimpleNamespace(ZeusBaseError=RefusedError),
+    }
+    monkeypatch.setattr(importlib, "import_module", modules.__getitem__)
+    chiplet = "MI250X 2: shows neither energy nor power; the other chiplet of its package may count it"
+    assert discover_devices() == [
+        ZeusDescription("gpu 0", "MI250X 0: by its energy counter"),
+        ZeusDescription("gpu 1", "MI250X 1: by its power, integrated"),
+        ZeusDescription("gpu 2", chiplet, is_readable=False),
+        ZeusDescription("gpu 3", "cannot be read: the device is gone", is_readable=False),
+    ]
 
 
 @dataclass

@@ -263,7 +263,7 @@ async def test_one_router_behind_two_addresses_has_one_stream() -> None:
         streams = [await router.attached() for _ in range(2)]
         # Both are welcomed; which of them the replica keeps is up to the order of its own reading.
         ends = [asyncio.create_task(stream.ended()) for stream in streams]
-        done, others = await asyncio.wait(ends, timeout=10.0, return_when=asyncio.FIRST_COMPLETED)
+        done, others = await asyncio.wait(ends, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
         assert len(done) == 1
         for other in others:
             other.cancel()

