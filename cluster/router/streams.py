@@ -132,9 +132,6 @@ class Streams:
                     with self._counted(way_in, account, is_last=True):
                         route, run = await self._begin(way_in, completion, charge.tenant, order)
             runs = [run]
-            token = self._continuations.token(
-                completion, prompt_ids, route.connection.identity, tenant=caller.tenant
-            )
             deltas = deliver_choices(
                 runs,
                 completion.num_choices,
@@ -143,6 +140,9 @@ class Streams:
             )
             try:
                 await _accept(caller)
+                token = self._continuations.token(
+                    completion, prompt_ids, route.connection.identity, tenant=caller.tenant
+                )
                 async with aclosing(deltas):
                     async for delta in deltas:
                         yield replace(delta, resume_token=token) if token else delta
