@@ -1,4 +1,4 @@
-"""What a step record costs the supervisor: its way through the ledger, its part of a meter window, and bills.
+"""What a step record costs the supervisor: off the wire, through the ledger, its part of a window, and bills.
 
 Sequences come and go: each is prefilled, decodes, ends, and another takes its place. Counted is CPU time of
 this process, so other work on the machine adds little.
@@ -14,11 +14,13 @@ from pathlib import Path
 
 from bench.record import write_results
 from bench.shapley_mixes import LLAMA_8B
+from protos import wattline_rank_pb2 as rank_pb2
 from replicas.energy.learning import CoefficientLearner
 from replicas.energy.ledger import Ledger
 from replicas.energy.meter import Reading, Source
 from replicas.energy.weights import GPU_COEFFICIENTS
-from replicas.request import StepMember, StepRecord
+from replicas.request import StepMember, StepRecord, StepRows
+from replicas.wire.steps import record_from_wire, record_to_wire
 
 STEP_NS = 10_000_000
 STEPS_PER_WINDOW = 10
@@ -57,14 +59,18 @@ def measure_us(batch: int, num_windows: int) -> float:
     for window in range(WINDOWS_TO_WARM + num_windows):
         if window == WINDOWS_TO_WARM:
             spent_ns = 0
-        records = list(islice(steps, STEPS_PER_WINDOW))
+        frames = [
+            (record_to_wire(record).SerializeToString(), ended_ids)
+            for record, ended_ids in islice(steps, STEPS_PER_WINDOW)
+        ]
         start_ns = time.process_time_ns()
-        for record, ended_ids in records:
+        for frame, ended_ids in frames:
+            record = record_from_wire(rank_pb2.StepRecord.FromString(frame))
             ledger.add_step(record)
             for request_id in ended_ids:
                 ledger.end_request(request_id, record.end_ns)
             ledger.advance(record.end_ns)
-        end_ns = records[-1][0].end_ns
+        end_ns = record.end_ns
         ledger.add_reading(
             Reading(t_ns=end_ns, energy_mj=POWER_W * (end_ns // NS_PER_MS), source=Source.COUNTER)
         )
@@ -82,7 +88,7 @@ def decoding_steps(batch: int) -> Iterator[tuple[StepRecord, list[int]]]:
     ages = [index * OUTPUT_TOKENS // batch for index in range(batch)]
     next_id = batch + 1
     for step in count(1):
-        members = tuple(
+        members = [
             StepMember(
                 request_id=request_id,
                 new_tokens=1 if age else PROMPT_TOKENS,
@@ -90,9 +96,11 @@ def decoding_steps(batch: int) -> Iterator[tuple[StepRecord, list[int]]]:
                 is_prefill=not age,
             )
             for request_id, age in zip(ids, ages, strict=True)
-        )
+        ]
         ended = [index for index, age in enumerate(ages) if age == OUTPUT_TOKENS - 1]
-        record = StepRecord(step=step, start_ns=(step - 1) * STEP_NS, end_ns=step * STEP_NS, members=members)
+        record = StepRecord(
+            step=step, start_ns=(step - 1) * STEP_NS, end_ns=step * STEP_NS, rows=StepRows.of(members)
+        )
         yield record, [ids[index] for index in ended]
         ages = [age + 1 for age in ages]
         for index in ended:

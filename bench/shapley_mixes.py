@@ -18,7 +18,7 @@ from replicas.energy.learning import CoefficientLearner
 from replicas.energy.ledger import Ledger
 from replicas.energy.meter import Reading, Source
 from replicas.energy.weights import GPU_COEFFICIENTS
-from replicas.request import EngineCosts, StepMember, StepRecord
+from replicas.request import EngineCosts, StepMember, StepRecord, StepRows
 
 STEP_TOKENS = 2048
 MAX_SEQUENCES = 128
@@ -127,7 +127,7 @@ def run_mix(mix: Mix, *, num_requests: int, seed: int) -> list[PoweredStep]:
             step=len(steps) + 1,
             start_ns=round(now_s * NS),
             end_ns=round((now_s + time_s) * NS),
-            members=members,
+            rows=StepRows.of(members),
             experts_hit=round(mix.cost.experts_hit(sum(member.new_tokens for member in members))),
         )
         steps.append(PoweredStep(record, energy_j))

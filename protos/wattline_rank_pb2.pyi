@@ -269,7 +269,9 @@ Global___StepFrame: _TypeAlias = StepFrame  # noqa: Y015
 
 @_typing.final
 class StepRecord(_message.Message):
-    """One forward pass: who was in it and what it did. Lists are parallel."""
+    """One forward pass: who was in it and what it did. The columns are 64-bit integers of this host, side by side:
+    the energy ledger adds them up as they lie.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -277,29 +279,20 @@ class StepRecord(_message.Message):
     START_NS_FIELD_NUMBER: _builtins.int
     END_NS_FIELD_NUMBER: _builtins.int
     REQUEST_IDS_FIELD_NUMBER: _builtins.int
-    NEW_TOKENS_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
-    IS_PREFILL_FIELD_NUMBER: _builtins.int
-    WASTED_TOKENS_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
     EXPERTS_HIT_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     start_ns: _builtins.int
     end_ns: _builtins.int
+    request_ids: _builtins.bytes
+    context_tokens: _builtins.bytes
+    """KV tokens read, not counting the new ones."""
     experts_hit: _builtins.int
     """Sum over layers of distinct experts touched; 0 for dense models."""
     @_builtins.property
-    def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def new_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def context_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """KV tokens read, not counting the new ones."""
-
-    @_builtins.property
-    def is_prefill(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]: ...
-    @_builtins.property
-    def wasted_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Of new_tokens: recomputed after a preemption."""
+    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___OtherMember]:
+        """Of those in the columns, who did other work than one new token after its prompt."""
 
     def __init__(
         self,
@@ -307,20 +300,48 @@ class StepRecord(_message.Message):
         step: _builtins.int = ...,
         start_ns: _builtins.int = ...,
         end_ns: _builtins.int = ...,
-        request_ids: _abc.Iterable[_builtins.int] | None = ...,
-        new_tokens: _abc.Iterable[_builtins.int] | None = ...,
-        context_tokens: _abc.Iterable[_builtins.int] | None = ...,
-        is_prefill: _abc.Iterable[_builtins.bool] | None = ...,
-        wasted_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        request_ids: _builtins.bytes = ...,
+        context_tokens: _builtins.bytes = ...,
+        others: _abc.Iterable[Global___OtherMember] | None = ...,
         experts_hit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "end_ns", b"end_ns", "experts_hit", b"experts_hit", "is_prefill", b"is_prefill", "new_tokens", b"new_tokens", "request_ids", b"request_ids", "start_ns", b"start_ns", "step", b"step", "wasted_tokens", b"wasted_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "end_ns", b"end_ns", "experts_hit", b"experts_hit", "others", b"others", "request_ids", b"request_ids", "start_ns", b"start_ns", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepRecord: _TypeAlias = StepRecord  # noqa: Y015
+
+@_typing.final
+class OtherMember(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    IS_PREFILL_FIELD_NUMBER: _builtins.int
+    WASTED_TOKENS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Its place in the columns."""
+    new_tokens: _builtins.int
+    is_prefill: _builtins.bool
+    wasted_tokens: _builtins.int
+    """Of new_tokens: recomputed after a preemption."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        new_tokens: _builtins.int = ...,
+        is_prefill: _builtins.bool = ...,
+        wasted_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "is_prefill", b"is_prefill", "new_tokens", b"new_tokens", "wasted_tokens", b"wasted_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OtherMember: _TypeAlias = OtherMember  # noqa: Y015
 
 @_typing.final
 class ExpertLoads(_message.Message):

@@ -5,11 +5,16 @@ Plain data, shared by engine, scheduler, supervisor and energy ledger. No torch,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from struct import pack
 from typing import NamedTuple
 
 from replicas.record import record
+
+ROW_BYTES = 8
+"""Of an integer in a column of `StepRows`."""
 
 
 class FinishReason(Enum):
@@ -181,8 +186,7 @@ class StepMember(NamedTuple):
     """One sequence's part in one forward pass.
 
     `context_tokens` counts the KV tokens read, without the `new_tokens`. `wasted_tokens` is the part of
-    `new_tokens` that was computed before (preemption). A tuple: a supervisor makes one of each row of
-    the columns that a step's record travels in.
+    `new_tokens` that was computed before (preemption).
     """
 
     request_id: int
@@ -191,8 +195,66 @@ class StepMember(NamedTuple):
     is_prefill: bool
     wasted_tokens: int = 0
 
+    @property
+    def is_plain(self) -> bool:
+        """One new token of a sequence that goes on: its context is all there is to say."""
+        return self.new_tokens == 1 and not self.is_prefill and not self.wasted_tokens
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@record
+class StepRows:
+    """Who was in a forward pass, in columns: a supervisor passes on thousands a second and makes no objects.
+
+    Columns are 64-bit integers of this host, side by side. `others` are the members, by index, that are not
+    plain; nothing in them contradicts the columns.
+    """
+
+    request_ids: bytes = b""
+    context_tokens: bytes = b""
+    others: tuple[tuple[int, StepMember], ...] = ()
+
+    @classmethod
+    def of(cls, members: Sequence[StepMember]) -> StepRows:
+        column = f"{len(members)}q"
+        return cls(
+            request_ids=pack(column, *[member.request_id for member in members]),
+            context_tokens=pack(column, *[member.context_tokens for member in members]),
+            others=tuple([(index, one) for index, one in enumerate(members) if not one.is_plain]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.request_ids) // ROW_BYTES
+
+    @property
+    def ids(self) -> memoryview[int]:
+        return memoryview(self.request_ids).cast("q")
+
+    @property
+    def contexts(self) -> memoryview[int]:
+        return memoryview(self.context_tokens).cast("q")
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self) + sum([member.new_tokens - 1 for _, member in self.others])
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum([member.new_tokens for _, member in self.others if member.is_prefill])
+
+    @property
+    def num_decoding(self) -> int:
+        return len(self) - sum([member.is_prefill for _, member in self.others])
+
+    def members(self) -> tuple[StepMember, ...]:
+        """An object of each, for readers that are in no hurry."""
+        others = dict(self.others)
+        return tuple(
+            others.get(index) or StepMember(request_id, 1, context_tokens, is_prefill=False)
+            for index, (request_id, context_tokens) in enumerate(zip(self.ids, self.contexts, strict=True))
+        )
+
+
+@record
 class StepRecord:
     """One forward pass, as the energy ledger needs it. Times are monotonic nanoseconds of this host.
 
@@ -202,8 +264,12 @@ class StepRecord:
     step: int
     start_ns: int
     end_ns: int
-    members: tuple[StepMember, ...]
+    rows: StepRows
     experts_hit: int = 0
+
+    @property
+    def members(self) -> tuple[StepMember, ...]:
+        return self.rows.members()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,14 +48,18 @@ def add_strictly(
 
 
 class _StrictServer:
-    """What generated code needs of a server."""
+    """What generated code needs of a server.
+
+    gRPC's own registry of methods stays empty: grpc.aio keeps a task for the next call of each method in it,
+    and goes through all of them at every call.
+    """
 
     def __init__(self, server: aio.Server, name: str | None) -> None:
         self._server = server
         self._name = name
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """The same methods come again below, one by one."""
+        """The same methods come again below, by name."""
 
     def add_registered_method_handlers(
         self, service: str, methods: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
@@ -63,7 +67,6 @@ class _StrictServer:
         service = self._name or service
         strict = {name: _strict(handler) for name, handler in methods.items()}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, strict),))
-        self._server.add_registered_method_handlers(service, strict)
 
 
 def _strict(handler: Any) -> Any:

@@ -13,7 +13,7 @@ from replicas.energy.learning import CoefficientLearner
 from replicas.energy.ledger import Ledger, RequestJoules
 from replicas.energy.meter import Reading, Source
 from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients
-from replicas.request import EngineCosts, StepMember, StepRecord
+from replicas.request import EngineCosts, StepMember, StepRecord, StepRows
 
 MS = 1_000_000
 IDLE_W = 80
@@ -57,7 +57,9 @@ def make_world(random: Random, *, num_requests: int = 4, num_steps: int = 24, ha
         ids = random.sample(range(num_requests), random.randint(1, num_requests))
         members = tuple(make_member(random, request_id) for request_id in ids)
         end_ms = t_ms + duration_ms
-        steps.append(StepRecord(step=number, start_ns=t_ms * MS, end_ns=end_ms * MS, members=members))
+        steps.append(
+            StepRecord(step=number, start_ns=t_ms * MS, end_ns=end_ms * MS, rows=StepRows.of(members))
+        )
         powers_w.append(random.randint(IDLE_W, 700))
         t_ms = end_ms + (random.choice((0, 0, 1, 5, 40, 150)) if has_idle else 0)
     return World(tuple(steps), tuple(powers_w), t_ms + (100 if has_idle else 0))

@@ -23,7 +23,8 @@ from replicas.request import GenerationRequest
 
 PROMPT_TOKENS_MIN, PROMPT_TOKENS_MAX = 16, 256
 OUTPUT_TOKENS = 16
-REQUESTS_PER_CALLER = 8
+MIN_REQUESTS, MIN_REQUESTS_PER_CALLER = 32, 8
+"""The median of fewer says little; the first of each caller begin together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,22 +40,28 @@ Ask = Callable[[Question], Awaitable[float]]
 """Asks one question, reads the answer to its end, and returns the milliseconds to its first token."""
 
 
+def requests_per_caller(callers: int) -> int:
+    """In one round."""
+    return max(MIN_REQUESTS_PER_CALLER, MIN_REQUESTS // callers)
+
+
 def draw_questions(
     *, callers: int, seed: int, vocab_size: int, answer_s: float
 ) -> list[tuple[Question, ...]]:
     """What each caller asks; it thinks for half as long as an answer takes, on average."""
     lots = random.Random(f"first-tokens-{seed}-{callers}")
+    count = requests_per_caller(callers)
     return [
         tuple(
             Question(
-                number=caller * REQUESTS_PER_CALLER + index,
+                number=caller * count + index,
                 prompt_ids=tuple(
                     lots.randrange(vocab_size // 8, vocab_size)
                     for _ in range(lots.randint(PROMPT_TOKENS_MIN, PROMPT_TOKENS_MAX))
                 ),
                 thinking_s=lots.uniform(0.0, answer_s),
             )
-            for index in range(REQUESTS_PER_CALLER)
+            for index in range(count)
         )
         for caller in range(callers)
     ]

@@ -17,6 +17,7 @@ from pathlib import Path
 from bench.edge.child import Listening, keep_stdout, serve_until_told
 from bench.priority import share_priority_below
 from replicas.config import EngineLimits, NullEngineConfig, ReplicaConfig
+from replicas.long_lived import spare_the_collector
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
 
@@ -68,6 +69,7 @@ async def serve(plan: ReplicaPlan, out_fd: int) -> None:
             ready_timeout_s=READY_TIMEOUT_S,
         )
         supervisor = Supervisor(replica, SubprocessRankGroup(runtime_dir=Path(folder)), lambda _: None)
+        spare_the_collector()
         await supervisor.start()
         try:
             share_priority_below()

@@ -19,6 +19,7 @@ from bench.edge.child import Child
 from bench.edge.first_tokens import (
     OUTPUT_TOKENS,
     EngineCallers,
+    Question,
     ask_over_grpc,
     draw_questions,
     time_questions,
@@ -38,6 +39,8 @@ CONTEXT_TOKENS = 4096
 FLOOD, PACED = "flood", "paced"
 NUM_STALLED = 64
 LIVE_BESIDE_STALLED = 32
+WARM_UP = Question(number=2**32, prompt_ids=(VOCAB_SIZE - 1,), thinking_s=0.0)
+"""Asked untimed: a channel connects at its first call, and the engine's socket is open before."""
 ECHO_SERVER = "bench.edge.echo_server"
 RAY_SERVE_SERVER = "bench.edge.ray_serve_server"
 
@@ -188,6 +191,8 @@ async def _measure_ttft(plan: EdgePlan, line: Line, echo: System) -> list[dict[s
             "line_ms": ask_over_grpc(await _stub(line.addresses[0], stack), PACED),
             "echo_ms": ask_over_grpc(await _stub(echo.addresses[0], stack), PACED),
         }
+        for ask in asks.values():
+            await ask(WARM_UP)
         for callers in plan.ttft_streams:
             waits_ms: dict[str, list[float]] = {name: [] for name in asks}
             for number in range(plan.rounds):

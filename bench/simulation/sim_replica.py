@@ -20,7 +20,7 @@ from replicas.engine.scheduler import Scheduler
 from replicas.link.messages import PROTOCOL_VERSION
 from replicas.plan import StepOutcome
 from replicas.rank.null_runner import NullRunner
-from replicas.request import FinishReason, SequenceDelta, StepMember, StepRecord
+from replicas.request import FinishReason, SequenceDelta, StepMember, StepRecord, StepRows
 from replicas.wire.caches import cache_to_wire
 from replicas.wire.deltas import delta_to_wire
 from replicas.wire.loads import load_to_wire
@@ -183,7 +183,7 @@ class SimReplica:
                 step=scheduled.plan.step,
                 start_ns=round(started_s * NS_PER_S),
                 end_ns=round(ended_s * NS_PER_S),
-                members=members,
+                rows=StepRows.of(members),
             )
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from random import Random
 
@@ -37,6 +36,7 @@ from cluster.telemetry.journal import Journal, Objective
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from cluster.text.null_tokenizer import NullTokenizer
+from cluster.text.text_threads import TextThreads
 from protos import wattline_link_pb2 as link
 from replicas.wire.caches import cache_from_wire
 
@@ -103,7 +103,7 @@ class World:
             gates={self.model.name: self.gate},
             refusals=refusals,
             tenants=self.tenants,
-            tokenizing=ThreadPoolExecutor(1),
+            threads=TextThreads(1),
             salts=CacheSalts(b"simulated"),
             continuations=Continuations(seal=ResumeSeal(b"simulated"), pool=self.pool, turns=turns),
             books=Books(

@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -82,6 +81,7 @@ from cluster.servers.http_guard import HttpGuard
 from cluster.servers.http_server import HttpServer
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
+from cluster.text.text_threads import TextThreads
 from cluster.text.tokenizer import Tokenizer
 from protos import (
     wattline_cluster_pb2_grpc,
@@ -129,7 +129,7 @@ class Router:
             config.telemetry, router_id=self.router_id, version=release, pue=config.energy.pue
         )
         self._worker = DetokenizeWorker(asyncio.get_running_loop())
-        self._tokenizing = ThreadPoolExecutor(section.tokenizer_threads, thread_name_prefix="tokenize")
+        self._threads = TextThreads(section.tokenizer_threads)
         self._pool = ReplicaPool(on_change=lambda: self._health.changed())
         finder = RouteFinder(pool=self._pool, random=Random(self.router_id))
         refusals = Refusals(Random(f"{self.router_id} refusals"))
@@ -154,7 +154,7 @@ class Router:
             pool=self._pool,
             streams=self._streams,
             record=record,
-            tokenizing=self._tokenizing,
+            threads=self._threads,
             siblings=siblings,
         )
         self._oip = OipServicer(guard=guard, models=self._models, pool=self._pool, streams=self._streams)
@@ -274,7 +274,7 @@ class Router:
             stack.push_async_callback(self._ledger.close)
         stack.push_async_callback(self._tenants.close)
         stack.callback(self._worker.close)
-        stack.callback(self._tokenizing.shutdown, wait=False, cancel_futures=True)
+        stack.callback(self._threads.close)
         return stack
 
     def _snapshot(self) -> dict[str, Any]:
@@ -304,7 +304,7 @@ class Router:
             gates=gates,
             refusals=refusals,
             tenants=self._tenants,
-            tokenizing=self._tokenizing,
+            threads=self._threads,
             books=Books(
                 record=record,
                 journal=self._journal,
@@ -357,7 +357,7 @@ class Router:
             models=self._models,
             pool=self._pool,
             streams=self._streams,
-            executor=self._tokenizing,
+            threads=self._threads,
         ).routes()
 
     def _client_server(self) -> grpc.aio.Server:

@@ -14,6 +14,7 @@ from cluster.command_error import CommandError
 from cluster.config import Config, ConfigError, default_runtime_dir, load_config
 from cluster.edge.process import Router
 from cluster.text.tokenizers import load_tokenizer
+from replicas.long_lived import spare_the_collector
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ async def run_router(
     router = Router(config, tokenizers=tokenizers, index=index, folder=path.parent)
     try:
         addresses = await router.start(is_again=is_again)
+        spare_the_collector()
         addresses.write(path)
         logger.info("router_ready grpc=%s link=%s http=%s", addresses.grpc, addresses.link, addresses.http)
         await stopping.wait()

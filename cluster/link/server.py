@@ -157,6 +157,8 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                     if num_tokens:
                         self._models[connection.hello.model].token_rate.add(num_tokens, now_s=monotonic())
                     self._pool.on_load(connection.hello.model)
+                    # Whoever got tokens writes them now: to ask gRPC for the next message takes as long.
+                    await asyncio.sleep(0)
                 case "heartbeat":
                     connection.take_load(message.heartbeat.load)
                     self._pool.on_load(connection.hello.model)
@@ -192,8 +194,8 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
     async def _write(self, connection: ReplicaConnection, context: LinkContext) -> None:
         while True:
             command = await connection.commands.get()
-            self._metrics.count_link_message("down", command.WhichOneof("command") or "none")
             await context.write(command)
+            self._metrics.count_link_message("down", command.WhichOneof("command") or "none")
 
     async def _watch(self, connection: ReplicaConnection) -> None:
         while True:

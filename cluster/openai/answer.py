@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Executor
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from time import time
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from cluster.openai.asks import Ask
 from cluster.openai.choice_text import ChoiceText
@@ -23,13 +21,14 @@ from cluster.request.errors import EngineFault
 from cluster.router.side_by_side import side_by_side
 from cluster.router.streams import Streams
 from cluster.served_model import ServedModel
+from cluster.text.text_threads import TextThreads
 from replicas.request import TokenLogprobs
 
 Piece: TypeAlias = tuple[int, ChoiceText]
 """Of the choice with this number, counted through all prompts."""
 Events: TypeAlias = AsyncGenerator[Piece | Completed, None]
-
-Result = TypeVar("Result")
+SAID_SIZE = 64
+"""Characters of what is said of one token: its own text, and those of likely ones beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +36,7 @@ class Answer:
     """One request's answer, to be written once."""
 
     streams: Streams
-    executor: Executor
+    threads: TextThreads
     ask: Ask
     model: ServedModel
     shape: Shape
@@ -62,12 +61,12 @@ class Answer:
                 choices[event[0]].add(event[1])
         figures = self._figures(ended)
         decode = self.model.tokenizer.decode
-        # Logprobs are many small texts.
-        written = await self._off_loop(
+        written = await self.threads.run(
             lambda: [
                 self.shape.whole(index, choices[index], decode) | self._tokens(choices[index])
                 for index in sorted(choices)
-            ]
+            ],
+            size=sum(_said_size(choice) for choice in choices.values()),
         )
         document = {
             **self._head(self.shape.whole_name),
@@ -90,9 +89,7 @@ class Answer:
             write = partial(
                 self.shape.chunk, index, piece, self.model.tokenizer.decode, sent_chars.get(index)
             )
-            # Only what an echo says of a whole prompt is long.
-            is_echo = self.ask.echo and index not in sent_chars
-            chunk = await self._off_loop(write) if is_echo else write()
+            chunk = await self.threads.run(write, size=_said_size(piece))
             sent_chars[index] = sent_chars.get(index, 0) + len(piece.text)
             if not reply.has_begun:
                 await reply.begin_events()
@@ -135,15 +132,13 @@ class Answer:
         if isinstance(completion.prompt, TextPrompt):
             text = completion.prompt.text
         else:
-            text = await self._off_loop(partial(self.model.tokenizer.decode, token_ids))
+            decode = partial(self.model.tokenizer.decode, token_ids)
+            text = await self.threads.run(decode, size=len(token_ids))
         echo = ChoiceText(text=text, token_ids=list(token_ids), logprobs=[None] * len(token_ids))
         return replace(completion, prompt=TokenPrompt(ids=token_ids)), echo
 
     def _tokens(self, choice: ChoiceText) -> dict[str, Any]:
         return choice.tokens_document() if self.ask.has_token_ids else {}
-
-    async def _off_loop(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self.executor, work)
 
     def _head(self, object_name: str) -> dict[str, Any]:
         return {
@@ -162,6 +157,11 @@ def _of_prompt(echo: ChoiceText, first: TextDelta) -> list[TokenLogprobs | None]
     if len(first.prompt_logprobs) != len(echo.token_ids) - 1:
         raise EngineFault("the replica did not say the logprobs of the prompt")
     return [None, *first.prompt_logprobs]
+
+
+def _said_size(choice: ChoiceText) -> int:
+    """Characters of the many small texts that logprobs are."""
+    return SAID_SIZE * sum([said is not None for said in choice.logprobs])
 
 
 def _piece(delta: TextDelta) -> ChoiceText:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
 from time import time
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ from cluster.openai.shapes import ChatShape, CompletionShape, Shape
 from cluster.request.validation import RequestBounds
 from cluster.router.streams import Streams
 from cluster.served_model import ServedModel, find_model
+from cluster.text.text_threads import TextThreads
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -40,13 +40,13 @@ class OpenAIRoutes:
         models: Mapping[str, ServedModel],
         pool: ReplicaPool,
         streams: Streams,
-        executor: Executor,
+        threads: TextThreads,
     ) -> None:
         self._guard = guard
         self._models = models
         self._pool = pool
         self._streams = streams
-        self._executor = executor
+        self._threads = threads
         self._started_s = int(time())
 
     def routes(self) -> tuple[BaseRoute, ...]:
@@ -91,7 +91,7 @@ class OpenAIRoutes:
         ask = read_ask(body, model.bounds, _draw_seed)
         answer = Answer(
             streams=self._streams,
-            executor=self._executor,
+            threads=self._threads,
             ask=ask,
             model=model,
             shape=shape_of(ask),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Mapping
-from concurrent.futures import Executor
 from contextlib import aclosing
+from functools import partial
 from typing import TypeAlias
 
 import grpc
@@ -23,6 +22,7 @@ from cluster.router.rpc import Rpc, RpcGuard
 from cluster.router.siblings import Siblings
 from cluster.router.streams import Streams
 from cluster.served_model import ServedModel, find_model
+from cluster.text.text_threads import TextThreads
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc
 
@@ -49,7 +49,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         pool: ReplicaPool,
         streams: Streams,
         record: EnergyRecord,
-        tokenizing: Executor,
+        threads: TextThreads,
         siblings: Siblings,
     ) -> None:
         self._guard = guard
@@ -57,7 +57,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self._pool = pool
         self._streams = streams
         self._record = record
-        self._tokenizing = tokenizing
+        self._threads = threads
         self._siblings = siblings
 
     async def Generate(  # type: ignore[override]
@@ -95,8 +95,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         async with self._guard.call(context, f"{SERVICE}/Detokenize") as rpc:
             model = self._find(request.model, rpc)
             ids = parse_token_ids(request.token_ids, model.bounds, field="token_ids")
-            loop = asyncio.get_running_loop()
-            text = await loop.run_in_executor(self._tokenizing, model.tokenizer.decode, ids)
+            text = await self._threads.run(partial(model.tokenizer.decode, ids), size=len(ids))
         return pb.DetokenizeResponse(text=text)
 
     async def ListModels(

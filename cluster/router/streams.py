@@ -1,7 +1,7 @@
 """One request's life in the router, from a validated question to its joules. Start reading here.
 
     admit      refuse now what would fail later
-    tokenise   off the event loop
+    tokenise   off the event loop, unless the prompt is short
     route      at once, or after a wait in the model's queue, to the replica that suits it best
     submit     down the link; tokens come back step by step, text is made beside the event loop
     deliver    to the caller, as fast as it reads; where the replica is lost, the rest comes from another
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from functools import partial
 from time import monotonic
 
 from cluster.admission.decision import Arrival, Verdict, decide_arrival
@@ -52,6 +52,7 @@ from cluster.router.way_in import WayIn
 from cluster.security.cache_salt import CacheSalts
 from cluster.served_model import ServedModel
 from cluster.telemetry import semconv
+from cluster.text.text_threads import TextThreads, prompt_size
 from replicas.request import FinishReason
 
 MAX_DEFAULT_ENERGY_WAIT_S = 0.150
@@ -77,7 +78,7 @@ class Streams:
         pool: ReplicaPool,
         gates: Mapping[str, Gate],
         tenants: Tenants,
-        tokenizing: Executor,
+        threads: TextThreads,
         books: Books,
         resumption: Resumption,
         salts: CacheSalts,
@@ -91,12 +92,12 @@ class Streams:
         self._pool = pool
         self._gates = gates
         self._tenants = tenants
-        self._tokenizing = tokenizing
+        self._threads = threads
         self._books = books
         self._resumption = resumption
         self._salts = salts
         self._continuations = continuations
-        self._submission = Submission(section=section, tokenizing=tokenizing)
+        self._submission = Submission(section=section, threads=threads)
         self._clock_s = clock_s
         self.is_stopping = False
         """Set once: nothing new is admitted, what is under way goes on."""
@@ -171,11 +172,11 @@ class Streams:
         """Tokens of a prompt. Raises InvalidRequest where the chat template refuses the conversation."""
         if isinstance(prompt, TokenPrompt):
             return prompt.ids
-        loop = asyncio.get_running_loop()
+        tokenizer, size = model.tokenizer, prompt_size(prompt)
         if not isinstance(prompt, ChatPrompt):
-            return await loop.run_in_executor(self._tokenizing, model.tokenizer.encode, prompt.text)
+            return await self._threads.run(partial(tokenizer.encode, prompt.text), size=size)
         try:
-            return await loop.run_in_executor(self._tokenizing, model.tokenizer.encode_chat, prompt.turns)
+            return await self._threads.run(partial(tokenizer.encode_chat, prompt.turns), size=size)
         except ValueError as error:
             raise InvalidRequest(
                 field="messages", got="a conversation", limit=str(error), fix="change roles or their order"

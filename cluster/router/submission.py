@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from array import array
-from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
 
@@ -18,21 +16,24 @@ from cluster.router.run import Attempt, Run
 from cluster.router.way_in import WayIn
 from cluster.served_model import ServedModel
 from cluster.text.answer_text import AnswerText
+from cluster.text.detokenizer import MAX_WINDOW
+from cluster.text.text_threads import TextThreads
 
 
 class Submission:
     """What every request of a router has in common on its way down. Holds no state of any."""
 
-    def __init__(self, *, section: RouterSection, tokenizing: Executor) -> None:
+    def __init__(self, *, section: RouterSection, threads: TextThreads) -> None:
         self._stall_buffer_bytes = section.stall_buffer_bytes
-        self._tokenizing = tokenizing
+        self._threads = threads
 
     async def text_so_far(self, model: ServedModel, completion: Completion, route: Route) -> AnswerText:
         """The text side of an answer, which has seen what the caller has. Raises ResumeRefused."""
         text = new_text(model, completion, route)
         if completion.delivered_ids:
             feed = partial(text.feed, completion.delivered_ids, is_last=False)
-            piece = await asyncio.get_running_loop().run_in_executor(self._tokenizing, feed)
+            # Each token makes text of a window of tokens.
+            piece = await self._threads.run(feed, size=MAX_WINDOW * len(completion.delivered_ids))
             if piece.is_stopped:
                 raise ResumeRefused("the answer ended with these tokens; nothing is left to resume")
         return text

@@ -22,6 +22,7 @@ from cluster.serving.ray_ranks import RayRankGroup
 from cluster.serving.run_folder import RunFolder
 from cluster.sources import resolve_source
 from replicas.config import LinkCredentials, ReplicaConfig, lookahead_on
+from replicas.long_lived import spare_the_collector
 from replicas.supervisor.supervisor import Supervisor
 
 NOTE_PERIOD_S = 0.25
@@ -53,6 +54,7 @@ class ReplicaDeployment:
             RayRankGroup(place(section, device=device)),
             leave,
         )
+        spare_the_collector()
         noting = asyncio.create_task(_note_loading(self._supervisor, LoadingNote(folder.path, model)))
         try:
             await self._supervisor.start()

@@ -39,7 +39,10 @@ class RpcSpan:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A child span around a piece of the router's own work."""
+        """A child span around a piece of the router's own work. None where nobody reads it."""
+        if not self._span.is_recording():
+            yield
+            return
         span = self._tracer.start_span(name, context=self._context)
         try:
             yield
@@ -51,7 +54,9 @@ class RpcSpan:
             span.end()
 
     def start_inference(self, completion: Completion, *, request_id: str, max_tokens: int) -> InferenceSpan:
-        """The span of the model's work, as the GenAI conventions name it."""
+        """The span of the model's work, as the GenAI conventions name it; this one where nobody reads it."""
+        if not self._span.is_recording():
+            return InferenceSpan(self._tracer, self._span)
         sampling = completion.sampling
         span = self._tracer.start_span(
             f"{completion.operation} {completion.model}",

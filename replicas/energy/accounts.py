@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from replicas.energy.meter import Source
+from replicas.energy.weights import Integers
 from replicas.energy.window import Window
 
-Integers = NDArray[np.int64]
 _WIDTHS_KEPT = 64
 _FIRST_ROWS = 64
 _SOURCES = tuple(Source)
@@ -28,9 +27,9 @@ class Held(NamedTuple):
     `step_ns` is how long its steps in closed windows ran; `covered_ns` the part in billed ones.
     """
 
-    prefill_nj: int = 0
     decode_nj: int = 0
     static_nj: int = 0
+    prefill_nj: int = 0
     wasted_nj: int = 0
     covered_ns: int = 0
     host_nj: int = 0
@@ -50,6 +49,7 @@ class Held(NamedTuple):
         return min(1.0, self.covered_ns / self.step_ns) if self.step_ns else 1.0
 
 
+_HOST_NJ = Held._fields.index("host_nj")
 _STEP_NS = Held._fields.index("step_ns")
 
 
@@ -107,10 +107,10 @@ class Accounts:
         rank = int(self._rank[account.row])
         return _SOURCES[rank] if rank >= 0 else None
 
-    def by_payer(self, amounts: Integers) -> dict[str, int]:
-        """Sums over the rows of each payer, as integers."""
+    def by_payer(self, amounts: Integers, total: int) -> dict[str, int]:
+        """Sums over the rows of each payer, of amounts that add up to `total`."""
         if len(self._payers) == 1:
-            return {payer: int(amounts.sum()) for payer in self._payers}
+            return dict.fromkeys(self._payers, total)
         sums = np.zeros(len(self._payers), dtype=np.int64)
         np.add.at(sums, self._payer[: len(amounts)], amounts)
         return dict(zip(self._payers, sums.tolist(), strict=True))
@@ -119,15 +119,21 @@ class Accounts:
         """A window closed in which so much step time ended, by row."""
         self._held[_STEP_NS, : len(ended_ns)] += ended_ns
 
-    def add_step(self, account: Account, duration_ns: int) -> None:
-        """A step of this account that no closed window saw."""
-        self._held[_STEP_NS, account.row] += duration_ns
+    def add_missed(self, rows: Integers, duration_ns: int) -> None:
+        """A step of these accounts that no closed window saw."""
+        np.add.at(self._held[_STEP_NS], rows, duration_ns)
 
-    def add_window(self, window: Window, rows: NDArray[np.intp], given: tuple[Integers, ...]) -> None:
+    def add_window(
+        self, window: Window, *, rows: Integers, given: Integers, host_nj: Integers | None
+    ) -> None:
         """A billed window saw steps of `rows`. `given`: the first columns of `Held`, from row 0 on."""
-        self._held[: len(given), : len(given[0])] += given
-        self._widths_ns[rows, self._num_widths[rows] % _WIDTHS_KEPT] = window.width_ns
-        self._num_widths[rows] += 1
+        num_given = given.shape[1]
+        self._held[:_HOST_NJ, :num_given] += given
+        if host_nj is not None:
+            self._held[_HOST_NJ, :num_given] += host_nj
+        num_widths = self._num_widths[rows]
+        self._widths_ns[rows, num_widths % _WIDTHS_KEPT] = window.width_ns
+        self._num_widths[rows] = num_widths + 1
         self._rank[rows] = np.maximum(self._rank[rows], _RANK[window.source])
 
     def _grow(self) -> None:

@@ -7,23 +7,22 @@ rounds once, when a bill closes, and carries the remainder into the next bill. N
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from replicas.energy.accounts import Account, Accounts, Held
-from replicas.energy.claims import Claims
+from replicas.energy.claims import ENDED_NS, PREFILL, STATIC, WASTED, WEIGHT, Claims
 from replicas.energy.host_share import HostShare
 from replicas.energy.meter import CONFIDENCE_FACTORS, Source
 from replicas.energy.payers import NJ_PER_MJ, Payers
 from replicas.energy.window import Window
+from replicas.record import record
 
 METHOD = "step-ledger/2"
 _LEAST_COVERAGE = 1e-3
 _MOST_OPEN_NJ = 2**62
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class RequestJoules:
     """Energy of one request. `static_mj` and `wasted_mj` are parts of `prefill_mj + decode_mj`.
 
@@ -112,23 +111,23 @@ class Cashier:
         """Share `busy_mj` of a window among the accounts of `claims`; `static_nj` of it is static."""
         self.taken_mj += busy_mj
         pool_nj = busy_mj * NJ_PER_MJ + self._dust_nj
-        weight, static_weight = float(claims.weight.sum()), float(claims.static.sum())
+        weight, static_weight = claims.table[: STATIC + 1].sum(axis=1).tolist()
         assert weight > 0.0, "busy energy without anybody to bill"
         price = max(pool_nj, 0) / weight
         static_price = min(static_nj, max(pool_nj, 0)) / static_weight if static_weight else 0.0
-        parts = np.array((claims.weight, claims.prefill, claims.static, claims.wasted))
-        parts *= ((price,), (price,), (static_price,), (price,))
-        total, prefill, static, wasted = whole = parts.astype(np.int64)
-        np.minimum(whole[1:], total, out=whole[1:])
-        decode = total - prefill
-        host = self.host.take(window, busy_mj=busy_mj, device_nj=total)
-        given = (prefill, decode, static, wasted, claims.ran_ns.astype(np.int64), *host)
-        self.accounts.add_window(window, claims.weight.nonzero()[0], given)
-        given_nj, prefill_nj, all_static_nj, wasted_nj = whole.sum(axis=1).tolist()
+        prices = np.array([[price], [static_price], [price], [price], [1.0]])
+        given = (claims.table[:ENDED_NS] * prices).astype(np.int64)
+        total = given[WEIGHT]
+        np.minimum(given[STATIC : WASTED + 1], total, out=given[STATIC : WASTED + 1])
+        given_nj, all_static_nj, prefill_nj, wasted_nj, _ = given.sum(axis=1).tolist()
+        host_nj = self.host.take(window, busy_mj=busy_mj, device_nj=total)
+        total -= given[PREFILL]  # The decode column from here on, as accounts hold it.
+        rows = claims.table[WEIGHT].nonzero()[0]
+        self.accounts.add_window(window, rows=rows, given=given, host_nj=host_nj)
         prefill_mj = self._note_prefill(prefill_nj, busy_mj)
         self.payers.take(
-            prefill_nj=self.accounts.by_payer(prefill),
-            decode_nj=self.accounts.by_payer(decode),
+            prefill_nj=self.accounts.by_payer(given[PREFILL], prefill_nj),
+            decode_nj=self.accounts.by_payer(total, given_nj - prefill_nj),
             prefill_mj=prefill_mj,
             decode_mj=busy_mj - prefill_mj,
         )

@@ -11,10 +11,10 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from replicas.energy.meter import Reading
 from replicas.energy.payers import NJ_PER_MJ
+from replicas.energy.weights import Integers
 from replicas.energy.window import MOST_MJ, Window
 
 _MOST_WINDOWS = 4096
@@ -62,15 +62,15 @@ class HostShare:
         if len(self._windows) > _MOST_WINDOWS:
             self._closed_mj += self._windows.popleft()[1]
 
-    def take(self, window: Window, *, busy_mj: int, device_nj: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    def take(self, window: Window, *, busy_mj: int, device_nj: Integers) -> Integers | None:
         """A window closed: an array of the host's nanojoules for those given `device_nj` of `busy_mj`.
 
-        Empty where the host's energy is unknown, or nobody is to have it.
+        None where the host's energy is unknown, or nobody is to have it.
         """
         host_mj = self._close_until(window.end_ns)
         given_nj = int(device_nj.sum()) if host_mj and busy_mj else 0
         if not given_nj:
-            return []
+            return None
         self._owed_nj += host_mj * NJ_PER_MJ * busy_mj // window.delta_mj
         taken_mj, self._owed_nj = divmod(self._owed_nj, NJ_PER_MJ)
         pool_nj = taken_mj * NJ_PER_MJ + self._dust_nj
@@ -78,7 +78,7 @@ class HostShare:
         self._taken_mj += taken_mj
         self._open_nj += sum(shares_nj)
         self._dust_nj = pool_nj - sum(shares_nj)
-        return [np.array(shares_nj, dtype=np.int64)]
+        return np.array(shares_nj, dtype=np.int64)
 
     def bill_mj(self, host_nj: int, *, first_ns: int | None) -> int | None:
         """Close an account whose first step began at `first_ns`; None: not all its windows knew the host.

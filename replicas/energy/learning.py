@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from replicas.energy.weights import DeviceCoefficients, StepWork
 
 WINDOWS_TO_TRUST = 20
@@ -26,6 +28,7 @@ _SETTLED = 1e-6
 _REFRESH_WINDOWS = 10
 _LEAST_MJ = 20
 _LEAST_FACTOR = 0.01
+_VALUE, _ONE = 3, 4
 
 Triple = tuple[float, float, float]
 
@@ -65,25 +68,25 @@ class CoefficientLearner:
         self._prior: Triple = (1.0, float(shipped.joules_per_flop > 0), float(shipped.joules_per_byte > 0))
         self._factors = known.factors if known else self._prior
         self._num_windows = known.num_windows if known else 0
-        self._normal = [[0.0] * 3 for _ in range(3)]
-        self._moments = [0.0] * 3
-        self._scale_sums = [0.0, 0.0]
-        self._ratio_sums = [0.0, 0.0]
-        self._error_sums = [0.0, 0.0]
-        self._mean_row = [0.0] * 3
+        self._moments = np.zeros((_ONE + 1, _ONE + 1))
+        """Faded sums of the products of every two of a window: its row, `_VALUE` and `_ONE`."""
+        self._fresh: list[tuple[float, ...]] = []
+        """Windows that are not in the moments yet."""
+        self._recent = [0.0] * 4
+        """Faded sums: joules predicted and metered, errors and windows."""
         if known is not None:
             self._anchor(known)
         self.coefficients = shipped
 
     @property
     def ratio(self) -> float | None:
-        predicted, metered = self._ratio_sums
+        predicted, metered, _, _ = self._recent
         return predicted / metered if metered else None
 
     @property
     def is_trusted(self) -> bool:
         """Enough windows, and a mean error of the latest predictions that shares can live with."""
-        error, count = self._error_sums
+        _, _, error, count = self._recent
         return self._num_windows >= self._windows_to_trust and count > 0 and error / count <= TRUSTED_ERROR
 
     @property
@@ -102,37 +105,39 @@ class CoefficientLearner:
         if energy_mj < _LEAST_MJ or expected_j <= 0.0:
             return
         row = (joules[0] / expected_j, joules[1] / expected_j, joules[2] / expected_j)
-        self._note_prediction(row, energy_mj / 1e3 / expected_j, energy_mj / 1e3)
-        self._learn(row, energy_mj / 1e3 / expected_j)
+        value = energy_mj / 1e3 / expected_j
+        self._note_prediction(row, value, energy_mj / 1e3)
+        self._fresh.append((*row, value, 1.0))
         self._num_windows += 1
         if self._num_windows % _REFRESH_WINDOWS == 0:
+            self._learn()
             self._solve()
             self._refresh()
 
     def _note_prediction(self, row: Triple, value: float, energy_j: float) -> None:
         predicted = _dot(row, self._factors)
-        _fade(self._ratio_sums, _KEEP_RATIO, energy_j * predicted / value, energy_j)
-        _fade(self._error_sums, _KEEP_RATIO, abs(predicted - value) / value, 1.0)
+        news = (energy_j * predicted / value, energy_j, abs(predicted - value) / value, 1.0)
+        self._recent = [_KEEP_RATIO * one + new for one, new in zip(self._recent, news, strict=True)]
 
-    def _learn(self, row: Triple, value: float) -> None:
-        """Add a window to the normal equations."""
-        for i, one in enumerate(row):
-            _fade(self._normal[i], _KEEP, *[one * other for other in row])
-        _fade(self._moments, _KEEP, *[one * value for one in row])
-        _fade(self._scale_sums, _KEEP, value, 1.0)
-        _fade(self._mean_row, _KEEP, *row)
+    def _learn(self) -> None:
+        """Add the windows since the last time to the moments."""
+        fresh = np.array(self._fresh)
+        weights = _KEEP ** np.arange(len(fresh) - 1.0, -1.0, -1.0)
+        self._moments = _KEEP ** len(fresh) * self._moments + (fresh.T * weights) @ fresh
+        self._fresh.clear()
 
     def _solve(self) -> None:
         """The factors of the normal equations, none below zero, found from the last ones on."""
-        scale = self._scale_sums[0] / self._scale_sums[1]
+        moments = self._moments.tolist()
+        scale = moments[_VALUE][_ONE] / moments[_ONE][_ONE]
         factors = list(self._factors)
         for _ in range(_SWEEPS):
             change = 0.0
-            for i, normal in enumerate(self._normal):
-                own = normal[i]
+            for i, row in enumerate(moments[:_VALUE]):
+                own = row[i]
                 pull = (
-                    self._moments[i]
-                    - _dot(normal, factors)
+                    row[_VALUE]
+                    - _dot(row, factors)
                     + own * factors[i]
                     + _PRIOR_WINDOWS * scale * self._prior[i]
                 )
@@ -147,8 +152,8 @@ class CoefficientLearner:
         if not self.is_trusted:
             self.coefficients = self._shipped
             return
-        mean = _dot(self._mean_row, self._factors)
-        whole = _dot(self._mean_row, self._prior)
+        mean_row = self._moments[_ONE].tolist()
+        mean, whole = _dot(mean_row, self._factors), _dot(mean_row, self._prior)
         scale = whole / mean if mean > 0.0 else 1.0
         time, flop, octet = (scale * one for one in self._factors)
         self.coefficients = replace(
@@ -162,9 +167,10 @@ class CoefficientLearner:
         """Let what was known weigh as much as some windows that say exactly that."""
         weight = min(known.num_windows, self._windows_to_trust) / 3.0
         for i, factor in enumerate(known.factors):
-            self._normal[i][i] = weight
-            self._moments[i] = weight * factor
-        self._scale_sums = [weight * sum(known.factors), weight * (sum(self._prior) or 1.0)]
+            self._moments[i, i] = weight
+            self._moments[i, _VALUE] = weight * factor
+        self._moments[_VALUE, _ONE] = weight * sum(known.factors)
+        self._moments[_ONE, _ONE] = weight * (sum(self._prior) or 1.0)
 
 
 def _units(shipped: DeviceCoefficients) -> Triple:
@@ -178,7 +184,3 @@ def _units(shipped: DeviceCoefficients) -> Triple:
 
 def _dot(one: Sequence[float], other: Sequence[float]) -> float:
     return one[0] * other[0] + one[1] * other[1] + one[2] * other[2]
-
-
-def _fade(sums: list[float], keep: float, *news: float) -> None:
-    sums[:] = [keep * one + new for one, new in zip(sums, news, strict=True)]

@@ -26,14 +26,14 @@ import numpy as np
 from replicas.energy.account_book import AccountBook
 from replicas.energy.accounts import Account
 from replicas.energy.bill import METHOD, Cashier, RequestJoules, bill_of
-from replicas.energy.claims import Claims, claims_of
+from replicas.energy.claims import ENDED_NS, PREFILL, WEIGHT, Claims, claims_of
 from replicas.energy.host_share import HostTotals
 from replicas.energy.learning import CoefficientLearner
 from replicas.energy.meter import Reading
 from replicas.energy.payers import NJ_PER_MJ, PayerSums
 from replicas.energy.warm_power import PJ_PER_MJ, WarmPower
-from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients, MemberCosts, rows_of
-from replicas.energy.window import LastStep, Share, Step, Window, partition, window_between
+from replicas.energy.weights import GPU_COEFFICIENTS, DeviceCoefficients, MemberCosts
+from replicas.energy.window import Share, Step, Window, partition, window_between
 from replicas.request import EngineCosts, StepRecord
 
 __all__ = ["METHOD", "Ledger", "LedgerLimits", "LedgerTotals", "RequestJoules"]
@@ -118,7 +118,7 @@ class Ledger:
         self._lost: list[tuple[int, int]] = []
         self._windows: deque[Window] = deque()
         self._last_reading: Reading | None = None
-        self._last_step: LastStep | None = None
+        self._last_step: Step | None = None
         self._newest_step_end_ns = 0
         self._overrun_ns = 0
         self._watermark_ns = 0
@@ -139,9 +139,9 @@ class Ledger:
         """
         start_ns, end_ns = record.start_ns, record.end_ns
         assert end_ns >= start_ns, f"step {record.step} ends before it starts"
-        if not record.members:
+        if not len(record.rows):
             return
-        step = Step(start_ns, end_ns, record.step, rows_of(record.members), record.experts_hit)
+        step = Step(start_ns, end_ns, record.step, record.rows, record.experts_hit)
         is_newest = not self._steps or start_ns >= self._steps[-1].start_ns
         self._book.start(step, is_newest=is_newest)
         if end_ns > self._newest_step_end_ns:
@@ -295,9 +295,9 @@ class Ledger:
         """Divide one window. Not `is_known`: it was closed for want of room, before its steps were in."""
         part = partition(window, self._steps, before=self._last_step, is_continued=self._book.is_continued)
         lost_ns = sum(window.overlap_ns(start_ns, end_ns) for start_ns, end_ns in self._lost)
-        claims = self._claims(part.shares, end_ns=window.end_ns) if part.shares else None
+        claims = self._claims(part.shares) if part.shares else None
         if claims is not None:
-            self._cashier.accounts.add_steps(claims.ended_ns.astype(np.int64))
+            self._cashier.accounts.add_steps(claims.table[ENDED_NS].astype(np.int64))
         for share in part.shares:
             share.step.is_seen = True
         idle_mj = unattributed_mj = 0
@@ -323,9 +323,10 @@ class Ledger:
         self.num_windows += 1
         self._pass(window.end_ns)
 
-    def _claims(self, shares: Sequence[Share], *, end_ns: int) -> Claims:
+    def _claims(self, shares: Sequence[Share]) -> Claims:
         device = self._learner.coefficients if self._learner else self._coefficients
-        return claims_of(shares, self._costs, device, end_ns=end_ns, place_of=self._book.row_of)
+        places = [self._book.places(share.step) for share in shares]
+        return claims_of(shares, self._costs, device, places=places)
 
     def _pass(self, t_ns: int) -> None:
         """All time up to `t_ns` is divided: let go of the steps that ended in it."""
@@ -344,7 +345,7 @@ class Ledger:
 
     def _note_passed(self, step: Step) -> None:
         if self._last_step is None or step.end_ns >= self._last_step.end_ns:
-            self._last_step = LastStep(step.end_ns, step.number)
+            self._last_step = step
 
     def _idle_part_mj(self, window: Window, idle_ns: int) -> int:
         """What the idle time of a mixed window drew; fractions of a millijoule are carried on."""
@@ -358,25 +359,22 @@ class Ledger:
     def _open_weights(self, account: Account) -> tuple[float, float]:
         """Prefill and decode weight of `account` in steps that are not fully billed, of the newest ones."""
         shares = [
-            Share(step, step.end_ns - max(step.start_ns, self._closed_until_ns), 0)
+            Share(step, step.end_ns - max(step.start_ns, self._closed_until_ns), 0, 0)
             for step in self._steps[-_STEPS_ESTIMATED:]
-            if account.request_id in step.rows.request_ids
+            if account.request_id in step.rows.ids.tolist()
         ]
         if not shares:
             return 0.0, 0.0
-        claims = self._claims(shares, end_ns=self._closed_until_ns)
-        prefill = float(claims.prefill[account.row])
-        return prefill, float(claims.weight[account.row]) - prefill
+        table = self._claims(shares).table
+        prefill = float(table[PREFILL, account.row])
+        return prefill, float(table[WEIGHT, account.row]) - prefill
 
     def _last_step_end_ns(self, request_id: int, *, after_ns: int) -> int:
         """The end of the newest open step with this request in it; 0 if none ends later than `after_ns`."""
-        last_ns = 0
-        for step in reversed(self._steps):
-            if step.end_ns <= after_ns:
-                break
-            if request_id in step.rows.request_ids:
-                last_ns = max(last_ns, step.end_ns)
-        return last_ns
+        if self._newest_step_end_ns <= after_ns:
+            return 0
+        later = [step for step in self._steps if step.end_ns > after_ns]
+        return max([step.end_ns for step in later if request_id in step.rows.ids.tolist()], default=0)
 
     def _drop_oldest_step(self) -> None:
         step = self._steps.pop(0)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from replicas.record import record
+
 
 class Source(StrEnum):
     """Where a joule comes from, best first. The text is the label on the wire and in metrics."""
@@ -35,11 +37,9 @@ CONFIDENCE_FACTORS = {
 """The truth lies within value / factor .. value * factor."""
 
 
-@dataclass(slots=True, kw_only=True)
+@record
 class Reading:
-    """A meter's counter at one instant. Nobody changes one.
-
-    Not frozen all the same: to make a frozen one costs the agent 30 us, where waking up to do it costs 40.
+    """A meter's counter at one instant.
 
     `t_ns` is on the host's monotonic clock, `energy_mj` counts from an arbitrary start and never falls.
     `static_mj` is the part drawn whatever the work, where the meter can tell. `gap`: the energy between the

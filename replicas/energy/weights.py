@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from replicas.request import EngineCosts, StepMember
+from replicas.request import EngineCosts, StepMember, StepRows
 
 Column = NDArray[np.float64]
-"""A number per member, per step or per request."""
+"""A number per member or per request."""
+Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,17 +68,8 @@ class StepWork(NamedTuple):
     traffic_bytes: float
 
 
-class StepRows(NamedTuple):
-    """The members of a step by column, in the order of its record."""
-
-    request_ids: tuple[int, ...]
-    new_tokens: tuple[int, ...]
-    context_tokens: tuple[int, ...]
-    is_prefill: tuple[bool, ...]
-    wasted_tokens: tuple[int, ...]
-
-
-NO_ROWS = StepRows((), (), (), (), ())
+Prices = tuple[float, float, float]
+"""Joules of a member by its own FLOP, by its own KV bytes, and (above zero) for being in the step."""
 
 
 def coefficients_for(device: str) -> DeviceCoefficients:
@@ -85,64 +77,87 @@ def coefficients_for(device: str) -> DeviceCoefficients:
     return CPU_COEFFICIENTS if device.partition(":")[0] == "cpu" else GPU_COEFFICIENTS
 
 
-def rows_of(members: tuple[StepMember, ...]) -> StepRows:
-    """`members` are tuples with the fields of a row, in that order; at least one."""
-    return StepRows(*zip(*members, strict=True))
-
-
 class MemberCosts:
-    """The work of members from their tokens: FLOP, and bytes of KV; and the bytes of weights of a step."""
+    """The work of members from their tokens: FLOP, and bytes of KV; and the bytes of weights of a step.
+
+    Every new token meets all parameters, and attends to what is before it. So of a member with one new token
+    both are a line over its context, and what it weighs is one.
+    """
 
     def __init__(self, costs: EngineCosts) -> None:
         self._flop_base = 2.0 * costs.active_params
         self._flop_pair = 2.0 * costs.num_layers * costs.attention_dim
+        self._plain_flops = self._flops(1, 0)
         self._kv_bytes = float(costs.kv_bytes_per_token)
         self._shared_bytes = max(1.0, costs.shared_weight_bytes)
         self._expert_bytes = float(costs.expert_bytes)
+        base = (self._plain_flops, self._kv_bytes, 1.0)
+        slope = (2.0 * self._flop_pair, self._kv_bytes, 0.0)
+        nothing = (0.0, 0.0, 0.0)
+        self._lines = np.array(
+            [
+                (*base, *nothing),
+                (*nothing, *base),
+                (*slope, *nothing),
+                (*nothing, *slope),
+            ]
+        )
 
-    def flops(self, new: Column, context: Column) -> Column:
-        """Every new token meets all parameters, and attends to what is before it."""
-        return new * ((2.0 * context + new) * self._flop_pair + self._flop_base)
+    def work(self, rows: StepRows, *, num_members: int, context_tokens: int) -> tuple[float, float]:
+        """FLOP and KV bytes of a step's members, whose contexts add up to `context_tokens`."""
+        flops = self._plain_flops * num_members + 2.0 * self._flop_pair * context_tokens
+        num_tokens = num_members + context_tokens
+        for _, member in rows.others:
+            flops += self._flops(member.new_tokens, member.context_tokens)
+            flops -= self._flops(1, member.context_tokens)
+            num_tokens += member.new_tokens - 1
+        return flops, num_tokens * self._kv_bytes
 
-    def octets(self, new: Column, context: Column) -> Column:
-        return (context + new) * self._kv_bytes
-
-    def weight_bytes(self, experts_hit: Column) -> Column:
-        """Of whole steps; one at least, whatever the model."""
+    def weight_bytes(self, experts_hit: int) -> float:
+        """Of a whole step; one at least, whatever the model."""
         return experts_hit * self._expert_bytes + self._shared_bytes
 
+    def weight(self, member: StepMember, prices: Prices) -> float:
+        flop, kv_byte, each = prices
+        new, context = member.new_tokens, member.context_tokens
+        return flop * self._flops(new, context) + kv_byte * self._kv_bytes * (context + new) + each
 
-def price_steps(
+    def lines(self, prices: Column) -> Column:
+        """By step: what each member with one new token weighs, the static part of it, and what each token of
+        its context adds to either. `prices`: three rows, and three of the static part.
+        """
+        return self._lines @ prices
+
+    def _flops(self, new: int, context: int) -> float:
+        return new * ((2 * context + new) * self._flop_pair + self._flop_base)
+
+
+def price_step(
     *,
-    seconds: Column,
-    flops: Column,
-    octets: Column,
-    weight_bytes: Column,
-    num_members: Column,
+    seconds: float,
+    flops: float,
+    kv_bytes: float,
+    weight_bytes: float,
+    num_members: int,
     device: DeviceCoefficients,
-) -> Column:
-    """Prices that add up to each step's modelled joules over its members: six rows, a column per step.
+) -> tuple[Prices, Prices]:
+    """Prices that add up to a step's modelled joules over its members; then the static part of each.
 
-    Modelled joules of a member by its own FLOP, by its own KV bytes, and (above zero) for being in the step;
-    then the part of each that the device draws whatever it computes.
-
-    The time of a step is the measured one. Inside it, the slower of arithmetic and memory traffic rules.
-    Grow all members together from nothing: weights are read first, so memory rules until arithmetic catches
-    up with it, at the part `pool_s / bound_s` of the whole batch (1: never). What one more FLOP or byte costs
-    on the way is its Aumann-Shapley price; it is continuous where the two change places, and whole batches of
-    a decode are divided as if memory alone were there.
+    Static is what the device draws whatever it computes. The time of a step is the measured one. Inside it,
+    the slower of arithmetic and memory traffic rules. Grow all members together from nothing: weights are
+    read first, so memory rules until arithmetic catches up with it, at the part `pool_s / bound_s` of the
+    whole batch (1: never). What one more FLOP or byte costs on the way is its Aumann-Shapley price; it is
+    continuous where the two change places, and whole batches of a decode are divided as if memory alone were
+    there.
     """
     flop_s, byte_s = 1.0 / device.flops_per_s, 1.0 / device.bytes_per_s
-    read_s, pool_s = octets * byte_s, weight_bytes * byte_s
-    bound_s = np.maximum(flops * flop_s - read_s, pool_s)
-    model_s = read_s + bound_s + (num_members * device.sequence_s + device.step_s)
+    read_s, pool_s = kv_bytes * byte_s, weight_bytes * byte_s
+    bound_s = max(flops * flop_s - read_s, pool_s)
+    model_s = read_s + bound_s + num_members * device.sequence_s + device.step_s
     watts = seconds * device.static_w / model_s
     memory_watts = watts * (pool_s / bound_s)
-    prices = np.empty((6, len(seconds)))
-    prices[3] = (watts - memory_watts) * flop_s
-    prices[4] = memory_watts * byte_s
-    prices[5] = watts * ((pool_s + device.step_s) / num_members + device.sequence_s)
-    prices[0] = prices[3] + device.joules_per_flop
-    prices[1] = prices[4] + device.joules_per_byte
-    prices[2] = prices[5] + weight_bytes * device.joules_per_byte / num_members
-    return prices
+    flop, kv_byte = (watts - memory_watts) * flop_s, memory_watts * byte_s
+    each = watts * ((pool_s + device.step_s) / num_members + device.sequence_s)
+    pool_j = weight_bytes * device.joules_per_byte
+    whole = flop + device.joules_per_flop, kv_byte + device.joules_per_byte, each + pool_j / num_members
+    return whole, (flop, kv_byte, each)

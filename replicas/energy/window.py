@@ -6,17 +6,23 @@ Every instant of a window is busy, idle, or a hole where a step must have run th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from replicas.energy.meter import Reading, Source
-from replicas.energy.weights import NO_ROWS, StepRows
+import numpy as np
 
+from replicas.energy.meter import Reading, Source
+from replicas.energy.weights import Integers
+from replicas.record import record
+from replicas.request import StepRows
+
+NO_ROWS = StepRows()
+NO_PLACES: Integers = np.zeros(0, dtype=np.int64)
 MOST_MJ = 10**12
 """Of one window: a gigajoule is no meter's. Up to there nanojoules fit into 64 bits."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class Window:
     """The meter between two readings. `static_mj`: None where the meter cannot tell. `gap`: not complete."""
 
@@ -55,7 +61,8 @@ def window_between(last: Reading, reading: Reading) -> Window:
 class Step:
     """A forward pass that waits for its windows to close, and who was in it.
 
-    `is_seen`: the ledger found it in a window that has closed.
+    `is_seen`: the ledger found it in a window that has closed. `places` are the members' in the account book,
+    as of the time when so many accounts had fallen out of it.
     """
 
     start_ns: int
@@ -64,6 +71,8 @@ class Step:
     rows: StepRows = NO_ROWS
     experts_hit: int = 0
     is_seen: bool = False
+    places: Integers = field(default_factory=lambda: NO_PLACES)
+    num_evicted: int = 0
 
     @property
     def duration_ns(self) -> int:
@@ -71,14 +80,18 @@ class Step:
 
 
 class Share(NamedTuple):
-    """A step's part in a window: time it ran there, and time it was waited for there."""
+    """A step's part in a window: time it ran there, and time it was waited for there.
+
+    `ended_ns` is all of its duration if it ended there, else 0.
+    """
 
     step: Step
     ran_ns: int
     waited_ns: int
+    ended_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
 class Partition:
     """The time of one window; `busy_ns + idle_ns + hole_ns` is its width."""
 
@@ -88,21 +101,10 @@ class Partition:
     hole_ns: int
 
 
-class LastStep(NamedTuple):
-    """End and number of the newest step before a window."""
-
-    end_ns: int
-    number: int
-
-
 def partition(
-    window: Window,
-    steps: Iterable[Step],
-    *,
-    before: LastStep | None,
-    is_continued: Callable[[Step], bool],
+    window: Window, steps: Iterable[Step], *, before: Step | None, is_continued: Callable[[Step], bool]
 ) -> Partition:
-    """Lay `steps` (sorted by start) over `window`.
+    """Lay `steps` (sorted by start) over `window`; `before` is the newest one that ended before them.
 
     Steps are numbered without a break, so a missing number before a step proves a record lost: that pause is
     a hole. `is_continued(step)` says whether a member of it was in an earlier step: then the engine was never
@@ -129,12 +131,13 @@ def partition(
             cursor_ns = start_ns
         ran_ns = end_ns - (start_ns if start_ns > window_start_ns else window_start_ns)
         if ran_ns > 0 or waited_ns:
-            shares.append(Share(step, max(ran_ns, 0), waited_ns))
+            ended_ns = step.duration_ns if step.end_ns <= window_end_ns else 0
+            shares.append(Share(step, ran_ns if ran_ns > 0 else 0, waited_ns, ended_ns))
         if end_ns > cursor_ns:
             busy_ns += end_ns - cursor_ns
             cursor_ns = end_ns
         if before is None or step.end_ns >= before.end_ns:
-            before = LastStep(step.end_ns, step.number)
+            before = step
         if step.start_ns >= window_end_ns:
             break
     idle_ns += window_end_ns - cursor_ns

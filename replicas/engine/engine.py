@@ -16,7 +16,7 @@ from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.scheduled_step import ScheduledStep
 from replicas.engine.scheduler import Scheduler
 from replicas.plan import PendingStep, Runner, StepOutcome
-from replicas.request import GenerationRequest, LoadSnapshot, StepRecord, StepResult
+from replicas.request import GenerationRequest, LoadSnapshot, StepRecord, StepResult, StepRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ class Engine:
                 step=landing.scheduled.plan.step,
                 start_ns=landing.start_ns,
                 end_ns=landing.end_ns,
-                members=members,
+                rows=StepRows.of(members),
                 experts_hit=landing.outcome.experts_hit,
             )
             self._averages.observe(record)

@@ -20,8 +20,8 @@ class LoadAverages:
 
     def observe(self, record: StepRecord) -> None:
         duration_ns = max(record.end_ns - record.start_ns, 1)
-        num_prefill = sum([member.new_tokens for member in record.members if member.is_prefill])
-        num_decode = sum([member.new_tokens for member in record.members]) - num_prefill
+        num_prefill = record.rows.num_prompt_tokens
+        num_decode = record.rows.num_new_tokens - num_prefill
         self.step_ms = _average(self.step_ms, duration_ns / NS_PER_MS)
         if num_prefill:
             rate = num_prefill * NS_PER_S / duration_ns

@@ -62,8 +62,8 @@ class PrefillPace:
 
     def observe(self, record: StepRecord, *, num_prefilling: int) -> None:
         """A step is done; `num_prefilling` sequences have prompt tokens left. Prompts alone say nothing."""
-        num_prompt = sum([member.new_tokens for member in record.members if member.is_prefill])
-        num_decoding = sum([not member.is_prefill for member in record.members])
+        num_prompt = record.rows.num_prompt_tokens
+        num_decoding = record.rows.num_decoding
         if not num_decoding:
             return
         duration_ms = (record.end_ns - record.start_ns) / NS_PER_MS

@@ -7,7 +7,6 @@ rank 0 are an `EngineFailure`, and the supervisor kills the rest. Knows no model
 
 from __future__ import annotations
 
-import gc
 import re
 import socket
 import time
@@ -31,6 +30,7 @@ from replicas.frames import (
     Stop,
     Submit,
 )
+from replicas.long_lived import spare_the_collector
 from replicas.parallel.channel import PlanFollower, PlanLeader, StepReply, digest_ids
 from replicas.parallel.ring import RingFollower, RingLeader
 from replicas.parallel.tcp import TcpFollower, TcpLeader
@@ -83,7 +83,7 @@ def _serve(config: RankConfig, build: RunnerFactory, supervisor: RankSocket) -> 
     _warm_up(engine, built.shape, num_lanes=scheduler.num_lanes)
     if leader is not None:
         leader.timeout_s = config.collective_timeout_s
-    _spare_the_collector()
+    spare_the_collector()
     supervisor.send(_ready(config, built.shape, scheduler, engine))
     _step_until_shutdown(engine, supervisor, ExpertReport(built.expert_loads))
     runner.close()
@@ -158,7 +158,7 @@ def _follow(config: RankConfig, build: RunnerFactory) -> None:
     follower = _open_follower(config)
     try:
         built = build(config, _no_report)
-        _spare_the_collector()
+        spare_the_collector()
         _run_plans(built.runner, follower, lookahead=config.limits.lookahead)
     except Exception:
         follower.fail()
@@ -238,12 +238,6 @@ def _plan_address(config: RankConfig) -> tuple[str, int]:
     """The port after the rendezvous: that one belongs to the collectives."""
     host, _, port = config.rendezvous.rpartition(":")
     return host, int(port) + 1
-
-
-def _spare_the_collector() -> None:
-    """Nothing built so far will be garbage: to look through all of torch for some costs a step 100 ms."""
-    gc.collect()
-    gc.freeze()
 
 
 def _no_report(stage: str, done: int, total: int) -> None:

@@ -78,7 +78,7 @@ class ReplicaMetrics(Collector):
 
     def observe_step(self, record: StepRecord) -> None:
         self._step_seconds.observe((record.end_ns - record.start_ns) / 1e9)
-        self._batch.observe(len(record.members))
+        self._batch.observe(len(record.rows))
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._snapshot

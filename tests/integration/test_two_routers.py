@@ -120,7 +120,10 @@ def make_ask() -> pb.GenerateRequest:
 
 
 async def keep_asking(address: str, is_enough: asyncio.Event) -> int:
-    """Plain gRPC, a new connection every three answers: how many answers, all of them whole."""
+    """Plain gRPC, a new connection every three answers: how many answers, all of them whole.
+
+    `wait_for_ready`: the kernel resets a connection that the leaving router had not accepted yet.
+    """
     expected = list(null_continuation(PROMPT, NUM_TOKENS, NULL))
     count = 0
     while not is_enough.is_set():
@@ -128,7 +131,8 @@ async def keep_asking(address: str, is_enough: asyncio.Event) -> int:
         async with grpc.aio.insecure_channel(address, options=options) as channel:
             stub = inference_grpc.InferenceStub(channel)
             for _ in range(3):
-                assert (await collect(stub.Generate(make_ask()))).token_ids == expected
+                call = stub.Generate(make_ask(), wait_for_ready=True)
+                assert (await collect(call)).token_ids == expected
                 count += 1
     return count
 

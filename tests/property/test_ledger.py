@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from replicas.energy.ledger import Ledger, RequestJoules
 from replicas.energy.meter import Reading, Source
 from replicas.energy.weights import CPU_COEFFICIENTS, GPU_COEFFICIENTS, DeviceCoefficients
-from replicas.energy.window import LastStep, Step, Window, partition
-from replicas.request import StepRecord
+from replicas.energy.window import Step, Window, partition
+from replicas.request import StepRecord, StepRows
 from tests.random_ledgers import IDLE_W, MS, World, make_edges, make_ledger, make_readings, make_world
 
 SEEDS = st.integers(0, 2**48)
@@ -50,7 +50,7 @@ def test_p3_equal_work_costs_equal_joules(seed: int) -> None:
     for step in world.steps:
         twins = [step.members[0]._replace(request_id=request_id) for request_id in (100, 101)]
         random.shuffle(twins)
-        steps.append(replace(step, members=(*step.members, *twins)))
+        steps.append(replace(step, rows=StepRows.of([*step.members, *twins])))
     twin_world = replace(world, steps=tuple(steps))
     readings = make_readings(twin_world, make_edges(random, world.end_ms))
     _, bills = settle(twin_world, readings)
@@ -123,7 +123,7 @@ def test_p8_names_and_order_do_not_matter(seed: int) -> None:
 def relabel(random: Random, step: StepRecord, names: Mapping[int, int]) -> StepRecord:
     members = [member._replace(request_id=names[member.request_id]) for member in step.members]
     random.shuffle(members)
-    return replace(step, members=tuple(members))
+    return replace(step, rows=StepRows.of(members))
 
 
 @settings(max_examples=100, deadline=None)
@@ -175,7 +175,7 @@ def test_p12_busy_idle_and_holes_cover_every_instant_once(seed: int) -> None:
         key=lambda step: step.start_ns,
     )
     window = Window(start_ns=100, end_ns=300, delta_mj=0, source=Source.COUNTER, static_mj=None, gap=False)
-    before = random.choice((None, LastStep(90, -1)))
+    before = random.choice((None, Step(0, 90, -1)))
     part = partition(window, steps, before=before, is_continued=lambda _: random.random() < 0.5)
     assert part.busy_ns + part.idle_ns + part.hole_ns == window.width_ns
     instants = sum(any(step.start_ns <= t < step.end_ns for step in steps) for t in range(100, 300))
@@ -190,7 +190,7 @@ def test_the_joules_of_all_steps_reach_the_requests_of_those_steps(seed: int) ->
     """Windows that end with the steps: each step's own energy is what its members pay together."""
     random = Random(seed)
     world = make_world(random, num_requests=6, has_idle=False)
-    solo = [replace(step, members=step.members[:1]) for step in world.steps]
+    solo = [replace(step, rows=StepRows.of(step.members[:1])) for step in world.steps]
     edges = [0, *(step.end_ns // MS for step in world.steps)]
     solo_world = replace(world, steps=tuple(solo))
     _, bills = settle(solo_world, make_readings(solo_world, edges))

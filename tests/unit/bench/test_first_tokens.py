@@ -5,27 +5,30 @@ from __future__ import annotations
 import asyncio
 
 from bench.edge.first_tokens import (
-    REQUESTS_PER_CALLER,
     Question,
     draw_questions,
+    requests_per_caller,
     time_questions,
     ttft_row,
 )
 
+CALLERS = 2
+COUNT = requests_per_caller(CALLERS)
+
 
 def draw(*, seed: int, answer_s: float = 0.0) -> list[tuple[Question, ...]]:
-    return draw_questions(callers=2, seed=seed, vocab_size=1000, answer_s=answer_s)
+    return draw_questions(callers=CALLERS, seed=seed, vocab_size=1000, answer_s=answer_s)
 
 
 def test_a_seed_draws_the_same_questions_and_pauses() -> None:
     assert draw(seed=1, answer_s=0.1) == draw(seed=1, answer_s=0.1) != draw(seed=2, answer_s=0.1)
     numbers = [question.number for own in draw(seed=1) for question in own]
-    assert numbers == list(range(2 * REQUESTS_PER_CALLER))
+    assert numbers == list(range(CALLERS * COUNT))
 
 
 async def test_callers_ask_side_by_side_and_each_one_thing_after_another() -> None:
     asked: list[int] = []
-    both = asyncio.Barrier(2)
+    both = asyncio.Barrier(CALLERS)
 
     async def ask(question: Question) -> float:
         asked.append(question.number)
@@ -33,8 +36,8 @@ async def test_callers_ask_side_by_side_and_each_one_thing_after_another() -> No
         return float(question.number)
 
     waits_ms = await time_questions(draw(seed=1), ask)
-    assert waits_ms == [float(number) for number in range(2 * REQUESTS_PER_CALLER)]
-    assert [number for number in asked if number < REQUESTS_PER_CALLER] == list(range(REQUESTS_PER_CALLER))
+    assert waits_ms == [float(number) for number in range(CALLERS * COUNT)]
+    assert [number for number in asked if number < COUNT] == list(range(COUNT))
 
 
 def test_what_is_added_is_the_difference_of_the_medians() -> None:

@@ -22,6 +22,7 @@ from replicas.request import (
     StepMember,
     StepRecord,
     StepResult,
+    StepRows,
 )
 from replicas.step_report import report_of
 from replicas.supervisor.dispatcher import Dispatcher
@@ -267,7 +268,7 @@ async def test_without_a_meter_energy_is_said_to_be_unknown_and_nothing_waits_fo
 
 def make_record(engine_id: int, *, start_ns: int, end_ns: int) -> StepRecord:
     member = StepMember(request_id=engine_id, new_tokens=1, context_tokens=0, is_prefill=True)
-    return StepRecord(step=1, start_ns=start_ns, end_ns=end_ns, members=(member,))
+    return StepRecord(step=1, start_ns=start_ns, end_ns=end_ns, rows=StepRows.of([member]))
 
 
 async def test_the_bill_follows_the_answer_under_the_links_number() -> None:

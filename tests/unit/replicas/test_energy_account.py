@@ -12,6 +12,7 @@ from replicas.request import (
     SequenceDelta,
     StepMember,
     StepRecord,
+    StepRows,
 )
 from replicas.step_report import StepReport
 from replicas.supervisor.energy_account import EnergyAccount, EnergySums
@@ -44,7 +45,7 @@ def make_account(clock: Clock) -> EnergyAccount:
 
 def make_step(*, start_ns: int, end_ns: int, num_tokens: int) -> StepReport:
     member = StepMember(request_id=1, new_tokens=num_tokens, context_tokens=0, is_prefill=False)
-    record = StepRecord(step=1, start_ns=start_ns, end_ns=end_ns, members=(member,))
+    record = StepRecord(step=1, start_ns=start_ns, end_ns=end_ns, rows=StepRows.of([member]))
     delta = SequenceDelta(request_id=1, attempt=1, first_offset=0, token_ids=(7,) * num_tokens)
     return StepReport(step=1, deltas=(delta,), load=LOAD, record=record)
 

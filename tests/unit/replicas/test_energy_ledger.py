@@ -11,7 +11,7 @@ from replicas.energy.meter import Reading, Source
 from replicas.energy.replay import StepPowerMeter
 from replicas.energy.weights import CPU_COEFFICIENTS
 from replicas.energy.window import MOST_MJ
-from replicas.request import EngineCosts, StepMember, StepRecord
+from replicas.request import EngineCosts, StepMember, StepRecord, StepRows
 
 MS = 1_000_000
 COSTS = EngineCosts(
@@ -55,7 +55,9 @@ def make_step(
         )
         for request_id in ids
     )
-    return StepRecord(step=number, start_ns=round(start_ms * MS), end_ns=round(end_ms * MS), members=members)
+    return StepRecord(
+        step=number, start_ns=round(start_ms * MS), end_ns=round(end_ms * MS), rows=StepRows.of(members)
+    )
 
 
 def make_reading(
@@ -372,6 +374,20 @@ def test_too_many_requests_close_the_oldest() -> None:
     for request_id in range(3):
         ledger.begin_request(request_id)
     assert total_mj(ledger.take_closed()) == {0: 0}
+
+
+def test_a_request_that_fell_out_pays_for_its_steps_and_nobody_in_its_place() -> None:
+    ledger = make_ledger(limits=LedgerLimits(requests=2))
+    ledger.add_reading(make_reading(0, 0))
+    ledger.add_step(make_step(1, 0, 100, [1]))
+    for request_id in (2, 3, 4):
+        ledger.begin_request(request_id)
+    assert total_mj(ledger.take_closed()) == {1: 0, 2: 0}
+    ledger.add_reading(make_reading(100, 20_000))
+    ledger.advance(100 * MS)
+    for request_id in (1, 3, 4):
+        ledger.end_request(request_id, 100 * MS)
+    assert total_mj(ledger.take_closed()) == {1: 20_000, 3: 0, 4: 0}
 
 
 def test_a_late_step_is_counted_and_lowers_the_coverage_of_its_request() -> None:

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from itertools import pairwise, permutations
 from random import Random
 
+import numpy as np
 import pytest
 
-from replicas.energy.claims import Claims, claims_of
+from replicas.energy.claims import STATIC, WASTED, WEIGHT, Claims, claims_of
 from replicas.energy.weights import (
     CPU_COEFFICIENTS,
     GPU_COEFFICIENTS,
     DeviceCoefficients,
     MemberCosts,
     coefficients_for,
-    rows_of,
 )
 from replicas.energy.window import Share, Step
-from replicas.request import EngineCosts, StepMember, StepRecord
+from replicas.request import EngineCosts, StepMember, StepRecord, StepRows
 
 MS = 1_000_000
 LLAMA_8B = EngineCosts(
@@ -51,7 +51,7 @@ def prefill(request_id: int, tokens: int, *, wasted: int = 0) -> StepMember:
 
 def make_step(*members: StepMember, duration_ms: float = 8.0, experts_hit: int = 0) -> StepRecord:
     return StepRecord(
-        step=1, start_ns=0, end_ns=round(duration_ms * MS), members=members, experts_hit=experts_hit
+        step=1, start_ns=0, end_ns=round(duration_ms * MS), rows=StepRows.of(members), experts_hit=experts_hit
     )
 
 
@@ -65,24 +65,24 @@ class MemberWeight:
 
 def claims_alone(record: StepRecord, costs: EngineCosts, device: DeviceCoefficients) -> Claims:
     """As a window sees them that holds this step alone; a request's id is its place."""
-    step = Step(record.start_ns, record.end_ns, record.step, rows_of(record.members), record.experts_hit)
-    share = Share(step, step.duration_ns, 0)
-    return claims_of([share], MemberCosts(costs), device, end_ns=step.end_ns, place_of=lambda one: one)
+    step = Step(record.start_ns, record.end_ns, record.step, record.rows, record.experts_hit)
+    share = Share(step, step.duration_ns, 0, step.duration_ns)
+    return claims_of([share], MemberCosts(costs), device, places=[np.array(step.rows.ids)])
 
 
 def step_weights(
     record: StepRecord, costs: EngineCosts, device: DeviceCoefficients
 ) -> tuple[MemberWeight, ...]:
     """In the order of the members."""
-    claims = claims_alone(record, costs, device)
+    table = claims_alone(record, costs, device).table
     return tuple(
         MemberWeight(
             request_id=place,
-            weight=float(claims.weight[place]),
-            static=float(claims.static[place]),
-            wasted=float(claims.wasted[place]),
+            weight=float(table[WEIGHT, place]),
+            static=float(table[STATIC, place]),
+            wasted=float(table[WASTED, place]),
         )
-        for place in [member.request_id for member in record.members]
+        for place in record.rows.ids
     )
 
 

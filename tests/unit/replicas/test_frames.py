@@ -44,6 +44,7 @@ from replicas.request import (
     SequenceTiming,
     StepMember,
     StepRecord,
+    StepRows,
     TokenLogprobs,
 )
 from replicas.step_report import StepReport, TokenColumns
@@ -116,9 +117,11 @@ REPORT = StepReport(
         step=4,
         start_ns=100,
         end_ns=200,
-        members=(
-            StepMember(request_id=1, new_tokens=2, context_tokens=3, is_prefill=True, wasted_tokens=1),
-            StepMember(request_id=2, new_tokens=1, context_tokens=9, is_prefill=False),
+        rows=StepRows.of(
+            [
+                StepMember(request_id=1, new_tokens=2, context_tokens=3, is_prefill=True, wasted_tokens=1),
+                StepMember(request_id=2, new_tokens=1, context_tokens=9, is_prefill=False),
+            ]
         ),
         experts_hit=12,
     ),

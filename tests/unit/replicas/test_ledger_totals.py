@@ -10,7 +10,7 @@ from replicas.energy.ledger import Ledger
 from replicas.energy.meter import Reading, Source
 from replicas.link.codec import add_ledger
 from replicas.link.messages import LedgerState
-from replicas.request import EngineCosts, StepMember, StepRecord
+from replicas.request import EngineCosts, StepMember, StepRecord, StepRows
 from replicas.supervisor.energy_account import EnergySums
 
 MS = 1_000_000
@@ -38,7 +38,9 @@ def test_prefill_and_decode_are_all_that_requests_took(windows: list[tuple[bool,
             StepMember(request_id=index + 1, new_tokens=9 if phase else 1, context_tokens=8, is_prefill=phase)
             for index, phase in enumerate(phases)
         )
-        ledger.add_step(StepRecord(step=number, start_ns=start_ns, end_ns=start_ns + 9 * MS, members=members))
+        ledger.add_step(
+            StepRecord(step=number, start_ns=start_ns, end_ns=start_ns + 9 * MS, rows=StepRows.of(members))
+        )
         meter_mj += new_mj
         ledger.add_reading(Reading(t_ns=start_ns + 10 * MS, energy_mj=meter_mj, source=Source.COUNTER))
         ledger.advance(start_ns + 10 * MS)

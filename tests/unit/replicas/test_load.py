@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from replicas.engine.load import LoadAverages
-from replicas.request import StepMember, StepRecord
+from replicas.request import StepMember, StepRecord, StepRows
 
 
 def make_record(duration_ms: int, *, num_prefill: int = 0, num_decode: int = 0) -> StepRecord:
@@ -14,7 +14,7 @@ def make_record(duration_ms: int, *, num_prefill: int = 0, num_decode: int = 0) 
         for count, is_prefill in ((num_prefill, True), (num_decode, False))
         if count
     ]
-    return StepRecord(step=1, start_ns=5, end_ns=5 + duration_ms * 1_000_000, members=tuple(members))
+    return StepRecord(step=1, start_ns=5, end_ns=5 + duration_ms * 1_000_000, rows=StepRows.of(members))
 
 
 def test_the_first_step_is_its_own_average_and_later_ones_weigh_a_tenth() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from replicas.engine.prefill_pace import MEASURED_EVERY, MIN_TOKENS, SAVED_STEPS, PrefillPace
-from replicas.request import StepMember, StepRecord
+from replicas.request import StepMember, StepRecord, StepRows
 
 DECODE_MS = 10.0
 TOKEN_MS = 0.25
@@ -39,7 +39,7 @@ def make_record(num_decoding: int, num_prompt: int, prompt_ms: float | None = No
         members.append(StepMember(request_id=99, new_tokens=num_prompt, context_tokens=0, is_prefill=True))
     more_ms = PLAIN.prompt_ms(0, num_prompt) if prompt_ms is None else prompt_ms
     duration_ms = (DECODE_MS if num_decoding else 0.0) + more_ms
-    return StepRecord(step=1, start_ns=0, end_ns=round(duration_ms * 1e6), members=tuple(members))
+    return StepRecord(step=1, start_ns=0, end_ns=round(duration_ms * 1e6), rows=StepRows.of(members))
 
 
 def run(
@@ -119,9 +119,7 @@ def test_where_most_sequences_await_their_first_token_prompts_get_most_of_the_ti
 def test_costs_are_learned_where_prompts_always_wait() -> None:
     """The first decode step was of one sequence; eight never decode without prompts but to be measured."""
     pace = PrefillPace(stretch=2.0)
-    pace.observe(
-        StepRecord(step=1, start_ns=0, end_ns=10**6, members=make_record(1, 0).members), num_prefilling=0
-    )
+    pace.observe(StepRecord(step=1, start_ns=0, end_ns=10**6, rows=make_record(1, 0).rows), num_prefilling=0)
     chunks, _ = run(pace, 50)
     assert chunks.count(0) <= 2 + 50 / MEASURED_EVERY + SAVED_STEPS
     _, mean_ms = run(pace, 200)

@@ -6,7 +6,7 @@ import urllib.request
 
 from replicas.config import MetricsAccess
 from replicas.energy.meter import Source
-from replicas.request import LoadSnapshot, StepMember, StepRecord
+from replicas.request import LoadSnapshot, StepMember, StepRecord, StepRows
 from replicas.supervisor.energy_account import EnergyQuality, EnergySums
 from replicas.supervisor.metrics import MetricsSnapshot, ReplicaMetrics
 
@@ -39,7 +39,7 @@ def scrape(metrics: ReplicaMetrics) -> dict[str, float]:
 def test_lanes_are_added_up_and_steps_observed() -> None:
     metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD, num_steps=3, wasted_tokens=2), engine=ENGINE)
     member = StepMember(request_id=1, new_tokens=1, context_tokens=0, is_prefill=False)
-    metrics.observe_step(StepRecord(step=1, start_ns=0, end_ns=4_000_000, members=(member, member)))
+    metrics.observe_step(StepRecord(step=1, start_ns=0, end_ns=4_000_000, rows=StepRows.of([member, member])))
     values = scrape(metrics)
     assert values["wattline_engine_kv_blocks_free"] == 11
     assert values["wattline_engine_kv_blocks"] == 16
