@@ -123,8 +123,10 @@ class TokenStream:
             await self._wakeup
             self._wakeup = None
         early_s = self._taken_s + self._pace.gap_s - self._clock_s()
-        if early_s > 0.0 and self._end is None and not self._is_stopped:
+        if early_s > 0.0 and not self._is_over:
             await asyncio.sleep(early_s)
+        if self._taken_s > 0.0 and not self._is_over:
+            await self._pace.turn()
         self._taken_s = self._clock_s()
         text, self._text = self._text, bytearray()
         token_ids, self._token_ids = self._token_ids, array("I")
@@ -138,6 +140,10 @@ class TokenStream:
             end=self._end,
             prompt_logprobs=prompt_logprobs,
         )
+
+    @property
+    def _is_over(self) -> bool:
+        return self._end is not None or self._is_stopped
 
     async def wait_end(self) -> End:
         """Throw away what still comes, and return how it ended."""

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from cluster.link import token_stream
-from cluster.link.reader_pace import MAX_GAP_S, MAX_MESSAGES_PER_S, ReaderPace
+from cluster.link.reader_pace import MAX_GAP_S, MAX_MESSAGES_A_TURN, MAX_MESSAGES_PER_S, ReaderPace
 from cluster.link.token_stream import Finished, TokenStream
 from cluster.text.answer_text import AnswerText, Piece
 from cluster.text.null_tokenizer import NullTokenizer
@@ -122,3 +122,35 @@ def test_only_streams_that_somebody_reads_share_the_pace() -> None:
     streams[0].abandon()
     streams[0].abandon()
     assert pace.num_streams == 2
+
+
+async def test_readers_take_turns_in_the_order_of_asking() -> None:
+    pace, written = ReaderPace(), []
+
+    async def write(number: int) -> None:
+        await pace.turn()
+        written.append(number)
+
+    writers = [asyncio.ensure_future(write(number)) for number in range(3 * MAX_MESSAGES_A_TURN)]
+    writers[MAX_MESSAGES_A_TURN].cancel()
+    largest = 0
+    while not all(writer.done() for writer in writers):
+        before = len(written)
+        await asyncio.sleep(0)
+        largest = max(largest, len(written) - before)
+    assert largest == MAX_MESSAGES_A_TURN
+    assert written == [number for number in range(3 * MAX_MESSAGES_A_TURN) if number != MAX_MESSAGES_A_TURN]
+
+
+async def test_readers_that_come_later_go_behind_those_who_wait() -> None:
+    pace, written = ReaderPace(), []
+
+    async def write(name: str) -> None:
+        await pace.turn()
+        written.append(name)
+
+    first = [asyncio.ensure_future(write("first")) for _ in range(2 * MAX_MESSAGES_A_TURN)]
+    await asyncio.sleep(0)
+    second = [asyncio.ensure_future(write("second")) for _ in range(2)]
+    await asyncio.wait_for(asyncio.gather(*first, *second), 60)
+    assert written[-2:] == ["second", "second"]
