@@ -10,6 +10,7 @@ import typer
 
 from bench.peers.adapter import ADAPTERS, UNCACHED
 from bench.workload import WORKLOADS, Case
+from cluster.servers import event_loop
 
 app = typer.Typer(
     help="Measure Wattline on this machine; one JSON file per run, with command, versions and hardware.",
@@ -200,7 +201,7 @@ def line(
     """The whole line: gRPC client, router, link, engine under Ray Serve, beside the engine alone."""
     from bench.suites import run_line_suite
 
-    asyncio.run(run_line_suite(config, parse_concurrency(concurrency), output_tokens, rounds, json))
+    event_loop.run(run_line_suite(config, parse_concurrency(concurrency), output_tokens, rounds, json))
 
 
 @app.command()
@@ -229,7 +230,7 @@ def edge(
         step_ms=step_ms,
         has_ray_serve=ray_serve,
     )
-    asyncio.run(run_edge_suite(plan, json))
+    event_loop.run(run_edge_suite(plan, json))
 
 
 @app.command()

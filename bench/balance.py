@@ -25,6 +25,7 @@ from bench.simulation.world import Told, World
 from cluster.balancing.decision import Policy
 from cluster.config import Config, parse_config
 from cluster.request.completion import Completion, TokenPrompt
+from cluster.servers import event_loop
 from replicas.config import EngineLimits, NullEngineConfig
 from replicas.request import SamplingParams
 
@@ -81,7 +82,7 @@ def run_balance(models: Sequence[Path], seconds: float, rounds: int, path: Path 
     show("balance (simulated)", simulated)
     rows = simulated
     for model in models:
-        live = asyncio.run(measure_live(model, seconds, rounds))
+        live = event_loop.run(measure_live(model, seconds, rounds))
         show(f"balance ({model.name}, real replicas)", live)
         rows = rows + live
     console.print(f"written to {write_results('balance', rows, path)}")

@@ -35,6 +35,7 @@ from bench.simulation.world import Told, World
 from cluster.config import parse_config
 from cluster.request.completion import Completion, TokenPrompt
 from cluster.security.api_keys import make_key
+from cluster.servers import event_loop
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc
 from replicas.config import EngineLimits, NullEngineConfig, ReplicaConfig
@@ -85,7 +86,7 @@ class Ended:
 def run_overload(seconds: float, path: Path | None) -> None:
     """Both runs; print the table and write one file."""
     rows = [run_virtual(simulate(load)) for load in LOADS]
-    rows += asyncio.run(measure_real(seconds))
+    rows += event_loop.run(measure_real(seconds))
     for row in rows:
         peers = [one for one in rows if one["run"] == row["run"]]
         peak = max(float(str(one["goodput_tok_s"])) for one in peers)

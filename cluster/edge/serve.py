@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster.command_error import CommandError
 from cluster.config import Config, ConfigError, default_runtime_dir, load_config
 from cluster.edge.process import Router
-from cluster.servers.event_loop import GrpcEventLoop
+from cluster.servers import event_loop
 from cluster.text.tokenizers import load_tokenizer
 from replicas.long_lived import spare_the_collector
 
@@ -64,14 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        serving = run_router(
-            load_config(given.config),
-            addresses_path=given.addresses,
-            index=given.index,
-            is_again=given.again,
+        event_loop.run(
+            run_router(
+                load_config(given.config),
+                addresses_path=given.addresses,
+                index=given.index,
+                is_again=given.again,
+            )
         )
-        with asyncio.Runner(loop_factory=GrpcEventLoop) as runner:
-            runner.run(serving)
     except (ConfigError, CommandError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

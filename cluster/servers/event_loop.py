@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
 
 Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 
 _MAX_WAKEUPS = 65536
 """Far more than the socket holds."""
 
 
 class GrpcEventLoop(asyncio.SelectorEventLoop):
-    """Give it to `asyncio.Runner` before the first object of grpc.aio is made."""
+    """To be there before the first object of grpc.aio is made."""
 
     def add_reader(
         self, fd: FileDescriptorLike, callback: Callable[[*Arguments], Any], *args: *Arguments
@@ -34,6 +35,12 @@ class GrpcEventLoop(asyncio.SelectorEventLoop):
             super().add_reader(fd, partial(_take_all, fd, partial(callback, *args)))
         else:
             super().add_reader(fd, callback, *args)
+
+
+def run(main: Coroutine[Any, Any, Result]) -> Result:
+    """As `asyncio.run`, in such a loop."""
+    with asyncio.Runner(loop_factory=GrpcEventLoop) as runner:
+        return runner.run(main)
 
 
 def _is_grpc(callback: Callable[..., Any]) -> bool:
