@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from time import monotonic
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -69,13 +69,17 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
         connection.commands.put_nowait(link.ToReplica(welcome=link.Welcome(router_id=self._router_id)))
         self._pool.attach(connection)
         logger.info("replica_attached id=%s epoch=%d", connection.replica_id, connection.epoch)
-        tasks = (
-            asyncio.create_task(self._read(connection, request_iterator)),
-            asyncio.create_task(self._write(connection, context)),
-            asyncio.create_task(connection.closed.wait()),
-            asyncio.create_task(self._watch(connection)),
-        )
+        tasks: tuple[asyncio.Task[Any], ...] = ()
         try:
+            # By itself: a first write that is cut short below would leave it to the status, as gRPC sees it,
+            # and the core refuses to send it twice: the status would never leave.
+            await context.send_initial_metadata(())
+            tasks = (
+                asyncio.create_task(self._read(connection, request_iterator)),
+                asyncio.create_task(self._write(connection, context)),
+                asyncio.create_task(connection.closed.wait()),
+                asyncio.create_task(self._watch(connection)),
+            )
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 if isinstance(error := task.exception(), MalformedMessage):

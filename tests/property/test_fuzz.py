@@ -385,7 +385,8 @@ def test_bytes_that_are_no_message_are_an_invalid_argument(
 
 def test_a_link_that_says_no_message_is_an_invalid_argument(target: Target) -> None:
     assert target.attach([b"\xff" * 9]) is grpc.StatusCode.INVALID_ARGUMENT
-    assert target.attach([HELLO.SerializeToString(), b"\xff" * 9]) is grpc.StatusCode.INVALID_ARGUMENT
+    for _ in range(100):  # Some meet the router's first word to them, and each must hear how it ended.
+        assert target.attach([HELLO.SerializeToString(), b"\xff" * 9]) is grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize(
