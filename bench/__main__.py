@@ -216,7 +216,7 @@ def edge(
     ray_serve: Annotated[bool, typer.Option(help="measure Ray Serve's gRPC proxy too")] = True,
     json: JsonOption = None,
 ) -> None:
-    """Streamed tokens/s of router and link over a null engine, beside a bare echo and Ray Serve's proxy.
+    """Streamed tokens/s of router and link over a null engine, beside bare gRPC and Ray Serve's proxy.
 
     With added time to first token, CPU microseconds per token of each process, and stalled readers.
     """
