@@ -1,4 +1,4 @@
-"""What waits at the gate waits for a reason: another tenant's turn, or an objective. And no longer than that."""
+"""What waits at the gate waits for a reason: another tenant's turn, an objective, or those ahead of it."""
 
 from __future__ import annotations
 
