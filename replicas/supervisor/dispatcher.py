@@ -209,6 +209,9 @@ class Dispatcher:
         refusal = self._refusal()
         if refusal is not None:
             session.outbox.add_deltas(self._load.step, (_refused(request, *refusal),))
+            # Nothing was drawn for it, and its router would wait for joules that never come.
+            unmetered = EnergyStatement(request_id=request.request_id, attempt=request.attempt, joules=None)
+            session.outbox.add_energy((unmetered,))
             return
         live = self._in_flight.find(session, request.request_id)
         if live is not None:
