@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.closed_loop import LineRun, run_closed_loop
+from bench.edge.child import Child
 from bench.engine import EngineSetup, EngineUnderTest
 from bench.priority import share_priority_below
 from bench.record import summarize, write_results
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from cluster.serving.stack import Stack
 
 WARM_UP_OUTPUT_TOKENS = 8
+LINE, ENGINE, BARE = "wattline-line", "wattline-engine", "bare-grpc"
+BARE_SERVER = "bench.bare_server"
 COLUMNS = (
     "system",
     "model",
@@ -60,19 +63,23 @@ async def run_engine_suite(
 async def run_line_suite(
     config_path: Path, concurrencies: Sequence[int], output_tokens: int, rounds: int, path: Path | None
 ) -> None:
-    """Measure the line of every model and the same engine alone, in turn, in one run."""
+    """Measure the line of every model, its engine alone and behind a bare server, in turn, in one run."""
     config = load_config(config_path)
     rows: list[dict[str, object]] = []
     with serving(config) as stack:
         for section in config.models:
-            async with EngineUnderTest(setup_of(section)) as engine:
+            async with (
+                EngineUnderTest(setup_of(section)) as engine,
+                Child(BARE_SERVER, (section.model_dump_json(),)) as bare,
+            ):
                 for number in range(rounds):
                     for concurrency in concurrencies:
                         workload = make_workload(
                             "mix", shape_of(section), concurrency, output_tokens, SEED + 2 * number
                         )
-                        rows.append(await measure_line(stack, section, workload))
+                        rows.append(await measure_line(LINE, stack.addresses.grpc, section, workload))
                         rows.append(await measure_case(engine, section.name, workload))
+                        rows.append(await measure_line(BARE, bare.address, section, workload))
     finish("line", rows, path, shares=line_shares(rows))
 
 
@@ -125,7 +132,7 @@ async def measure_case(engine: EngineUnderTest, name: str, workload: Workload) -
     run = await engine.run(workload)
     after = meter.read()
     row = (
-        identity("wattline-engine", wattline_version(), name, setup.dtype, workload)
+        identity(ENGINE, wattline_version(), name, setup.dtype, workload)
         | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
         | energy_fields((after.energy_mj - before.energy_mj) / 1e3, after.source.value, workload)
         | {"tensor_parallel": setup.tensor, "expert_parallel": setup.expert}
@@ -137,14 +144,15 @@ async def measure_case(engine: EngineUnderTest, name: str, workload: Workload) -
     return row
 
 
-async def measure_line(stack: Stack, section: ModelSection, workload: Workload) -> dict[str, object]:
-    """One row of the whole line, as its gRPC clients see it."""
-    address = stack.addresses.grpc
+async def measure_line(
+    system: str, address: str, section: ModelSection, workload: Workload
+) -> dict[str, object]:
+    """One row of the whole line or of a bare server, as its gRPC clients see it."""
     short = make_workload("mix", shape_of(section), workload.concurrency, WARM_UP_OUTPUT_TOKENS, SEED + 1)
     await run_closed_loop(address, section.name, short)
     run: LineRun = await run_closed_loop(address, section.name, workload)
     row = (
-        identity("wattline-line", wattline_version(), section.name, section.dtype, workload)
+        identity(system, wattline_version(), section.name, section.dtype, workload)
         | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
         | energy_fields(run.energy_j, run.energy_source, workload)
         | {"tensor_parallel": section.parallel.tensor, "expert_parallel": section.parallel.expert}
@@ -156,9 +164,9 @@ async def measure_line(stack: Stack, section: ModelSection, workload: Workload) 
 
 
 def line_shares(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """By model and concurrency: the line's throughput over the engine's own, the median of the rounds.
+    """By model and concurrency: what line and bare server keep of the engine's own throughput.
 
-    The rows of both come in the order of the rounds.
+    Medians over the rounds; the rows of all systems come in their order.
     """
     rates: dict[tuple[object, object], dict[object, list[float]]] = {}
     for row in rows:
@@ -170,18 +178,15 @@ def line_shares(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
         {
             "model": model,
             "concurrency": concurrency,
-            "share_of_engine": round(
-                statistics.median(
-                    line / engine
-                    for line, engine in zip(
-                        by_system["wattline-line"], by_system["wattline-engine"], strict=True
-                    )
-                ),
-                3,
-            ),
+            "share_of_engine": _share(by_system[LINE], by_system[ENGINE]),
+            "bare_share_of_engine": _share(by_system[BARE], by_system[ENGINE]),
         }
         for (model, concurrency), by_system in rates.items()
     ]
+
+
+def _share(rates: Sequence[float], engine_rates: Sequence[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(rates, engine_rates, strict=True)), 3)
 
 
 @contextmanager
