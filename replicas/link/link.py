@@ -267,7 +267,9 @@ async def _end_on_overflow(session: LinkSession) -> None:
 
 
 async def _ending(call: AttachCall) -> str:
-    """Why the router ended the stream."""
+    """Why the router ended the stream, whose `read` gave no message."""
+    if not call.done():  # gRPC gives None for bytes that are no message, and the stream goes on.
+        return "the router sent bytes that are no command"
     code, details = await call.code(), await call.details()
     return f"the router ended the stream: {code.name} {details or ''}".strip()
 

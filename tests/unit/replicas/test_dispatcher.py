@@ -325,6 +325,25 @@ async def test_a_request_that_ran_before_the_meter_spoke_is_said_to_be_unknown()
     assert desk.dispatcher.billed.is_set()
 
 
+async def test_a_refused_request_has_cost_nothing_and_its_router_hears_so() -> None:
+    desk = Desk(has_meter=True)
+    assert desk.energy is not None
+    link = desk.attach("a")
+    desk.dispatcher.begin_drain("update")
+    desk.dispatcher.on_command(link, Submit(request=make_request(7)))
+    parcel = await take(link)
+    assert parcel is not None
+    assert parcel.energy == (EnergyStatement(request_id=7, attempt=1, joules=None),)
+    desk.energy.add_reading(Reading(t_ns=0, energy_mj=0, source=Source.FAKE))
+    desk.dispatcher.on_command(link, Submit(request=make_request(8)))
+    parcel = await take(link)
+    assert parcel is not None
+    (statement,) = parcel.energy
+    joules = statement.joules
+    assert joules is not None
+    assert (statement.request_id, joules.total_mj, joules.host_mj, joules.final) == (8, 0, 0, True)
+
+
 async def test_a_cancelled_request_still_gets_its_bill() -> None:
     desk = Desk(has_meter=True)
     assert desk.energy is not None
