@@ -16,7 +16,7 @@ from rich.table import Table
 from bench.closed_loop import LineRun, run_closed_loop
 from bench.engine import EngineSetup, EngineUnderTest
 from bench.priority import share_priority_below
-from bench.record import summarize, write_results
+from bench.record import percentile, summarize, write_results
 from bench.rows import SEED, checkpoint_shape, energy_fields, identity, make_workload, wattline_version
 from bench.workload import Case, ModelShape, Workload
 from cluster.config import Config, EnergySection, ModelSection, load_config
@@ -37,6 +37,7 @@ COLUMNS = (
     "ttft_ms_p50",
     "tpot_ms_p50",
     "joules_per_output_token",
+    "energy_final_ms_p99",
 )
 
 ENERGY = EnergySection()
@@ -149,7 +150,9 @@ async def measure_line(stack: Stack, section: ModelSection, workload: Workload) 
         | energy_fields(run.energy_j, run.energy_source, workload)
         | {"tensor_parallel": section.parallel.tensor, "expert_parallel": section.parallel.expert}
         | {"energy_final_share": round(run.energy_final_share, 3)}
-        | {"bill_wait_ms_p50": round(run.bill_wait_ms_p50, 1)}
+        | {"energy_final_ms_p50": round(statistics.median(run.energy_final_ms), 1)}
+        | {"energy_final_ms_p99": round(percentile(run.energy_final_ms, 99), 1)}
+        | {"energy_in_time_share": round(run.share_in_time, 4)}
     )
     show(row)
     return row
@@ -158,30 +161,35 @@ async def measure_line(stack: Stack, section: ModelSection, workload: Workload) 
 def line_shares(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
     """By model and concurrency: the line's throughput over the engine's own, the median of the rounds.
 
-    The rows of both come in the order of the rounds.
+    And the part of the line's bills that were in time, over all rounds. The rows of both come in the order of
+    the rounds.
     """
-    rates: dict[tuple[object, object], dict[object, list[float]]] = {}
+    by_case: dict[tuple[object, object], dict[object, list[dict[str, object]]]] = {}
     for row in rows:
-        rate = row["output_tok_s"]
-        assert isinstance(rate, float)
-        by_system = rates.setdefault((row["model"], row["concurrency"]), {})
-        by_system.setdefault(row["system"], []).append(rate)
+        by_system = by_case.setdefault((row["model"], row["concurrency"]), {})
+        by_system.setdefault(row["system"], []).append(row)
     return [
         {
             "model": model,
             "concurrency": concurrency,
-            "share_of_engine": round(
-                statistics.median(
-                    line / engine
-                    for line, engine in zip(
-                        by_system["wattline-line"], by_system["wattline-engine"], strict=True
-                    )
-                ),
-                3,
-            ),
+            "share_of_engine": round(statistics.median(map(_rate_over, lines, engines)), 3),
+            "energy_in_time_share": round(statistics.mean(map(_share_in_time, lines)), 4),
         }
-        for (model, concurrency), by_system in rates.items()
+        for (model, concurrency), by_system in by_case.items()
+        for lines, engines in [(by_system["wattline-line"], by_system["wattline-engine"])]
     ]
+
+
+def _rate_over(row: dict[str, object], other: dict[str, object]) -> float:
+    ours, theirs = row["output_tok_s"], other["output_tok_s"]
+    assert isinstance(ours, float) and isinstance(theirs, float)
+    return ours / theirs
+
+
+def _share_in_time(row: dict[str, object]) -> float:
+    share = row["energy_in_time_share"]
+    assert isinstance(share, float)
+    return share
 
 
 @contextmanager
