@@ -17,7 +17,7 @@ from bench.closed_loop import LineRun, run_closed_loop
 from bench.edge.child import Child
 from bench.engine import EngineSetup, EngineUnderTest
 from bench.priority import share_priority_below
-from bench.record import summarize, write_results
+from bench.record import percentile, summarize, write_results
 from bench.rows import SEED, checkpoint_shape, energy_fields, identity, make_workload, wattline_version
 from bench.workload import Case, ModelShape, Workload
 from cluster.config import Config, EnergySection, ModelSection, load_config
@@ -40,6 +40,7 @@ COLUMNS = (
     "ttft_ms_p50",
     "tpot_ms_p50",
     "joules_per_output_token",
+    "energy_final_ms_p99",
 )
 
 ENERGY = EnergySection()
@@ -156,37 +157,58 @@ async def measure_line(
         | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
         | energy_fields(run.energy_j, run.energy_source, workload)
         | {"tensor_parallel": section.parallel.tensor, "expert_parallel": section.parallel.expert}
-        | {"energy_final_share": round(run.energy_final_share, 3)}
-        | {"bill_wait_ms_p50": round(run.bill_wait_ms_p50, 1)}
+        | (_bill_fields(run) if system == LINE else {})
     )
     show(row)
     return row
 
 
+def _bill_fields(run: LineRun) -> dict[str, object]:
+    """How soon the joules came; a bare server knows of none."""
+    return {
+        "energy_final_share": round(run.energy_final_share, 3),
+        "energy_final_ms_p50": round(statistics.median(run.energy_final_ms), 1),
+        "energy_final_ms_p99": round(percentile(run.energy_final_ms, 99), 1),
+        "energy_in_time_share": round(run.share_in_time, 4),
+    }
+
+
 def line_shares(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
     """By model and concurrency: what line and bare server keep of the engine's own throughput.
 
-    Medians over the rounds; the rows of all systems come in their order.
+    Medians over the rounds; the rows of all systems come in their order. And the part of the line's bills
+    that were in time, over all rounds.
     """
-    rates: dict[tuple[object, object], dict[object, list[float]]] = {}
+    by_case: dict[tuple[object, object], dict[object, list[dict[str, object]]]] = {}
     for row in rows:
-        rate = row["output_tok_s"]
-        assert isinstance(rate, float)
-        by_system = rates.setdefault((row["model"], row["concurrency"]), {})
-        by_system.setdefault(row["system"], []).append(rate)
+        by_system = by_case.setdefault((row["model"], row["concurrency"]), {})
+        by_system.setdefault(row["system"], []).append(row)
     return [
         {
             "model": model,
             "concurrency": concurrency,
             "share_of_engine": _share(by_system[LINE], by_system[ENGINE]),
             "bare_share_of_engine": _share(by_system[BARE], by_system[ENGINE]),
+            "energy_in_time_share": round(statistics.mean(map(_share_in_time, by_system[LINE])), 4),
         }
-        for (model, concurrency), by_system in rates.items()
+        for (model, concurrency), by_system in by_case.items()
     ]
 
 
-def _share(rates: Sequence[float], engine_rates: Sequence[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(rates, engine_rates, strict=True)), 3)
+def _share(rows: Sequence[dict[str, object]], of: Sequence[dict[str, object]]) -> float:
+    return round(statistics.median(map(_rate_over, rows, of)), 3)
+
+
+def _rate_over(row: dict[str, object], other: dict[str, object]) -> float:
+    ours, theirs = row["output_tok_s"], other["output_tok_s"]
+    assert isinstance(ours, float) and isinstance(theirs, float)
+    return ours / theirs
+
+
+def _share_in_time(row: dict[str, object]) -> float:
+    share = row["energy_in_time_share"]
+    assert isinstance(share, float)
+    return share
 
 
 @contextmanager
