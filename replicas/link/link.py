@@ -29,7 +29,7 @@ from replicas.link.codec import (
     encode_parcel,
 )
 from replicas.link.dial import dial
-from replicas.link.messages import ReplicaCard, ReplicaLoad, RouterCommand
+from replicas.link.messages import LedgerState, ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
 from replicas.request import CacheChange
 from replicas.wire.caches import cache_to_wire
@@ -91,6 +91,9 @@ class LinkHandler(Protocol):
 
     def load(self) -> ReplicaLoad:
         """The load now."""
+
+    def ledger(self) -> LedgerState | None:
+        """What the meter's energy has been divided into so far; None while no meter spoke."""
 
     def cache(self) -> tuple[CacheChange, ...]:
         """A snapshot of what the prefix caches hold."""
@@ -237,7 +240,7 @@ class RouterLink:
             )
             is_last = parcel is not None and parcel.goodbye is not None
             if is_last or time.monotonic() >= ledger_due_s:
-                add_ledger(messages[0], load.ledger)
+                add_ledger(messages[0], handler.ledger())
                 ledger_due_s = time.monotonic() + LEDGER_S
                 if load.experts is not None and load.experts is not told:
                     messages[0].experts.CopyFrom(encode_heat(load.experts))
