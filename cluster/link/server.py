@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from cluster.link.claims import load_problem, strike_untrue
 from cluster.link.detokenize_worker import DetokenizeWorker
 from cluster.link.messages import parse_heat, parse_ledger
+from cluster.link.plausibility import load_problem, strike_untrue
 from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cluster.link.claims import MAX_LIFE_MJ, MAX_REQUEST_MJ, MAX_REQUESTS, load_problem, strike_untrue
+from cluster.link.plausibility import MAX_LIFE_MJ, MAX_REQUEST_MJ, MAX_REQUESTS, load_problem, strike_untrue
 from protos import wattline_link_pb2 as link
 
 TRUE_LEDGER = link.LedgerTotals(
