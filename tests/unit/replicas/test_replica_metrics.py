@@ -83,3 +83,7 @@ def test_what_the_division_is_worth_is_shown_once_a_meter_counted() -> None:
     assert values["wattline_energy_coefficients_learned"] == 1
     assert values["wattline_energy_low_confidence_bills_total"] == 2
     assert values["wattline_energy_unattributed_ratio"] == 0.25
+
+
+def test_what_never_served_closes_without_a_word() -> None:
+    ReplicaMetrics(MetricsSnapshot(load=LOAD), engine=ENGINE).close()
