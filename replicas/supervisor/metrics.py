@@ -71,14 +71,16 @@ class ReplicaMetrics(Collector):
         )
         registry.register(self)
         self._registry = registry
+        self._page: MetricsPage | None = None
 
     def serve(self, access: MetricsAccess) -> str:
-        """Serve on a free port until `close`. Returns the address for scrapers."""
+        """Serve on a free port until `close`. Returns the address for scrapers; OSError where it cannot."""
         self._page = MetricsPage(self._registry, access)
         return self._page.address
 
     def close(self) -> None:
-        self._page.close()
+        if self._page is not None:
+            self._page.close()
 
     def follow(self, take: Callable[[], MetricsSnapshot]) -> None:
         """Every scrape shows what `take` returns, called on the event loop that this is called on."""

@@ -95,3 +95,7 @@ async def test_a_scrape_sees_what_is_so_when_it_comes() -> None:
     values = await asyncio.to_thread(scrape, metrics)
     assert values["wattline_engine_steps_total"] == 1
     assert seen == [threading.current_thread()]
+
+
+def test_what_never_served_closes_without_a_word() -> None:
+    ReplicaMetrics(MetricsSnapshot(load=LOAD), engine=ENGINE).close()
