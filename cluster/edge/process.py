@@ -349,7 +349,7 @@ class Router:
         guard = ExchangeGuard(
             telemetry=self._telemetry,
             metrics=self._metrics,
-            max_body_bytes=request_limit_bytes(section),
+            max_body_bytes=min(section.max_body_bytes, request_limit_bytes(section)),
             draw_id=self._siblings.draw_id,
         )
         return OpenAIRoutes(
