@@ -34,7 +34,7 @@ def test_help_names_every_command_and_shows_examples() -> None:
     assert "wattline demo" in text
 
 
-@pytest.mark.parametrize("command", ["up", "down", "router", "ledger"])
+@pytest.mark.parametrize("command", ["up", "down", "roll", "router", "ledger"])
 def test_a_configuration_that_is_named_has_to_be_there(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
