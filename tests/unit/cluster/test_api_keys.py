@@ -157,6 +157,18 @@ def test_the_command_shows_a_key_once_and_writes_its_line(tmp_path: Path) -> Non
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_new_key_has_a_line_of_its_own_behind_one_left_open(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(LINE)
+    for tenant in ("one", "two"):
+        assert CliRunner().invoke(app, ["key", "new", tenant, "-f", str(path)]).exit_code == 0
+    assert [key.tenant for key in read_keys(path).values()] == ["acme", "one", "two"]
+
+
+def test_a_key_cannot_hold_longer_than_the_calendar() -> None:
+    assert CliRunner().invoke(app, ["key", "new", "acme", "--days", "99999999"]).exit_code == 2
+
+
 def test_a_tenant_is_a_plain_name() -> None:
     with pytest.raises(ConfigError, match=r"tenant: got 'a b'; allowed: letters, digits and \. _ -"):
         make_key("a b")
