@@ -67,8 +67,12 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         return pb.ServerReadyResponse(ready=any(self._is_ready(name) for name in self._models))
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: AnyContext) -> pb.ModelReadyResponse:
+        """What is not served is not ready, and no error: so says Triton."""
         async with self._guard.call(context, f"{SERVICE}/ModelReady") as rpc:
-            model = self._find(request.name, request.version, rpc)
+            try:
+                model = self._find(request.name, request.version, rpc)
+            except UnknownModel:
+                return pb.ModelReadyResponse(ready=False)
             return pb.ModelReadyResponse(ready=self._is_ready(model.name))
 
     async def ServerMetadata(

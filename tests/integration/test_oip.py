@@ -84,6 +84,7 @@ async def test_server_and_models_describe_themselves(
     async with router.replica():
         assert await client.is_server_ready()
         assert await client.is_model_ready(MODEL) and not await client.is_model_ready("absent")
+        assert not await client.is_model_ready("other") and not await client.is_model_ready(MODEL, "2")
         metadata = await client.get_model_metadata(MODEL)
         config = (await client.get_model_config(MODEL)).config
     assert (await client.get_server_metadata()).name == "wattline"
@@ -94,7 +95,7 @@ async def test_server_and_models_describe_themselves(
     with pytest.raises(InferenceServerException, match="name: got 'other'; allowed: tiny, absent; name one"):
         await client.get_model_metadata("other")
     with pytest.raises(InferenceServerException, match="version: got '2'; allowed: 1; name one"):
-        await client.is_model_ready(MODEL, "2")
+        await client.get_model_config(MODEL, "2")
 
 
 async def test_a_whole_answer_has_its_input_before_it_and_joules_behind(
