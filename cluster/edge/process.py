@@ -157,7 +157,13 @@ class Router:
             threads=self._threads,
             siblings=siblings,
         )
-        self._oip = OipServicer(guard=guard, models=self._models, pool=self._pool, streams=self._streams)
+        self._oip = OipServicer(
+            guard=guard,
+            models=self._models,
+            pool=self._pool,
+            streams=self._streams,
+            threads=self._threads,
+        )
         self._cluster = self._cluster_servicer(guard, release)
         self._clients = self._client_server()
         self._pages: list[HttpServer] = []

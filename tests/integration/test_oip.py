@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from threading import current_thread
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tritonclient.grpc.aio import InferenceServerClient, InferInput, InferReques
 from tritonclient.utils import InferenceServerException
 
 from cluster.router.choices import choice_seed
+from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_link_pb2 as link
 from tests.fake_replica import MJ_PER_TOKEN, hash_token
 from tests.router_fixture import (
@@ -169,6 +171,24 @@ async def test_everything_that_can_be_returned_is(router: TestRouter, client: In
     assert said[1]["1"] == {"logprob": -2.0, "rank": 2, "decoded_token": ""}
     assert said[0][first] == {"logprob": 0.0, "rank": None, "decoded_token": "a"}
     assert [output.name for output in some.get_response().outputs] == ["num_output_tokens"]
+
+
+async def test_many_logprobs_are_written_beside_the_event_loop(
+    router: TestRouter, client: InferenceServerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[str] = set()
+    decode_here = NullTokenizer.decode
+
+    def noting(tokenizer: NullTokenizer, ids: Sequence[int]) -> str:
+        threads.add(current_thread().name.partition("_")[0])
+        return decode_here(tokenizer, ids)
+
+    monkeypatch.setattr(NullTokenizer, "decode", noting)
+    sampling = {"max_tokens": 40, "logprobs": 2}
+    async with router.replica():
+        result = await client.infer(MODEL, make_inputs(sampling=sampling, return_logprobs=True))
+    assert len(json.loads(texts(result, "logprobs")[0])) == 40
+    assert "tokenize" in threads
 
 
 async def test_an_error_in_a_stream_ends_its_request_alone(
