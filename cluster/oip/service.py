@@ -185,7 +185,8 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         return find_model(self._models, name, rpc.identity, field=f"{prefix}name")
 
     def _is_ready(self, name: str) -> bool:
-        return bool(self._pool.ready(name))
+        """Whether it takes requests now."""
+        return bool(self._pool.ready(name)) and not self._streams.is_stopping
 
 
 def _caller(ask: InferAsk, rpc: Rpc) -> Caller:

@@ -89,6 +89,8 @@ async def test_server_and_models_describe_themselves(
         assert not await client.is_model_ready("other") and not await client.is_model_ready(MODEL, "2")
         metadata = await client.get_model_metadata(MODEL)
         config = (await client.get_model_config(MODEL)).config
+        router.router._streams.is_stopping = True
+        assert not await client.is_server_ready() and not await client.is_model_ready(MODEL)
     assert (await client.get_server_metadata()).name == "wattline"
     assert [tensor.name for tensor in metadata.inputs][:3] == ["text_input", "stream", "sampling_parameters"]
     assert list(metadata.outputs[0].shape) == [-1]
