@@ -229,8 +229,11 @@ async def test_draining_tells_all_links_and_refuses() -> None:
         assert parcel is not None
         assert parcel.draining == "update"
     desk.dispatcher.on_command(early, Submit(request=make_request(1)))
-    (refused,) = await deltas(early)
+    parcel = await take(early)
+    assert parcel is not None
+    (refused,) = parcel.deltas
     assert refused.error == ("UNAVAILABLE", "the replica takes no new requests: update")
+    assert parcel.energy == (EnergyStatement(request_id=1, attempt=1, joules=None),), "nobody waits for it"
     assert desk.sent == []
 
 
