@@ -19,7 +19,7 @@ from bench.priority import share_priority_below
 from bench.record import summarize, write_results
 from bench.rows import SEED, checkpoint_shape, energy_fields, identity, make_workload, wattline_version
 from bench.workload import Case, ModelShape, Workload
-from cluster.config import Config, EnergySection, ModelSection, load_config
+from cluster.config import Config, EnergySection, ModelSection
 from replicas.energy.cpu_model import CpuModelMeter
 
 if TYPE_CHECKING:
@@ -58,10 +58,9 @@ async def run_engine_suite(
 
 
 async def run_line_suite(
-    config_path: Path, concurrencies: Sequence[int], output_tokens: int, rounds: int, path: Path | None
+    config: Config, concurrencies: Sequence[int], output_tokens: int, rounds: int, path: Path | None
 ) -> None:
     """Measure the line of every model and the same engine alone, in turn, in one run."""
-    config = load_config(config_path)
     rows: list[dict[str, object]] = []
     with serving(config) as stack:
         for section in config.models:
@@ -74,6 +73,12 @@ async def run_line_suite(
                         rows.append(await measure_line(stack, section, workload))
                         rows.append(await measure_case(engine, section.name, workload))
     finish("line", rows, path, shares=line_shares(rows))
+
+
+def with_threads(config: Config, threads: int) -> Config:
+    """The same models with so many threads for each of their ranks; 0: as they are."""
+    update = {"threads_per_rank": threads} if threads else {}
+    return config.model_copy(update={"models": tuple(one.model_copy(update=update) for one in config.models)})
 
 
 def setup_of(section: ModelSection) -> EngineSetup:
@@ -148,6 +153,7 @@ async def measure_line(stack: Stack, section: ModelSection, workload: Workload) 
         | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
         | energy_fields(run.energy_j, run.energy_source, workload)
         | {"tensor_parallel": section.parallel.tensor, "expert_parallel": section.parallel.expert}
+        | {"threads_per_rank": section.threads_per_rank}
         | {"energy_final_share": round(run.energy_final_share, 3)}
         | {"bill_wait_ms_p50": round(run.bill_wait_ms_p50, 1)}
     )
