@@ -20,7 +20,7 @@ from bench.priority import share_priority_below
 from bench.record import percentile, summarize, write_results
 from bench.rows import SEED, checkpoint_shape, energy_fields, identity, make_workload, wattline_version
 from bench.workload import Case, ModelShape, Workload
-from cluster.config import Config, EnergySection, ModelSection, load_config
+from cluster.config import Config, EnergySection, ModelSection
 from replicas.energy.cpu_model import CpuModelMeter
 
 if TYPE_CHECKING:
@@ -62,10 +62,9 @@ async def run_engine_suite(
 
 
 async def run_line_suite(
-    config_path: Path, concurrencies: Sequence[int], output_tokens: int, rounds: int, path: Path | None
+    config: Config, concurrencies: Sequence[int], output_tokens: int, rounds: int, path: Path | None
 ) -> None:
     """Measure the line of every model, its engine alone and behind a bare server, in turn, in one run."""
-    config = load_config(config_path)
     rows: list[dict[str, object]] = []
     with serving(config) as stack:
         for section in config.models:
@@ -82,6 +81,12 @@ async def run_line_suite(
                         rows.append(await measure_case(engine, section.name, workload))
                         rows.append(await measure_line(BARE, bare.address, section, workload))
     finish("line", rows, path, shares=line_shares(rows))
+
+
+def with_threads(config: Config, threads: int) -> Config:
+    """The same models with so many threads for each of their ranks; 0: as they are."""
+    update = {"threads_per_rank": threads} if threads else {}
+    return config.model_copy(update={"models": tuple(one.model_copy(update=update) for one in config.models)})
 
 
 def setup_of(section: ModelSection) -> EngineSetup:
@@ -157,6 +162,7 @@ async def measure_line(
         | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
         | energy_fields(run.energy_j, run.energy_source, workload)
         | {"tensor_parallel": section.parallel.tensor, "expert_parallel": section.parallel.expert}
+        | {"threads_per_rank": section.threads_per_rank}
         | (_bill_fields(run) if system == LINE else {})
     )
     show(row)
