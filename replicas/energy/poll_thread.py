@@ -95,7 +95,8 @@ class PollThread:
     def _run(self, turn: int) -> None:
         while self._goes_on(turn):
             pollers = _without(self._pollers, *self._hung) if self._hung else self._pollers
-            for poller in self._with_host(self._schedule.wait(pollers)):
+            due = self._schedule.wait(pollers)
+            for poller in due if self._host is None else self._with_host(self._host, due):
                 if not self._call(poller, poller.poll, turn):
                     return
 
@@ -115,11 +116,9 @@ class PollThread:
                 return False
         return True
 
-    def _with_host(self, due: Sequence[MeterPoller]) -> Sequence[MeterPoller | HostMeter]:
-        host = self._host
-        if host is None or host in self._hung or not any(poller.has_seat for poller in due):
-            return due
-        return (host, *due)
+    def _with_host(self, host: HostMeter, due: Sequence[MeterPoller]) -> Sequence[MeterPoller | HostMeter]:
+        is_due = host not in self._hung and any(poller.has_seat for poller in due)
+        return (host, *due) if is_due else due
 
     def _call(self, poller: MeterPoller | HostMeter, call: Callable[[], None], turn: int) -> bool:
         """False: it took too long, and others read by now. A meter that breaks is alone in that."""

@@ -6,7 +6,7 @@ say when requests run and when one begins or ends (`ask_pipe.py`), and that is w
 
 from __future__ import annotations
 
-_USUAL_POLLS = 5
+_USUAL_POLLS = 10
 _SILENT_POLLS = 2
 _IDLE_POLLS = 20
 _RUNNING_NS = 3_000_000_000
@@ -15,7 +15,7 @@ _CREDIT_POLLS = 20
 
 
 class ReadPace:
-    """In units of `poll_ns` (50 ms by default): a read every 5 while requests run, every 20 while none do.
+    """In units of `poll_ns` (50 ms by default): a read every 10 while requests run, every 20 while none do.
 
     A read that is asked for comes at once, but at least 1 after the last one, and on average at most one in
     2: reads that were not needed are saved up, ten of them. A watcher that cannot ask (`is_silent`) gets one
@@ -27,7 +27,7 @@ class ReadPace:
         self.is_asked = False
         """A read is wanted sooner than it comes by itself."""
         self.deaf_until_ns = now_ns
-        """Until then nothing that is said would make it come sooner. Only told while ask follows on ask."""
+        """Until then nothing that is said makes it come sooner; only told once all that was saved is used."""
         self._poll_ns = poll_ns
         self._last_ns = now_ns - _IDLE_POLLS * poll_ns
         self._paid_ns = now_ns
@@ -45,7 +45,8 @@ class ReadPace:
     def note_read(self, now_ns: int) -> None:
         self._last_ns = now_ns
         self._paid_ns = max(self._paid_ns, now_ns) + _SILENT_POLLS * self._poll_ns
-        self.deaf_until_ns = self._soonest_ns() if self.is_asked else now_ns
+        soonest_ns = self._soonest_ns()
+        self.deaf_until_ns = soonest_ns if self.is_asked and soonest_ns > now_ns + self._poll_ns else now_ns
         self.is_asked = False
 
     def edge_gap_ns(self, now_ns: int) -> int:

@@ -26,10 +26,10 @@ def test_the_first_read_is_at_once_and_later_ones_are_rare_while_nothing_runs(pa
     assert pace.due_ns() == SECOND_NS
 
 
-def test_while_requests_run_a_read_comes_every_quarter_second(pace: ReadPace) -> None:
+def test_while_requests_run_a_read_comes_every_half_second(pace: ReadPace) -> None:
     pace.note_read(0)
     pace.hear_running(100 * MS)
-    assert pace.due_ns() == 250 * MS
+    assert pace.due_ns() == 500 * MS
     pace.note_read(4_000 * MS)
     assert pace.due_ns() == 5_000 * MS
 
@@ -39,8 +39,16 @@ def test_a_read_that_is_asked_for_is_a_poll_behind_the_last_one(pace: ReadPace) 
     pace.hear_ask(10 * MS)
     assert pace.due_ns() == 50 * MS
     pace.note_read(50 * MS)
-    assert pace.due_ns() == 300 * MS
-    assert pace.deaf_until_ns == 100 * MS
+    assert pace.due_ns() == 550 * MS
+
+
+def test_while_it_is_asked_all_the_time_it_need_not_listen_until_the_next_read(pace: ReadPace) -> None:
+    for _ in range(30):
+        pace.hear_ask(pace.due_ns())
+        pace.note_read(pace.due_ns())
+    last_ns = pace.deaf_until_ns - 100 * MS
+    pace.hear_ask(last_ns + 10 * MS)
+    assert pace.due_ns() == pace.deaf_until_ns
 
 
 def test_for_a_watcher_that_cannot_ask_a_read_comes_every_tenth_of_a_second(pace: ReadPace) -> None:
