@@ -84,7 +84,8 @@ def _log1p(x):
 @triton.jit
 def _gumbel(token, low, high):
     hashed = _mix32(_mix32(_mix32(token) ^ low) + high) & 0x7FFFFFFF
-    uniform = (hashed.to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10
+    # The unit of `sampler.py`, just below 2**-31: never 1.
+    uniform = (hashed.to(tl.int32).to(tl.float32) + 0.5) * 4.6566125955216364e-10
     return -tl.log(-_log1p(-uniform))
 
 
