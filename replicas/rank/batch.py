@@ -115,6 +115,8 @@ class Rows:
         for row in plan.freed_rows:
             assert self._sampling[row] is not None, f"step {plan.step} frees row {row}, which is free"
             self._sampling[row] = None
+            # Torch reads a row's table up to the longest of its group: beyond its own it finds scratch.
+            self._tables[row, : self._num_blocks[row]] = 0
             self._num_blocks[row] = 0
         for new in plan.new_rows:
             assert self._sampling[new.row] is None, f"step {plan.step} sets row {new.row}, which is taken"

@@ -99,6 +99,20 @@ def test_a_broken_row_fails_alone_and_its_blocks_can_be_used_again(llama: Path, 
     assert decode(runner, (0, 5, wanted[0]), (3, 9, wanted[1])) == wanted_next
 
 
+@pytest.mark.parametrize("kernels", ["off", "auto"])
+def test_a_broken_prompt_under_way_spoils_nobody_whose_row_had_its_blocks(llama: Path, kernels: str) -> None:
+    """Block 5 was the last of row 1, which then holds a shorter sequence and decodes beside a longer one."""
+    short, long = (3, 4, 5, 6, 8), tuple(range(10, 19))
+    runner = build(replace(make_config(llama), kernels=kernels))
+    wanted = run_new(runner, start(0, short, (1, 2)), start(1, long, (3, 4, 5)))
+    wanted_next = decode(runner, (0, 5, wanted[0]), (1, 9, wanted[1]))
+    run_new(runner, start(1, short, (1, 2)), start(0, long, (8, 9, 10)), freed=(0, 1))
+    with torch.inference_mode():
+        runner.decoder._embedding_VH[7] = torch.nan
+    run_new(runner, replace(start(2, (7,) * 4, (5,)), samples=False))
+    assert decode(runner, (1, 5, wanted[0]), (0, 9, wanted[1])) == wanted_next
+
+
 def test_a_chunk_that_does_not_sample_gives_no_id(llama: Path) -> None:
     runner = build(make_config(llama))
     whole = run_new(runner, start(0, (3, 4, 5, 6, 8), (1, 2)))
