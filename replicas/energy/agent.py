@@ -49,6 +49,12 @@ _MAX_WATCHES = 256
 _SOCKET_PATH_BYTES = 107
 _STOP_GRACE_S = 0.1
 _PIPE_INFIX = ".edges-"
+_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    # A watch that reads a pipe hears nothing on its stream, and asks every 20 s whether we are there. gRPC
+    # takes more than two such questions in five minutes for an attack, unless told, and ends the watch.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+)
 
 
 class WatchKey(NamedTuple):
@@ -106,7 +112,7 @@ class EnergyAgent:
 
     async def start(self, *addresses: str) -> tuple[str, ...]:
         """Listen on `unix:/path` and `host:port` addresses; gives them back with port 0 filled in."""
-        server = aio.server(options=(("grpc.so_reuseport", 0),))
+        server = aio.server(options=_SERVER_OPTIONS)
         add_strictly(add_EnergyAgentServicer_to_server, _Servicer(self), server)
         bound = tuple(self._bind(server, address) for address in addresses)
         await server.start()

@@ -99,12 +99,18 @@ class Dispatcher:
             power_w=energy.power_w,
             idle_power_w=energy.idle_power_w,
             active_power_w=energy.active_power_w,
-            ledger=LedgerState(
-                until_ns=energy.divided_until_ns,
-                sums=energy.sums,
-                agent_metrics_address=energy.agent_metrics_address,
-            ),
             experts=self.experts,
+        )
+
+    def ledger(self) -> LedgerState | None:
+        """None while no meter spoke."""
+        energy = self._energy
+        if energy is None or energy.source is None:
+            return None
+        return LedgerState(
+            until_ns=energy.divided_until_ns,
+            sums=energy.sums,
+            agent_metrics_address=energy.agent_metrics_address,
         )
 
     def cache(self) -> tuple[CacheChange, ...]:

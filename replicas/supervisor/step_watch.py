@@ -47,7 +47,7 @@ class StepWatch:
 
     @property
     def is_stalled(self) -> bool:
-        # The floor first: it is asked several times a second, and the percentile sorts all recent steps.
+        # The floor first: the limit sorts the recent steps, and this is asked many times a second.
         return self._waited_s > self._floor_s and self._waited_s > self.limit_s
 
     def note_step(self, duration_s: float | None) -> None:

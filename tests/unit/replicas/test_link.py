@@ -90,6 +90,9 @@ class Recorder:
     def load(self) -> ReplicaLoad:
         return ReplicaLoad(engine=LOAD, energy_source="fake", power_w=80.0)
 
+    def ledger(self) -> None:
+        """No meter spoke."""
+
     def on_attached(self, session: LinkSession) -> None:
         self.sessions.append(session)
         self._notify()
