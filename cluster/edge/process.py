@@ -157,13 +157,7 @@ class Router:
             threads=self._threads,
             siblings=siblings,
         )
-        self._oip = OipServicer(
-            guard=guard,
-            models=self._models,
-            pool=self._pool,
-            streams=self._streams,
-            threads=self._threads,
-        )
+        self._oip = self._oip_servicer(guard)
         self._cluster = self._cluster_servicer(guard, release)
         self._clients = self._client_server()
         self._pages: list[HttpServer] = []
@@ -324,6 +318,15 @@ class Router:
             continuations=Continuations(
                 seal=ResumeSeal(secret.derive("resume token")), pool=self._pool, turns=turns
             ),
+        )
+
+    def _oip_servicer(self, guard: RpcGuard) -> OipServicer:
+        return OipServicer(
+            guard=guard,
+            models=self._models,
+            pool=self._pool,
+            streams=self._streams,
+            threads=self._threads,
         )
 
     def _cluster_servicer(self, guard: RpcGuard, release: str) -> ClusterServicer:
