@@ -95,6 +95,15 @@ def test_a_wrong_value_is_shown_with_what_is_allowed(keys: dict[str, object], sa
     assert said in line
 
 
+@pytest.mark.parametrize("address", ["router", ":5", "router:0", "router:99999", "a..b:1", "http://x:1"])
+def test_what_a_replica_cannot_dial_is_said_before_it_loads_a_model(address: str) -> None:
+    good = ["router.example:50052", "[::1]:1", "10.0.0.7:65535", "unix:/run/link.sock"]
+    assert parse_config({"models": [MODEL], "router": {"link_addresses": good}})
+    assert problems({"models": [MODEL], "router": {"link_addresses": [*good, address]}}) == [
+        f"w.yaml: router.link_addresses: {address!r} is not host:port; write e.g. router.example:50052"
+    ]
+
+
 def test_no_model_is_a_mistake_of_its_own() -> None:
     assert problems({"models": []}) == ["w.yaml: models: got []; allowed: 1 entries or more"]
     assert problems({"models": 3}) == ["w.yaml: models: got 3; allowed: a list; begin each entry with `- `"]
