@@ -362,7 +362,7 @@ class ReplicaConnection:
             stream.batches.add(batch_size)
         self._unseen.pop(stream.link_id, None)
         if end is not None:
-            del self._streams[stream.link_id]
+            self._streams.pop(stream.link_id, None)  # Gone already where the cancel found no room.
         return ((stream, token_ids, logprobs, end),)
 
     def _open_account(self, link_id: int, account: EnergyAccount) -> None:
