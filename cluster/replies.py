@@ -176,6 +176,19 @@ class PowerState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostState:
+    """What the hosts drew beside the devices: requests + rest == meter. `power_w` None: unknown now."""
+
+    meter_mj: int
+    requests_mj: int
+    power_w: float | None
+
+    @property
+    def rest_mj(self) -> int:
+        return self.meter_mj - self.requests_mj
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertState:
     """How the experts of a model are loaded. Imbalance: busiest rank over the mean; None on one rank."""
 
@@ -207,7 +220,10 @@ class RequestState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelState:
-    """One model as operators see it; joules per token are None where none ended in the last 30 s."""
+    """One model as operators see it; joules per token are None where none ended in the last 30 s.
+
+    `host` None: no host is metered.
+    """
 
     name: str
     min_replicas: int
@@ -226,6 +242,7 @@ class ModelState:
     ledger: tuple[LedgerState, ...] = ()
     power: PowerState | None = None
     experts: ExpertState | None = None
+    host: HostState | None = None
 
     @property
     def num_ready(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from cluster.balancing.output_estimate import OutputEstimate
@@ -43,10 +43,16 @@ class ServedModel:
     def name(self) -> str:
         return self.section.name
 
-    @property
-    def energy_source(self) -> str:
-        """Of the newest joules: those of a request, else those of a ledger. Empty: there were none yet."""
-        return self.energy_rate.source or next(iter(self.ledger.sums), "")
+    def energy_source(self, announced: Iterable[str], *, now_s: float) -> str:
+        """The one that is shown; others are kept beside it, never added to it. Empty: unknown.
+
+        That of the last bill; once its meter counts no more, that of a ledger which still divides one. Before
+        any joule, what the replicas `announced`.
+        """
+        counting = [source for source in self.ledger.sums if self.ledger.power(source, now_s=now_s)]
+        billed = self.energy_rate.source
+        known = (billed, *self.ledger.sums, *announced)
+        return counting[0] if counting and billed not in counting else next(filter(None, known), "")
 
     @contextmanager
     def one_more_active(self) -> Iterator[None]:

@@ -36,6 +36,7 @@ def to_model_state(model: pb.ModelStatus) -> replies.ModelState:
         ledger=tuple(to_ledger_state(entry) for entry in model.ledger),
         power=to_power_state(model.power) if model.HasField("power") else None,
         experts=to_expert_state(model.experts) if model.HasField("experts") else None,
+        host=to_host_state(model.host) if model.HasField("host") else None,
     )
 
 
@@ -121,6 +122,14 @@ def to_power_state(power: pb.PowerSplit) -> replies.PowerState:
         idle_w=power.idle_w,
         unattributed_w=power.unattributed_w,
         static_w=power.static_w,
+    )
+
+
+def to_host_state(host: pb.HostEnergy) -> replies.HostState:
+    return replies.HostState(
+        meter_mj=host.meter_mj,
+        requests_mj=host.requests_mj,
+        power_w=host.power_w if host.HasField("power_w") else None,
     )
 
 

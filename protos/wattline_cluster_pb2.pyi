@@ -155,6 +155,7 @@ class ModelStatus(_message.Message):
     LEDGER_FIELD_NUMBER: _builtins.int
     POWER_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     min_replicas: _builtins.int
     max_replicas: _builtins.int
@@ -188,6 +189,10 @@ class ModelStatus(_message.Message):
     def experts(self) -> Global___ExpertBalance:
         """Unset for a model without experts, and until they worked. The cells are not told here."""
 
+    @_builtins.property
+    def host(self) -> Global___HostEnergy:
+        """Unset where no host is metered."""
+
     def __init__(
         self,
         *,
@@ -208,10 +213,11 @@ class ModelStatus(_message.Message):
         ledger: _abc.Iterable[_wattline_link_pb2.LedgerTotals] | None = ...,
         power: Global___PowerSplit | None = ...,
         experts: Global___ExpertBalance | None = ...,
+        host: Global___HostEnergy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "experts", b"experts", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "power", b"power", "tpot", b"tpot", "ttft", b"ttft"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "experts", b"experts", "host", b"host", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "power", b"power", "tpot", b"tpot", "ttft", b"ttft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "active_requests", b"active_requests", "energy_source", b"energy_source", "experts", b"experts", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "ledger", b"ledger", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "name", b"name", "output_tokens_per_s", b"output_tokens_per_s", "power", b"power", "replicas", b"replicas", "slo_met", b"slo_met", "slo_missed", b"slo_missed", "tpot", b"tpot", "ttft", b"ttft", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token", "_joules_per_total_token", b"_joules_per_total_token", "active_requests", b"active_requests", "energy_source", b"energy_source", "experts", b"experts", "host", b"host", "joules_per_output_token", b"joules_per_output_token", "joules_per_total_token", b"joules_per_total_token", "ledger", b"ledger", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "name", b"name", "output_tokens_per_s", b"output_tokens_per_s", "power", b"power", "replicas", b"replicas", "slo_met", b"slo_met", "slo_missed", b"slo_missed", "tpot", b"tpot", "ttft", b"ttft", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__joules_per_output_token: _TypeAlias = _typing.Literal["joules_per_output_token"]  # noqa: Y015
     _WhichOneofArgType__joules_per_output_token: _TypeAlias = _typing.Literal["_joules_per_output_token", b"_joules_per_output_token"]  # noqa: Y015
@@ -223,6 +229,36 @@ class ModelStatus(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__joules_per_total_token) -> _WhichOneofReturnType__joules_per_total_token | None: ...
 
 Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
+
+@_typing.final
+class HostEnergy(_message.Message):
+    """What the hosts drew beside the devices' meters, and in none of them; the requests' part of it, and the rest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METER_MJ_FIELD_NUMBER: _builtins.int
+    REQUESTS_MJ_FIELD_NUMBER: _builtins.int
+    POWER_W_FIELD_NUMBER: _builtins.int
+    meter_mj: _builtins.int
+    requests_mj: _builtins.int
+    power_w: _builtins.float
+    """Now; unset: unknown."""
+    def __init__(
+        self,
+        *,
+        meter_mj: _builtins.int = ...,
+        requests_mj: _builtins.int = ...,
+        power_w: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "power_w", b"power_w"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "meter_mj", b"meter_mj", "power_w", b"power_w", "requests_mj", b"requests_mj"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
+    _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_w) -> _WhichOneofReturnType__power_w | None: ...
+
+Global___HostEnergy: _TypeAlias = HostEnergy  # noqa: Y015
 
 @_typing.final
 class ExpertBalance(_message.Message):

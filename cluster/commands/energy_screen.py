@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cluster.commands.status_screen import new_table
+from cluster.commands.status_screen import new_table, show_number
 from cluster.ledger.report import Report, ReportRow, Site
 
 Column = tuple[str, Callable[[ReportRow], str]]
@@ -27,8 +27,8 @@ _SERVED: tuple[Column, ...] = (
     ("requests", lambda row: f"{row.num_requests:,}"),
     ("tokens in", lambda row: f"{row.prompt_tokens:,}"),
     ("out", lambda row: f"{row.output_tokens:,}"),
-    ("J/out", lambda row: _digits(row.joules_per_output_token)),
-    ("J/token", lambda row: _digits(row.joules_per_token)),
+    ("J/out", lambda row: show_number(row.joules_per_output_token)),
+    ("J/token", lambda row: show_number(row.joules_per_token)),
 )
 
 
@@ -47,11 +47,11 @@ def _joules(report: Report) -> tuple[Column, ...]:
 
 
 def _meanings(site: Site) -> tuple[Column, ...]:
-    columns: tuple[Column, ...] = (("kWh", lambda row: _digits(row.kwh)),)
+    columns: tuple[Column, ...] = (("kWh", lambda row: show_number(row.kwh)),)
     if site.carbon_g_per_kwh is not None:
         columns += (
-            ("g CO2e", lambda row: _digits(row.carbon_g)),
-            ("SCI g/1k", lambda row: _digits(row.sci_g_per_1000_tokens)),
+            ("g CO2e", lambda row: show_number(row.carbon_g)),
+            ("SCI g/1k", lambda row: show_number(row.sci_g_per_1000_tokens)),
         )
     if site.price_per_kwh is not None:
         columns += ((f"cost {site.currency}".rstrip(), lambda row: _money(row.cost)),)
@@ -94,10 +94,6 @@ def _tenths(value: float | None) -> str:
     return "-" if value is None else f"{value:,.1f}"
 
 
-def _digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.3g}"
-
-
 def _money(value: float | None) -> str:
     """With cents from one on; below, what is left of it."""
-    return _digits(value) if value is None or value < 1.0 else f"{value:,.2f}"
+    return show_number(value) if value is None or value < 1.0 else f"{value:,.2f}"

@@ -110,5 +110,7 @@ def describe_cost(final: Final) -> str:
 
 
 def show_number(value: float | None) -> str:
-    """Three significant digits; a dash where nothing is known."""
-    return "-" if value is None else f"{value:.3g}"
+    """Three significant digits, or all before the point; a dash where nothing is known."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"

@@ -18,12 +18,14 @@ from cluster.commands.status_screen import STATE_STYLES, new_table, show_number
 from cluster.replies import (
     ExpertState,
     FleetEvent,
+    HostState,
     Latency,
     LedgerState,
     ModelState,
     RequestState,
     RouterState,
 )
+from replicas.energy.meter import MEASURED
 
 HISTORY_POINTS = 40
 BARS = "▁▂▃▄▅▆▇█"
@@ -34,7 +36,6 @@ PARTS = (
     ("idle", "bright_black"),
     ("unattributed", "magenta"),
 )
-MEASURED = ("counter", "power_integrated", "shared")
 LEAST_REQUESTS = 3
 LINES_OF_MODEL = 7
 LINES_OF_HEADER = 2
@@ -47,7 +48,7 @@ class Lines:
     """The last numbers of one model, a second apart."""
 
     tokens_per_s: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_POINTS))
-    power_w: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_POINTS))
+    power_w: deque[float | None] = field(default_factory=lambda: deque(maxlen=HISTORY_POINTS))
 
 
 class TopScreen:
@@ -64,7 +65,7 @@ class TopScreen:
         for model in state.models:
             lines = self._lines.setdefault(model.name, Lines())
             lines.tokens_per_s.append(model.output_tokens_per_s)
-            lines.power_w.append(model.power.meter_w if model.power else 0.0)
+            lines.power_w.append(model.power.meter_w if model.power else None)
 
     def note_lost(self, reason: str) -> None:
         """The router did not answer; the numbers on the screen are old."""
@@ -85,7 +86,10 @@ class TopScreen:
         parts: list[RenderableType] = [self._headline(state, is_live=height > 0)]
         for model in state.models:
             parts += [*gap, Rule(_title(model), align="left", style="bright_black")]
-            parts += [_numbers(model), *_energy(model), self._line_row(model)]
+            parts += [_numbers(model), *_energy(model)]
+            if model.host is not None:
+                parts.append(describe_host(model.host))
+            parts.append(self._line_row(model))
             if model.experts is not None:
                 parts.append(describe_experts(model.experts))
         parts += [*gap, _replicas(state.models), *map(describe_event, events)]
@@ -117,7 +121,8 @@ def _lines_taken(state: RouterState) -> int:
     """All but requests, events and gaps."""
     num_lines = 1 + 2 * LINES_OF_HEADER
     for model in state.models:
-        num_lines += LINES_OF_MODEL + (model.experts is not None) + len(model.replicas)
+        extras = (model.experts is not None) + (model.host is not None)
+        num_lines += LINES_OF_MODEL + extras + len(model.replicas)
     return num_lines
 
 
@@ -174,6 +179,16 @@ def describe_ledger(ledger: LedgerState) -> Text:
     text.append(" + ".join(f"{part / 1e3:,.3f}" for part in parts))
     sign, style = ("=", "bold") if is_conserved else ("≠", "red")
     text.append(f" {sign} {ledger.meter_mj / 1e3:,.3f} J", style)
+    return text
+
+
+def describe_host(host: HostState) -> Text:
+    """Example: `host 42.1 W beside it  0.400 for requests + 0.100 rest = 0.500 J`."""
+    text = Text("host ", style="bright_black", overflow="ellipsis", no_wrap=True)
+    text.append(f"{show_number(host.power_w)} W", "cyan")
+    text.append(" beside it  ")
+    text.append(f"{host.requests_mj / 1e3:,.3f} for requests + {host.rest_mj / 1e3:,.3f} rest")
+    text.append(f" = {host.meter_mj / 1e3:,.3f} J", "bold not bright_black")
     return text
 
 
@@ -264,13 +279,13 @@ def show_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f}m" if seconds < 3600 else f"{seconds / 3600:.0f}h"
 
 
-def draw_line(values: Iterable[float], *, width: int) -> str:
-    """The last values as bars, the highest as a full one."""
+def draw_line(values: Iterable[float | None], *, width: int) -> str:
+    """The last values as bars, the highest as a full one; a gap where nothing is known."""
     last = list(values)[-width:]
-    highest = max(last, default=0.0)
-    if highest <= 0.0:
-        return BARS[0] * len(last)
-    return "".join(BARS[min(len(BARS) - 1, int(value / highest * (len(BARS) - 1) + 0.5))] for value in last)
+    highest = max((value for value in last if value is not None), default=0.0) or 1.0
+    return "".join(
+        " " if value is None else BARS[int(value / highest * (len(BARS) - 1) + 0.5)] for value in last
+    )
 
 
 def share_cells(values: Iterable[float], num_cells: int) -> list[int]:

@@ -112,10 +112,12 @@ def resolve_paths(config: Config, *, base: Path) -> Config:
         for section in config.models
     )
     runtime_dir = config.runtime_dir or str(default_runtime_dir())
+    path = config.ledger.path and str(base / _at_home(config.ledger.path))
     return config.model_copy(
         update={
             "models": models,
-            "runtime_dir": str(base / runtime_dir),
+            "runtime_dir": str(base / _at_home(runtime_dir)),
+            "ledger": config.ledger.model_copy(update={"path": path}),
             "router": _with_files(config.router, base),
             "telemetry": config.telemetry.model_copy(
                 update={

@@ -26,6 +26,7 @@ SERIES = (
     "unattributed_w",
     "meter_w",
     "static_w",
+    "host_w",
     "running",
     "waiting",
     "kv_used_ratio",
@@ -70,7 +71,7 @@ def point_of(snapshot: dict[str, Any], *, unix_s: float) -> dict[str, Any]:
 
 
 def _row(model: dict[str, Any]) -> Row:
-    power, experts = model["power_w"] or {}, model["experts"] or {}
+    power, experts, host = model["power_w"] or {}, model["experts"] or {}, model["host"] or {}
     values = {
         "output_tokens_per_s": model["output_tokens_per_s"],
         "ttft_p50_ms": model["ttft_ms"]["p50"],
@@ -86,6 +87,7 @@ def _row(model: dict[str, Any]) -> Row:
         "slo_missed": model["slo"]["missed"],
         "expert_imbalance": experts.get("imbalance"),
         "expert_imbalance_without_copies": experts.get("imbalance_without_copies"),
+        "host_w": host.get("power_w"),
         **power,
     }
     return tuple(_short(values.get(name)) for name in SERIES)

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
-from cluster.energy.ledger_book import LedgerSums
+from cluster.energy.ledger_book import LedgerBook, LedgerSums
 from cluster.link.fleet_record import FleetEvent, FleetRecord
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
+from cluster.router.gauges import kv_used_ratio
 from cluster.served_model import ServedModel
 from cluster.telemetry.journal import Answers, ClosedRequest, Journal, Spread
 from replicas.expert_heat import ExpertHeat, merge_heat
@@ -44,7 +45,7 @@ def view_model(
     model: ServedModel, *, replicas: list[ReplicaConnection], answers: Answers, now_s: float
 ) -> Json:
     by_output, by_total = answers.joules_per_token(now_s=now_s)
-    source = energy_source(model, replicas)
+    source = model.energy_source((replica.hello.energy_source for replica in replicas), now_s=now_s)
     power = model.ledger.power(source, now_s=now_s)
     return {
         "name": model.name,
@@ -73,10 +74,11 @@ def view_model(
             "source": source or None,
             "confidence_factor": model.ledger.confidence_factor(source),
             "ledger": [
-                {"source": name, **_without_tenants(sums), "is_conserved": sums.is_conserved}
+                {"source": name, **_of_devices(sums), "is_conserved": sums.is_conserved}
                 for name, sums in model.ledger.sums.items()
             ],
         },
+        "host": view_host(model.ledger, now_s=now_s),
         "experts": view_experts([replica.experts for replica in replicas if replica.experts]),
         "totals": {
             "requests": model.requests_total,
@@ -90,6 +92,19 @@ def view_model(
 
 def view_spread(spread: Spread | None) -> Json:
     return {"p50": spread.p50 if spread else None, "p95": spread.p95 if spread else None}
+
+
+def view_host(ledger: LedgerBook, *, now_s: float) -> Json | None:
+    """What the hosts draw beside the devices. None: no host is metered, and nothing is shown of them."""
+    host = ledger.host
+    if host is None:
+        return None
+    return {
+        "power_w": ledger.host_w(now_s=now_s),
+        "requests_mj": host.requests_mj,
+        "rest_mj": host.rest_mj,
+        "meter_mj": host.meter_mj,
+    }
 
 
 def view_experts(heats: list[ExpertHeat]) -> Json | None:
@@ -173,21 +188,6 @@ def view_request(closed: ClosedRequest, *, now_s: float) -> Json:
     }
 
 
-def kv_used_ratio(replicas: list[ReplicaConnection]) -> float | None:
-    """The part of all KV blocks that is in use; None while nobody has any."""
-    total_blocks = sum(sum(replica.load.total_blocks) for replica in replicas)
-    if not total_blocks:
-        return None
-    return 1.0 - sum(sum(replica.load.free_blocks) for replica in replicas) / total_blocks
-
-
-def energy_source(model: ServedModel, replicas: list[ReplicaConnection]) -> str:
-    """The one that is shown. Empty: unknown. Others are kept beside it, never added to it."""
-    return model.energy_source or next(
-        (replica.hello.energy_source for replica in replicas if replica.hello.energy_source), ""
-    )
-
-
-def _without_tenants(sums: LedgerSums) -> dict[str, Any]:
-    """Who took the joules is in /metrics; a page that is sent every second has no place for them."""
-    return {name: value for name, value in asdict(sums).items() if name != "tenants"}
+def _of_devices(sums: LedgerSums) -> dict[str, int]:
+    """Whose the joules are is in /metrics: a page that is sent every second has no place for it."""
+    return {name: value_mj for name, value_mj in sums.amounts_mj.items() if not name.startswith("host_")}

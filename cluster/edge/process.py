@@ -157,7 +157,7 @@ class Router:
             threads=self._threads,
             siblings=siblings,
         )
-        self._oip = OipServicer(guard=guard, models=self._models, pool=self._pool, streams=self._streams)
+        self._oip = self._oip_servicer(guard)
         self._cluster = self._cluster_servicer(guard, release)
         self._clients = self._client_server()
         self._pages: list[HttpServer] = []
@@ -320,6 +320,15 @@ class Router:
             ),
         )
 
+    def _oip_servicer(self, guard: RpcGuard) -> OipServicer:
+        return OipServicer(
+            guard=guard,
+            models=self._models,
+            pool=self._pool,
+            streams=self._streams,
+            threads=self._threads,
+        )
+
     def _cluster_servicer(self, guard: RpcGuard, release: str) -> ClusterServicer:
         return ClusterServicer(
             guard=guard,
@@ -349,7 +358,7 @@ class Router:
         guard = ExchangeGuard(
             telemetry=self._telemetry,
             metrics=self._metrics,
-            max_body_bytes=request_limit_bytes(section),
+            max_body_bytes=min(section.max_body_bytes, request_limit_bytes(section)),
             draw_id=self._siblings.draw_id,
         )
         return OpenAIRoutes(

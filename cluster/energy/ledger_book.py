@@ -34,7 +34,8 @@ class TenantSums:
 class LedgerSums:
     """Millijoules; `static_mj` and `wasted_mj` are parts of `prefill_mj + decode_mj`.
 
-    `host_meter_mj` is what the hosts drew beside it, `host_requests_mj` the requests' part; 0 if unknown.
+    `host_meter_mj` is what the hosts drew beside it, `host_requests_mj` the requests' part; 0 if unknown. A
+    host has a meter of its own, whatever the source of the devices': see `LedgerBook.host`.
     `tenants` adds up to prefill and decode, too, where the replica said whose they are.
     """
 
@@ -103,6 +104,18 @@ class LedgerPower:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostSums:
+    """Millijoules that the hosts drew beside the devices: the requests' part and the rest."""
+
+    meter_mj: int
+    requests_mj: int
+
+    @property
+    def rest_mj(self) -> int:
+        return self.meter_mj - self.requests_mj
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLedger:
     """One report: the sums of a replica's life by source, up to `until_ns` of its host's clock."""
 
@@ -115,11 +128,15 @@ class ReplicaLedger:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Life:
-    """The last report of one replica's life, and the power by source over the time before it."""
+    """The last report of one replica's life, and the power by source over the time before it.
+
+    `host_w` is beside them; None: nothing of a host was divided.
+    """
 
     ledger: ReplicaLedger
     heard_s: float
     power: Mapping[str, LedgerPower]
+    host_w: float | None
 
 
 class LedgerBook:
@@ -135,6 +152,15 @@ class LedgerBook:
     def sums(self) -> Mapping[str, LedgerSums]:
         """By source: measured and estimated joules are never added up."""
         return self._sums
+
+    @property
+    def host(self) -> HostSums | None:
+        """Of the hosts around all replicas; None: none is metered. Not by source: theirs is another meter."""
+        meter_mj = sum(sums.host_meter_mj for sums in self._sums.values())
+        if not meter_mj:
+            return None
+        requests_mj = sum(sums.host_requests_mj for sums in self._sums.values())
+        return HostSums(meter_mj=meter_mj, requests_mj=requests_mj)
 
     @property
     def newest(self) -> Iterable[ReplicaLedger]:
@@ -159,17 +185,14 @@ class LedgerBook:
         self.idle_share.note(
             {source: (sums.requests_mj, sums.idle_mj) for source, sums in self._sums.items()}, now_s=now_s
         )
-        self._lives[key] = _Life(ledger=ledger, heard_s=now_s, power=_power(last, ledger))
+        power, host_w = _power(last, ledger)
+        self._lives[key] = _Life(ledger=ledger, heard_s=now_s, power=power, host_w=host_w)
         if len(self._lives) > MAX_REPLICA_LIVES:
             self._lives.popitem(last=False)
 
     def power(self, source: str, *, now_s: float) -> LedgerPower | None:
         """What the replicas draw now by meters of this source, added up; None while none of them says."""
-        powers = [
-            life.power[source]
-            for life in self._lives.values()
-            if source in life.power and now_s - life.heard_s <= RATE_AGE_S
-        ]
+        powers = [life.power[source] for life in self._heard(now_s) if source in life.power]
         if not powers:
             return None
         return LedgerPower(
@@ -181,25 +204,31 @@ class LedgerBook:
             static_w=sum(power.static_w for power in powers),
         )
 
+    def host_w(self, *, now_s: float) -> float | None:
+        """What the hosts draw now beside the devices; None while none of them says."""
+        powers_w = [life.host_w for life in self._heard(now_s) if life.host_w is not None]
+        return sum(powers_w) if powers_w else None
 
-def total(sums: Iterable[LedgerSums]) -> LedgerSums:
-    """Over replicas or models of one source."""
-    return sum(sums, LedgerSums())
+    def _heard(self, now_s: float) -> Iterable[_Life]:
+        return (life for life in self._lives.values() if now_s - life.heard_s <= RATE_AGE_S)
 
 
-def _power(last: _Life | None, ledger: ReplicaLedger) -> Mapping[str, LedgerPower]:
-    """Over the time since the last report; as before where no more was divided.
+def _power(last: _Life | None, ledger: ReplicaLedger) -> tuple[Mapping[str, LedgerPower], float | None]:
+    """Of the devices by source, and of the host, over the time since the last report; as before where no more
+    was divided.
 
-    A source that divided nothing new has no power: its meter gave way to another.
+    A source that divided nothing new has no power: its meter gave way to another. Nor has the host.
     """
     if last is None:
-        return {}
+        return {}, None
     seconds = (ledger.until_ns - last.ledger.until_ns) / 1e9
     if seconds <= 0.0:
-        return last.power
+        return last.power, last.host_w
     powers = {}
+    host_mj = 0
     for source, sums in ledger.sums.items():
         new = sums.minus(last.ledger.sums.get(source, LedgerSums()))
+        host_mj += new.host_meter_mj
         if new.meter_mj or len(ledger.sums) == 1:
             powers[source] = LedgerPower(
                 meter_w=new.meter_mj / 1e3 / seconds,
@@ -209,4 +238,4 @@ def _power(last: _Life | None, ledger: ReplicaLedger) -> Mapping[str, LedgerPowe
                 unattributed_w=new.unattributed_mj / 1e3 / seconds,
                 static_w=new.static_mj / 1e3 / seconds,
             )
-    return powers
+    return powers, host_mj / 1e3 / seconds if host_mj else None

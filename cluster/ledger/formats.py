@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 
 from cluster.ledger.entries import RequestEntry
-from cluster.ledger.report import MEASURED, Report, ReportRow
+from cluster.ledger.report import Report, ReportRow
+from replicas.energy.meter import MEASURED
 
 
 def report_to_json(report: Report) -> str:

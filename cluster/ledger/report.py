@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from cluster.ledger.entries import ModelSums, RequestSums, Summary
+from replicas.energy.meter import MEASURED
 
 MJ_PER_KWH = 3_600_000_000
 """Millijoules."""
-MEASURED = frozenset({"counter", "power_integrated", "shared"})
-"""Sources that a meter stands behind; the others are estimates."""
 UNKNOWN = "unknown"
 
 

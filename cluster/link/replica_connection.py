@@ -109,7 +109,7 @@ class ReplicaConnection:
 
     @property
     def state(self) -> ReplicaState:
-        if self._draining_why is not None:
+        if self._draining_why is not None and not self.closed.is_set():
             return ReplicaState.DRAINING
         is_stalled = self.is_silent or bool(self._fenced_why) or self.closed.is_set()
         return ReplicaState.STALLED if is_stalled else ReplicaState.READY

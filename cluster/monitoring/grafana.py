@@ -57,7 +57,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             title="Where the power goes",
             unit="watt",
-            text="What the ledgers divided of the meters: the areas add up to the meter.",
+            text=(
+                "What the ledgers divided of the meters: the areas add up to the meter. Where hosts are "
+                "metered too, their CPUs and memory stand on top."
+            ),
             stacks=True,
             queries=(
                 Query(
@@ -66,6 +69,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                         f"({_rate('wattline_energy_joules_total')}))"
                     ),
                     legend="{{ledger}} {{phase}}",
+                ),
+                Query(
+                    expr=(
+                        "sum by (ledger) (max by (model, source, ledger) "
+                        f"({_rate('wattline_host_energy_joules_total')}))"
+                    ),
+                    legend="host {{ledger}}",
                 ),
             ),
         ),

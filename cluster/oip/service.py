@@ -11,6 +11,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import TypeAlias
 
@@ -30,6 +31,7 @@ from cluster.router.streams import Streams
 from cluster.router.wire import energy_trailers
 from cluster.security.auth import Identity
 from cluster.served_model import ServedModel, find_model
+from cluster.text.text_threads import TextThreads
 from protos import wattline_oip_pb2 as pb
 from protos import wattline_oip_pb2_grpc as pb_grpc
 from replicas.strict_messages import MalformedMessage
@@ -53,11 +55,13 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         models: Mapping[str, ServedModel],
         pool: ReplicaPool,
         streams: Streams,
+        threads: TextThreads,
     ) -> None:
         self._guard = guard
         self._models = models
         self._pool = pool
         self._streams = streams
+        self._threads = threads
 
     async def ServerLive(self, _: pb.ServerLiveRequest, context: AnyContext) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -67,8 +71,12 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         return pb.ServerReadyResponse(ready=any(self._is_ready(name) for name in self._models))
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: AnyContext) -> pb.ModelReadyResponse:
+        """What is not served is not ready, and no error: so says Triton."""
         async with self._guard.call(context, f"{SERVICE}/ModelReady") as rpc:
-            model = self._find(request.name, request.version, rpc)
+            try:
+                model = self._find(request.name, request.version, rpc)
+            except UnknownModel:
+                return pb.ModelReadyResponse(ready=False)
             return pb.ModelReadyResponse(ready=self._is_ready(model.name))
 
     async def ServerMetadata(
@@ -164,11 +172,11 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         async with aclosing(self._streams.run(completion, _caller(ask, rpc))) as events:
             async for event in events:
                 if isinstance(event, Completed):
-                    yield choices.take(event), event
+                    yield await self._threads.run(partial(choices.take, event), size=choices.size), event
                     continue
                 choices.add(event)
                 if ask.is_stream and not event.is_empty:
-                    yield choices.take(), None
+                    yield await self._threads.run(choices.take, size=choices.size), None
 
     def _find(self, name: str, version: str, rpc: Rpc, *, prefix: str = "") -> ServedModel:
         """`prefix`: of the two fields in the request."""
@@ -177,7 +185,8 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         return find_model(self._models, name, rpc.identity, field=f"{prefix}name")
 
     def _is_ready(self, name: str) -> bool:
-        return bool(self._pool.ready(name))
+        """Whether it takes requests now."""
+        return bool(self._pool.ready(name)) and not self._streams.is_stopping
 
 
 def _caller(ask: InferAsk, rpc: Rpc) -> Caller:

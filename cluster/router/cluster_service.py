@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import grpc
 
+from cluster.energy.ledger_book import LedgerBook
 from cluster.link.fleet_record import FleetEvent
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
@@ -119,7 +120,9 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         now_s = monotonic()
         answers = self._journal.of_model(model.name)
         by_output, by_total = answers.joules_per_token(now_s=now_s)
-        power = model.ledger.power(model.energy_source, now_s=now_s)
+        announced = (connection.hello.energy_source for connection in attached)
+        source = model.energy_source(announced, now_s=now_s)
+        power = model.ledger.power(source, now_s=now_s)
         return pb.ModelStatus(
             name=model.name,
             min_replicas=model.section.replicas.min,
@@ -128,26 +131,17 @@ class ClusterServicer(pb_grpc.ClusterServicer):
             waiting_requests=sum(sum(connection.load.waiting) for connection in attached),
             output_tokens_per_s=model.token_rate.per_second(now_s=now_s),
             joules_per_output_token=by_output,
-            energy_source=model.energy_source or next((c.hello.energy_source for c in attached), ""),
+            energy_source=source,
             replicas=[self._replica_status(connection, now_s=now_s) for connection in attached],
             joules_per_total_token=by_total,
             ttft=_latency(answers.ttft_ms(now_s=now_s)),
             tpot=_latency(answers.tpot_ms(now_s=now_s)),
             slo_met=answers.num_met,
             slo_missed=answers.num_missed,
-            ledger=[
-                link.LedgerTotals(
-                    source=source,
-                    confidence_factor=model.ledger.confidence_factor(source) or 0.0,
-                    tenants=[
-                        link.TenantEnergy(tenant=name, **asdict(each)) for name, each in sums.tenants.items()
-                    ],
-                    **sums.amounts_mj,
-                )
-                for source, sums in model.ledger.sums.items()
-            ],
+            ledger=_ledger(model.ledger),
             power=pb.PowerSplit(**asdict(power)) if power else None,
             experts=_balance(attached),
+            host=_host(model.ledger, now_s=now_s),
         )
 
     def _replica_status(self, connection: ReplicaConnection, *, now_s: float) -> pb.ReplicaStatus:
@@ -183,6 +177,27 @@ class ClusterServicer(pb_grpc.ClusterServicer):
 
 def _latency(spread_ms: Spread | None) -> pb.Latency | None:
     return None if spread_ms is None else pb.Latency(p50_ms=spread_ms.p50, p95_ms=spread_ms.p95)
+
+
+def _ledger(ledger: LedgerBook) -> list[link.LedgerTotals]:
+    return [
+        link.LedgerTotals(
+            source=source,
+            confidence_factor=ledger.confidence_factor(source) or 0.0,
+            tenants=[link.TenantEnergy(tenant=name, **asdict(each)) for name, each in sums.tenants.items()],
+            **sums.amounts_mj,
+        )
+        for source, sums in ledger.sums.items()
+    ]
+
+
+def _host(ledger: LedgerBook, *, now_s: float) -> pb.HostEnergy | None:
+    host = ledger.host
+    if host is None:
+        return None
+    return pb.HostEnergy(
+        meter_mj=host.meter_mj, requests_mj=host.requests_mj, power_w=ledger.host_w(now_s=now_s)
+    )
 
 
 def _summary(closed: ClosedRequest, *, now_s: float) -> pb.RequestSummary:

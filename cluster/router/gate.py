@@ -140,10 +140,10 @@ class Gate:
             held = self._hold(head.item.errand, head.tenant)
             if held is None:
                 break
+            now_s = self._clock_s()
+            self._pace.left(head.tokens, now_s=now_s)  # Who leaves an empty queue behind tells no pace.
             self._take_out(head)
             self._queue.count(head.tenant, head.cost)
-            now_s = self._clock_s()
-            self._pace.left(head.tokens, now_s=now_s)
             self._pace.waited(head.item.forecast, actual_s=now_s - head.item.since_s)
             head.item.place.set_result(held)
 

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from cluster.energy.account import HOST_SOURCE
-from cluster.energy.ledger_book import LedgerSums, total
+from cluster.energy.ledger_book import HostSums, LedgerSums
 from cluster.ledger.recorder import LedgerRecorder
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
@@ -83,7 +83,7 @@ def _replica_gauges(pool: ReplicaPool) -> Iterable[Metric]:
         labels, load = (connection.hello.model, connection.replica_id), connection.load
         free.add_metric(labels, sum(load.free_blocks))
         capacity.add_metric(labels, sum(load.total_blocks))
-        usage.add_metric(labels, kv_usage([connection]))
+        usage.add_metric(labels, kv_used_ratio([connection]) or 0.0)
         batch.add_metric(labels, sum(load.running))
         waiting.add_metric(labels, sum(load.waiting))
         if load.power_w:
@@ -105,7 +105,7 @@ def _picker_gauges(
         running.add_metric((name,), sum(sum(connection.load.running) for connection in attached))
         in_engines = sum(sum(connection.load.waiting) for connection in attached)
         waiting.add_metric((name,), in_engines + len(queues[name]))
-        usage.add_metric((name,), kv_usage(attached))
+        usage.add_metric((name,), kv_used_ratio(attached) or 0.0)  # Without blocks 0, as pickers expect.
     return running, waiting, usage
 
 
@@ -141,15 +141,15 @@ def _energy_counters(models: Mapping[str, ServedModel]) -> Iterable[Metric]:
             meter.add_metric((source, name), sums.meter_mj / 1e3)
             wasted.add_metric((source, name), sums.wasted_mj / 1e3)
             static.add_metric((source, name), sums.static_mj / 1e3)
-        _add_host(host, name, total(model.ledger.sums.values()))
+        _add_host(host, name, model.ledger.host)
     return joules, meter, wasted, static, host
 
 
-def _add_host(host: CounterMetricFamily, model: str, sums: LedgerSums) -> None:
+def _add_host(family: CounterMetricFamily, model: str, host: HostSums | None) -> None:
     """Nothing where no host is metered. Whatever the devices' source, a host's is one."""
-    if sums.host_meter_mj:
-        host.add_metric(("request", HOST_SOURCE, model), sums.host_requests_mj / 1e3)
-        host.add_metric(("rest", HOST_SOURCE, model), (sums.host_meter_mj - sums.host_requests_mj) / 1e3)
+    if host is not None:
+        family.add_metric(("request", HOST_SOURCE, model), host.requests_mj / 1e3)
+        family.add_metric(("rest", HOST_SOURCE, model), host.rest_mj / 1e3)
 
 
 def _divided(sums: LedgerSums) -> Iterable[tuple[tuple[str, str, str], str, int]]:
@@ -172,8 +172,8 @@ def _divided(sums: LedgerSums) -> Iterable[tuple[tuple[str, str, str], str, int]
     yield ("unattributed", "none", "device"), NOBODY, sums.unattributed_mj
 
 
-def kv_usage(replicas: list[ReplicaConnection]) -> float:
-    """The part of all KV blocks in use; 0 without blocks, as pickers expect."""
+def kv_used_ratio(replicas: list[ReplicaConnection]) -> float | None:
+    """The part of all KV blocks that is in use; None while nobody has any."""
     total_blocks = sum(sum(connection.load.total_blocks) for connection in replicas)
     free_blocks = sum(sum(connection.load.free_blocks) for connection in replicas)
-    return 1.0 - free_blocks / total_blocks if total_blocks else 0.0
+    return 1.0 - free_blocks / total_blocks if total_blocks else None

@@ -110,17 +110,11 @@ class RunFolder:
                 f"runtime_dir: {str(self.path)!r} is {len(str(self.path))} characters long; sockets below it "
                 f"leave {MAX_PATH_CHARS}; choose a shorter one, such as /tmp/wattline"
             )
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandError(
-                f"runtime_dir: {self.path} cannot be made ({error.strerror}); choose another"
-            ) from error
-        owner = self.path.stat()
-        if owner.st_uid != os.getuid() or stat.S_IMODE(owner.st_mode) & 0o022:
-            raise CommandError(
-                f"runtime_dir: {self.path} is open to others; choose one of your own, or `chmod 700` it"
-            )
+        _make_private(self.path)
+
+    def prepare_shared(self) -> None:
+        """Make `shared_dir`. Anybody can make folders beside it, and guess its name. Raises CommandError."""
+        _make_private(self.shared_dir)
 
     def acquire(self) -> None:
         """Be the only `up` in this folder. Raises CommandError naming the other one."""
@@ -152,6 +146,20 @@ class RunFolder:
         fresh = self.state_path.with_suffix(".new")
         fresh.write_text(json.dumps(asdict(state)), encoding="utf-8")
         fresh.replace(self.state_path)
+
+
+def _make_private(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(
+            f"runtime_dir: {path} cannot be made ({error.strerror}); choose another"
+        ) from error
+    owner = path.stat()
+    if owner.st_uid != os.getuid() or stat.S_IMODE(owner.st_mode) & 0o022:
+        raise CommandError(
+            f"runtime_dir: {path} is open to others; choose one of your own, or `chmod 700` it"
+        )
 
 
 def read_state(path: Path) -> UpState | None:

@@ -26,6 +26,9 @@ class Source(StrEnum):
     FAKE = "fake"
 
 
+MEASURED = frozenset({Source.COUNTER, Source.POWER_INTEGRATED, Source.SHARED})
+"""Sources that a meter stands behind; the others are estimates, or made up."""
+
 CONFIDENCE_FACTORS = {
     Source.COUNTER: 1.05,
     Source.POWER_INTEGRATED: 1.10,

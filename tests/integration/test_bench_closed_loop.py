@@ -46,4 +46,5 @@ async def test_the_next_request_does_not_wait_for_the_bill() -> None:
     finally:
         await server.stop(None)
     assert [one.output_tokens for one in run.times] == [1, 1, 1]
+    assert len(run.energy_final_ms) == 3 and 0.0 <= run.share_in_time <= 1.0
     assert (run.energy_j, run.energy_source, run.energy_final_share) == (6.0, "fake", 1.0)

@@ -58,7 +58,9 @@ async def read_events(router: TestRouter, count: int) -> list[tuple[str, Any]]:
     return events
 
 
-def make_totals(*, until_s: int, prefill_mj: int, decode_mj: int, idle_mj: int) -> link.LedgerTotals:
+def make_totals(
+    *, until_s: int, prefill_mj: int, decode_mj: int, idle_mj: int, host_mj: int = 0
+) -> link.LedgerTotals:
     return link.LedgerTotals(
         until_ns=until_s * NS,
         source="fake",
@@ -68,6 +70,8 @@ def make_totals(*, until_s: int, prefill_mj: int, decode_mj: int, idle_mj: int) 
         decode_mj=decode_mj,
         idle_mj=idle_mj,
         static_mj=(prefill_mj + decode_mj) // 4,
+        host_meter_mj=host_mj,
+        host_requests_mj=host_mj // 4,
     )
 
 
@@ -137,11 +141,16 @@ async def test_an_open_page_does_not_hold_up_the_stop() -> None:
         await reading
 
 
-async def test_the_ledger_adds_up_and_requests_are_listed_without_their_text(router: TestRouter) -> None:
+async def test_the_ledger_adds_up_and_requests_are_listed_without_their_text(
+    router: TestRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.energy.ledger_book.RATE_AGE_S", 1e9)  # However slow the machine is.
     async with router.replica(host_mj=700) as replica:
         answer = await collect(router.inference.Generate(make_request(SECRET, energy_wait_ms=1000)))
         await replica.report_ledger(make_totals(until_s=1, prefill_mj=100, decode_mj=200, idle_mj=300))
-        await replica.report_ledger(make_totals(until_s=3, prefill_mj=1100, decode_mj=2200, idle_mj=700))
+        await replica.report_ledger(
+            make_totals(until_s=3, prefill_mj=1100, decode_mj=2200, idle_mj=700, host_mj=9000)
+        )
         snapshot = await settled(router, meter_mj=4000)
         status = await router.cluster.Status(cluster_pb.StatusRequest(last_requests=5))
     model = snapshot["models"][0]
@@ -155,11 +164,11 @@ async def test_the_ledger_adds_up_and_requests_are_listed_without_their_text(rou
         "unattributed_mj": 0,
         "static_mj": 825,
         "wasted_mj": 0,
-        "host_meter_mj": 0,
-        "host_requests_mj": 0,
         "is_conserved": True,
     }
     assert model["power_w"]["meter_w"] == 1.7
+    assert model["host"] == {"power_w": 4.5, "requests_mj": 2250, "rest_mj": 6750, "meter_mj": 9000}
+    assert snapshot["models"][1]["host"] is None
     assert model["slo"] == {"ttft_ms": 60_000, "tpot_ms": 60_000, "met": 1, "missed": 0}
     (request,) = snapshot["requests"]
     assert (request["id"], request["trace_id"]) == (answer.final.request_id, answer.final.trace_id)
@@ -226,6 +235,11 @@ def assert_same(status: cluster_pb.StatusResponse, snapshot: dict[str, Any]) -> 
     assert told.joules_per_output_token == shown["j_per_output_token"]
     assert told.joules_per_total_token == shown["j_per_total_token"]
     assert told.power.meter_w == shown["power_w"]["meter_w"]
+    assert (told.host.meter_mj, told.host.requests_mj) == (
+        shown["host"]["meter_mj"],
+        shown["host"]["requests_mj"],
+    )
+    assert told.host.power_w == shown["host"]["power_w"]
     for name in ("meter_mj", "prefill_mj", "decode_mj", "idle_mj", "unattributed_mj", "static_mj"):
         assert getattr(told.ledger[0], name) == shown["energy"]["ledger"][0][name]
     assert [request.request_id for request in status.last_requests] == [

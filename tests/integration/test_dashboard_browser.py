@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
 ]
 NS = 1_000_000_000
+POWER_LEGEND = "document.querySelector('#chart-power + .legend').textContent"
 READY = "document.documentElement?.dataset.ready === 'true'"
 PAINTED = """[...document.querySelectorAll('canvas')].filter((one) => one.offsetParent).map((canvas) => {
   const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
@@ -77,7 +78,11 @@ async def shown(page: Page, selector: str, field: str) -> int:
     return int(await page.evaluate(f"document.querySelector('{selector}').dataset.{field}"))
 
 
-async def test_the_numbers_on_the_page_are_those_of_metrics(router: TestRouter, page: Page) -> None:
+async def test_the_numbers_on_the_page_are_those_of_metrics(
+    router: TestRouter, page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.energy.ledger_book.RATE_AGE_S", 1e9)  # However slow the machine is.
+    assert "host" not in await page.evaluate(POWER_LEGEND)
     async with router.replica() as replica:
         for length in (3, 5, 7):
             await collect(router.inference.Generate(make_request("x" * length, energy_wait_ms=1000)))
@@ -112,9 +117,17 @@ async def test_the_numbers_on_the_page_are_those_of_metrics(router: TestRouter, 
             parts_mj += value_mj
         meter_mj = round(1e3 * samples["wattline_energy_meter_joules_total", MODEL, "fake"])
         assert await shown(page, "[data-ledger=meter_mj]", "mj") == parts_mj == meter_mj
-        host_mj = await shown(page, "[data-ledger=host_requests_mj]", "mj")
-        assert host_mj == round(
-            1e3 * samples["wattline_host_energy_joules_total", "request", MODEL, "shared"]
+        host_mj = 0
+        for key, ledger in (("host_requests_mj", "request"), ("host_rest_mj", "rest")):
+            value_mj = await shown(page, f"[data-ledger={key}]", "mj")
+            assert value_mj == round(
+                1e3 * samples["wattline_host_energy_joules_total", ledger, MODEL, "shared"]
+            )
+            host_mj += value_mj
+        assert await shown(page, "[data-ledger=host_meter_mj]", "mj") == host_mj == 500 * 3
+        await page.until(f"{POWER_LEGEND}.includes('host, beside it0.500 W')")
+        assert await page.evaluate("document.querySelector('[data-tile=power] .sub').textContent") == (
+            "host 0.500 W beside it"
         )
         assert "to the millijoule" in await page.evaluate(
             "document.getElementById('ledger-check').textContent"

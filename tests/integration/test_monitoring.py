@@ -14,6 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +127,31 @@ async def without_a_series(prometheus: str, queries: Mapping[str, str]) -> dict[
 
 @asynccontextmanager
 async def running_agent(folder: Path) -> AsyncIterator[str]:
-    """An energy agent that shows its metrics on a free port."""
-    agent = EnergyAgent()
+    """An energy agent that shows its metrics on a free port, on a host whose CPU package draws 2 W."""
+    powercap = folder / "powercap"
+    package = powercap / "intel-rapl:0"
+    package.mkdir(parents=True)
+    for name, text in (("name", "package-0"), ("max_energy_range_uj", "262143328850"), ("energy_uj", "0")):
+        (package / name).write_text(text)
+    agent = EnergyAgent(powercap_dir=powercap)
     agent.serve_metrics(MetricsAccess())
     (address,) = await agent.start(f"unix:{folder}/energy.sock")
+    drawing = asyncio.create_task(draw(package / "energy_uj"))
     try:
         yield address
     finally:
+        drawing.cancel()
         await agent.stop()
+
+
+async def draw(counter: Path) -> None:
+    """Microjoules that never become fewer digits: the agent may read at any time."""
+    with counter.open("r+") as file:
+        for tenths in count(1):
+            file.seek(0)
+            file.write(f"{200_000 * tenths}")
+            file.flush()
+            await asyncio.sleep(0.1)
 
 
 async def test_every_panel_has_a_series_under_load(tmp_path: Path) -> None:
@@ -184,6 +202,6 @@ def test_the_rules_are_right_by_their_own_tests(tmp_path: Path) -> None:
     write_all(tmp_path, routers=("127.0.0.1:8100",))
     for command in (("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yaml")):
         done = subprocess.run(
-            ["promtool", *command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+            ["promtool", *command], cwd=tmp_path, capture_output=True, text=True, timeout=WAIT_S, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -174,21 +174,6 @@ async def test_tenants_share_no_cached_blocks(keys: Keys, tmp_path: Path) -> Non
     assert cache_salt("acme", key=b"guessed") not in salts
 
 
-async def test_a_body_over_the_limit_is_not_read(keys: Keys) -> None:
-    config = make_config(router={"max_body_bytes": 2048})
-    async with run_test_router(config) as router:
-
-        def post() -> int:
-            request = Request(f"http://{router.addresses.http}/v1/completions", data=b"x" * 4096)
-            try:
-                with urlopen(request, timeout=60) as response:
-                    return int(response.status)
-            except HTTPError as error:
-                return error.code
-
-        assert await asyncio.to_thread(post) == 413
-
-
 async def test_a_private_socket_asks_nobody(keys: Keys, tmp_path: Path) -> None:
     from cluster.edge.process import Router
     from cluster.text.null_tokenizer import NullTokenizer

@@ -6,7 +6,8 @@ import { HeatMap } from "./heat.js";
 
 const byId = (id) => document.getElementById(id);
 
-const PARTS = ["prefill_w", "decode_w", "idle_w", "unattributed_w"];
+// From the bottom of the stack up: the first four are the meter's, the host's own meter stands on top of them.
+const PARTS = ["prefill_w", "decode_w", "idle_w", "unattributed_w", "host_w"];
 const SLO_WINDOW = 60;
 const REPLICA_ROLES = ["l0", "l1", "l2", "l3", "l4", "l5"];
 
@@ -57,7 +58,7 @@ export class Panels {
   constructor({ grid, powerBox, imbalanceBox, heatCanvas, heatWords, span }) {
     this.span = span;
     this.charts = new Map();
-    this.power = new Chart(powerBox, { label: "Power by purpose", unit: "W", lines: powerLines(), span });
+    this.power = new Chart(powerBox, { label: "Power by purpose", unit: "W", lines: powerLines(false), span });
     for (const spec of SIMPLE) this.charts.set(spec.id, this.add(grid, spec));
     this.imbalance = new Chart(imbalanceBox, { label: "Imbalance of the ranks", unit: "×", lines: IMBALANCE, min: 1, span });
     this.heat = new HeatMap(heatCanvas, heatWords);
@@ -109,8 +110,10 @@ export class Panels {
 
   showPower(stream, model) {
     const [times, ...columns] = stream.columns(model.name, [...PARTS, "static_w", "meter_w"], this.span());
-    const parts = columns.slice(0, 4);
-    const rest = columns.slice(4);
+    const hasHost = columns[PARTS.indexOf("host_w")].some((value) => value !== null);
+    if (hasHost !== this.power.lines.some((line) => line.role === "host")) this.power.reset(powerLines(hasHost));
+    const parts = columns.slice(0, hasHost ? 5 : 4);
+    const rest = columns.slice(PARTS.length);
     this.power.show([times, ...stack(parts), ...rest], [times, ...parts.toReversed(), ...rest]);
   }
 
@@ -174,9 +177,10 @@ export class Panels {
 
 const strong = (ratio) => element("b", {}, times(ratio));
 
-// In the order they are painted: the top of the stack first.
-function powerLines() {
+// In the order they are painted: the top of the stack first. Nothing is said of a host that no meter counts.
+function powerLines(hasHost) {
   return [
+    ...(hasHost ? [{ name: "host, beside it", role: "host", fill: true, width: 0 }] : []),
     { name: "unattributed", role: "unattributed", fill: true, width: 0 },
     { name: "idle", role: "idle", fill: true, width: 0 },
     { name: "decode", role: "decode", fill: true, width: 0 },

@@ -40,7 +40,7 @@ function write(row, cells) {
     row.texts[i] = text;
     const box = row.box.children[i] ?? row.box.appendChild(element(tag, tag === "th" ? { scope: "row" } : {}));
     box.className = kind;
-    if (title) box.title = title;
+    box.title = title;
     box.replaceChildren(...(draw ? draw() : [text]));
   });
 }

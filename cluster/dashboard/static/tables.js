@@ -42,7 +42,7 @@ export function showTiles(model, attainment) {
   tile("cost", "Energy per token", "Joules of the requests billed in the last 30 s, divided by the tokens of their answers; and by all their tokens, prompts included.",
     number(model.j_per_output_token), "J/output", `${number(model.j_per_total_token)} J/total token`);
   tile("power", "Power", "What the devices of this model's replicas draw now, by the meter.",
-    number(power?.meter_w), "W", power ? `${number(power.idle_w)} W of it idle` : isMeterSilent(model) ? "the meter is silent" : "no meter yet");
+    number(power?.meter_w), "W", besidePower(model));
   tile("batch", "Batch", "Requests the engines work on together, and those that wait for a place.",
     count(model.running), "running", `${count(model.waiting)} waiting`, model.waiting > model.running && model.waiting > 4 ? "warn" : "");
   tile("kv", "KV cache", "Part of the cache of keys and values that requests hold. At 100 % new requests wait.",
@@ -62,6 +62,11 @@ const attained = (ratio) => (!isKnown(ratio) ? UNKNOWN : ratio === 1 ? "100" : (
 function replicasReady({ ready, min }) {
   if (ready < min) return `${ready} of ${min} replicas ready`;
   return ready === 1 ? "1 replica ready" : `${ready} replicas ready`;
+}
+
+function besidePower(model) {
+  if (!model.power_w) return isMeterSilent(model) ? "the meter is silent" : "no meter yet";
+  return isKnown(model.host?.power_w) ? `host ${number(model.host.power_w)} W beside it` : `${number(model.power_w.idle_w)} W of it idle`;
 }
 
 // It counted before, and nothing comes of it now.
@@ -85,23 +90,31 @@ export function showEnergy(model) {
     delete check.dataset.ok;
     return;
   }
-  const row = (name, key, rowClass = "", whole = sums.meter_mj) => {
-    const swatch = element("span", { class: "swatch" });
-    swatch.style.background = rowClass ? "transparent" : `var(--${name})`;
-    const share = whole ? percent(sums[key] / whole) : UNKNOWN;
-    const value = element("td", { "data-ledger": key, "data-mj": String(sums[key]) }, joules(sums[key]));
-    return element("tr", { class: rowClass }, element("th", { scope: "row" }, swatch, name), value, element("td", {}, share));
-  };
-  const host = sums.host_meter_mj;
-  const beside = host ? [row("host, beside it", "host_meter_mj", "sum", host), row("of it for requests", "host_requests_mj", "part", host)] : [];
+  const row = (name, key, kind = "") => ledgerRow({ name, key, amount: sums[key], whole: sums.meter_mj, kind, role: kind ? "" : name });
   body.replaceChildren(
     row("prefill", "prefill_mj"), row("decode", "decode_mj"), row("idle", "idle_mj"), row("unattributed", "unattributed_mj"),
-    row("meter", "meter_mj", "sum"), row("of it static", "static_mj", "part"), row("of it wasted", "wasted_mj", "part"), ...beside,
+    row("meter", "meter_mj", "sum"), row("of it static", "static_mj", "part"), row("of it wasted", "wasted_mj", "part"),
+    ...(model.host ? hostRows(model.host) : []),
   );
   check.dataset.ok = String(sums.is_conserved);
   const others = ledger.filter((one) => one !== sums).map((one) => `${joules(one.meter_mj)} J from ${one.source}`);
   const apart = others.length ? `; beside it, never added: ${others.join(", ")}` : "";
   check.textContent = (sums.is_conserved ? "✓ the four parts equal the meter, to the millijoule" : "✗ the parts do not equal the meter") + apart;
+}
+
+// The host's own meter, and what it was for: an account beside that of the devices.
+function hostRows(host) {
+  const row = (name, key, kind, role) => ledgerRow({ name, key: `host_${key}`, amount: host[key], whole: host.meter_mj, kind, role });
+  return [row("host, for requests", "requests_mj", "apart", "host"), row("host, the rest", "rest_mj", "", "host"), row("host meter", "meter_mj", "sum", "")];
+}
+
+// `amount` of `whole` in millijoules; `role` of its colour in the chart, empty where it has none there.
+function ledgerRow({ name, key, amount, whole, kind, role }) {
+  const swatch = element("span", { class: "swatch" });
+  swatch.style.background = role ? `var(--${role})` : "transparent";
+  const share = whole ? percent(amount / whole) : UNKNOWN;
+  const value = element("td", { "data-ledger": key, "data-mj": String(amount) }, joules(amount));
+  return element("tr", { class: kind }, element("th", { scope: "row" }, swatch, name), value, element("td", {}, share));
 }
 
 export function showRequests(requests) {

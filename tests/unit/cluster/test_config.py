@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ConfigError, load_config, parse_config
+from cluster.ledger.location import ledger_path
 
 MODEL = {"name": "m", "source": "null"}
 
@@ -103,3 +104,14 @@ def test_a_file_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
         load_config(path)
+
+
+def test_paths_are_relative_to_the_file_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = tmp_path / "w.yaml"
+    path.write_text('models: [{name: a, source: "null"}]\nledger: {path: books/l.db}\nruntime_dir: ~/run\n')
+    config = load_config(path)
+    assert ledger_path(config) == tmp_path / "books/l.db"
+    assert config.runtime_dir == str(tmp_path / "home/run")

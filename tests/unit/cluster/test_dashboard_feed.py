@@ -27,6 +27,7 @@ def make_snapshot(**model: Any) -> dict[str, Any]:
         "slo": {"met": 2, "missed": 1},
         "experts": None,
         "power_w": {"meter_w": 100.0, "prefill_w": 30.0, "decode_w": 50.0, "idle_w": 20.0},
+        "host": {"power_w": 42.0},
         **model,
     }
     return {"models": [one], "replicas": [], "events": [], "requests": []}
@@ -37,12 +38,14 @@ def test_a_point_holds_a_number_for_every_series() -> None:
     row = dict(zip(SERIES, point["models"]["m"], strict=True))
     assert (row["output_tokens_per_s"], row["ttft_p95_ms"], row["running"]) == (12.3457, 40.0, 3)
     assert (row["tpot_p50_ms"], row["unattributed_w"], row["meter_w"]) == (None, None, 100.0)
+    assert row["host_w"] == 42.0
     assert point["t"] == 1000.0
 
 
 def test_unknown_power_is_no_number() -> None:
-    row = dict(zip(SERIES, point_of(make_snapshot(power_w=None), unix_s=0.0)["models"]["m"], strict=True))
-    assert (row["meter_w"], row["idle_w"]) == (None, None)
+    unmetered = make_snapshot(power_w=None, host=None)
+    row = dict(zip(SERIES, point_of(unmetered, unix_s=0.0)["models"]["m"], strict=True))
+    assert (row["meter_w"], row["idle_w"], row["host_w"]) == (None, None, None)
 
 
 def test_only_the_replicas_that_draw_most_have_a_line() -> None:

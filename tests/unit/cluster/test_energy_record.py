@@ -7,12 +7,16 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.config import ModelSection
 from cluster.energy.account import EnergyAccount, RequestEnergy
+from cluster.energy.ledger_book import LedgerSums, ReplicaLedger
 from cluster.energy.rates import LAST_REQUESTS, EnergyRate, TokenRate
 from cluster.request.answer import Usage
 from cluster.request.errors import UnknownRequest
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
 from cluster.router.wire import energy_message, energy_trailers
+from cluster.served_model import ServedModel
+from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_inference_pb2 as pb
 
 USAGE = Usage(prompt_tokens=6, cached_tokens=0, completion_tokens=4, wasted_tokens=0)
@@ -104,6 +108,24 @@ def test_token_rate_is_over_the_last_ten_seconds() -> None:
         rate.add(50, now_s=second + 0.75)
     assert rate.per_second(now_s=120.0 - 1e-9) == pytest.approx(100.0)
     assert rate.per_second(now_s=200.0) == 0.0
+
+
+def test_the_source_that_is_shown_is_the_one_that_counts() -> None:
+    section = ModelSection(name="m", source="null")
+    model = ServedModel(section, NullTokenizer(vocab_size=8), max_prompt_bytes=8)
+    assert model.energy_source((), now_s=0.0) == ""
+    assert model.energy_source(("", "counter"), now_s=0.0) == "counter"
+    for source in ("counter", "power_integrated"):
+        for second in (1, 2):
+            sums = {source: LedgerSums(meter_mj=second, idle_mj=second)}
+            book = ReplicaLedger(
+                replica_id=source, epoch=1, until_ns=second * 10**9, sums=sums, confidence_factors={}
+            )
+            model.ledger.add(book, now_s=10.0 if source == "counter" else 20.0)
+    assert model.energy_source((), now_s=12.0) == "counter"
+    model.add_energy(FINAL, output_tokens=4)
+    assert model.energy_source((), now_s=20.0) == "power_integrated"
+    assert model.energy_source((), now_s=90.0) == "counter"
 
 
 def test_energy_rate_is_a_ratio_of_sums_of_one_source() -> None:

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.energy.ledger_book import RATE_AGE_S, LedgerBook, LedgerSums, ReplicaLedger, TenantSums, total
+from cluster.energy.ledger_book import (
+    RATE_AGE_S,
+    HostSums,
+    LedgerBook,
+    LedgerSums,
+    ReplicaLedger,
+    TenantSums,
+)
 
 NS = 1_000_000_000
 
@@ -103,6 +110,29 @@ def test_power_is_what_was_divided_over_the_time_it_was_divided_for() -> None:
     assert book.power("counter", now_s=3.0 + RATE_AGE_S + 0.1) is None
 
 
+def test_a_host_has_an_account_of_its_own_whatever_its_devices_are_read_by() -> None:
+    book = LedgerBook()
+    book.add(make_ledger(make_sums(0, 0), until_s=1), now_s=1.0)
+    book.add(make_ledger(make_sums(1000, 0), until_s=2), now_s=2.0)
+    assert (book.host, book.host_w(now_s=2.0)) == (None, None)
+    hosts = {"counter": (6000, 4000), "power_integrated": (3000, 1000)}
+    after = ReplicaLedger(
+        replica_id="a",
+        epoch=1,
+        until_ns=4 * NS,
+        sums={
+            source: replace(make_sums(1000, 0), host_meter_mj=meter_mj, host_requests_mj=requests_mj)
+            for source, (meter_mj, requests_mj) in hosts.items()
+        },
+        confidence_factors={},
+    )
+    book.add(after, now_s=4.0)
+    assert book.host == HostSums(meter_mj=9000, requests_mj=5000)
+    assert book.host.rest_mj == 4000
+    assert book.host_w(now_s=4.0) == 4.5
+    assert book.host_w(now_s=4.0 + RATE_AGE_S + 0.1) is None
+
+
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(
     st.lists(
@@ -120,7 +150,7 @@ def test_the_parts_are_the_whole_whatever_the_replicas_do(
         ledger = make_ledger(now, until_s=second, replica_id=replica_id, epoch=epoch)
         book.add(ledger, now_s=float(second))
     assert all(sums.is_conserved for sums in book.sums.values())
-    assert total(book.sums.values()) == total(lives.values())
+    assert sum(book.sums.values(), LedgerSums()) == sum(lives.values(), LedgerSums())
     power = book.power("counter", now_s=float(len(reports)))
     if power is not None:
         parts_w = power.prefill_w + power.decode_w + power.idle_w + power.unattributed_w

@@ -19,10 +19,11 @@ from cluster.monitoring.write import write_all
 from replicas.expert_loads import ExpertLoads
 from replicas.supervisor.expert_metrics import next_snapshot
 
+FOLDER = Path(__file__).parents[3] / "cluster" / "monitoring"
+
 
 def rules() -> list[dict[str, Any]]:
-    folder = Path(__file__).parents[3] / "cluster" / "monitoring"
-    groups = yaml.safe_load((folder / "rules.yaml").read_text())["groups"]
+    groups = yaml.safe_load((FOLDER / "rules.yaml").read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
 
 
@@ -58,6 +59,14 @@ def test_alerts_say_what_to_do() -> None:
         if "alert" in rule:
             assert rule["labels"]["severity"] in {"page", "ticket"}
             assert set(rule["annotations"]) == {"summary", "description"}
+
+
+def test_every_alert_has_a_case_for_promtool() -> None:
+    cases = yaml.safe_load((FOLDER / "rules_test.yaml").read_text())["tests"]
+    fired = {
+        test["alertname"] for case in cases for test in case.get("alert_rule_test", ()) if test["exp_alerts"]
+    }
+    assert fired == {rule["alert"] for rule in rules() if "alert" in rule}
 
 
 def test_every_router_is_scraped_and_asked_for_its_replicas(tmp_path: Path) -> None:

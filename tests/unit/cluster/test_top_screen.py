@@ -19,6 +19,7 @@ from cluster.commands.top_screen import (
 from cluster.replies import (
     ExpertState,
     FleetEvent,
+    HostState,
     Latency,
     LedgerState,
     ModelState,
@@ -123,9 +124,18 @@ def test_experts_and_what_happened_to_replicas_are_lines_of_eighty_columns() -> 
     assert "1.06" not in draw(replace(STATE, models=(replace(MODEL, experts=alone),)))
 
 
+def test_a_metered_host_has_a_line_whose_parts_are_its_meter_and_others_have_none() -> None:
+    host = HostState(meter_mj=500_100, requests_mj=400_000, power_w=1234.5)
+    text = draw(replace(STATE, models=(replace(MODEL, host=host),)))
+    assert "host 1,234 W beside it  400.000 for requests + 100.100 rest = 500.100 J" in text
+    assert "1.200 + 3.400 + 0.500 + 0.000 = 5.100 J" in text
+    assert "host" not in draw(STATE)
+    assert "host - W" in draw(replace(STATE, models=(replace(MODEL, host=replace(host, power_w=None)),)))
+
+
 def test_a_small_terminal_shows_the_numbers_of_two_models_and_a_request() -> None:
     event = FleetEvent(model="m", replica_id="r", kind="attached", reason="tp 2", age_s=1.0)
-    models = (MODEL, replace(MODEL, name="other"))
+    models = (MODEL, replace(MODEL, name="other", host=HostState(meter_mj=2, requests_mj=1, power_w=9.0)))
     state = replace(STATE, models=models, last_requests=(REQUEST,) * 50, events=(event,) * 9)
     for height in (24, 40):
         out = io.StringIO()
@@ -176,7 +186,7 @@ def test_cells_are_shared_in_proportion_and_add_up() -> None:
 
 def test_lines_are_bounded_and_relative_to_their_highest() -> None:
     assert draw_line([0, 5, 10], width=3) == "▁▅█"
-    assert draw_line([0, 0], width=3) == "▁▁"
+    assert draw_line([0, None, 0], width=3) == "▁ ▁"
     screen = TopScreen()
     for _ in range(HISTORY_POINTS * 2):
         screen.add(STATE)
