@@ -196,12 +196,17 @@ def line(
     concurrency: ConcurrencyOption = "1,8,32",
     output_tokens: Annotated[int, typer.Option(help="tokens each request produces")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="times line and engine run every case, in turn")] = 3,
+    threads: Annotated[int, typer.Option(min=0, help="of each rank; 0: as the file says")] = 0,
     json: JsonOption = None,
 ) -> None:
     """The whole line: gRPC client, router, link, engine under Ray Serve, beside the engine alone."""
-    from bench.suites import run_line_suite
+    from bench.suites import run_line_suite, with_threads
+    from cluster.config import load_config
 
-    event_loop.run(run_line_suite(config, parse_concurrency(concurrency), output_tokens, rounds, json))
+    cases = parse_concurrency(concurrency)
+    event_loop.run(
+        run_line_suite(with_threads(load_config(config), threads), cases, output_tokens, rounds, json)
+    )
 
 
 @app.command()
@@ -216,7 +221,7 @@ def edge(
     ray_serve: Annotated[bool, typer.Option(help="measure Ray Serve's gRPC proxy too")] = True,
     json: JsonOption = None,
 ) -> None:
-    """Streamed tokens/s of router and link over a null engine, beside a bare echo and Ray Serve's proxy.
+    """Streamed tokens/s of router and link over a null engine, beside bare gRPC and Ray Serve's proxy.
 
     With added time to first token, CPU microseconds per token of each process, and stalled readers.
     """
@@ -300,17 +305,14 @@ def ledger(
 
 @app.command()
 def agent(
-    meters: Annotated[
-        str, typer.Option(help="meters watched at once, comma separated; 0: unwatched")
-    ] = "0,1,4",
-    poll_ms: Annotated[float, typer.Option(min=5.0, help="between two reads")] = 50.0,
+    poll_ms: Annotated[float, typer.Option(min=5.0, help="energy.poll_ms of the agents")] = 50.0,
     seconds: Annotated[float, typer.Option(min=1.0, help="of measuring, all at once")] = 20.0,
     json: JsonOption = None,
 ) -> None:
-    """What the energy agent costs its host, beside a process that only wakes as often."""
+    """What the energy agent costs its host, and how soon an edge comes behind the end of a request."""
     from bench.agent_cost import run_agent_cost
 
-    asyncio.run(run_agent_cost([int(one) for one in meters.split(",")], poll_ms, seconds, json))
+    asyncio.run(run_agent_cost(poll_ms, seconds, json))
 
 
 @app.command()

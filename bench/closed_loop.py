@@ -12,21 +12,17 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
-import grpc
-
+from bench.grpc_connection import GrpcConnection
 from bench.record import RequestTimes
 from bench.workload import Workload
 from protos import wattline_inference_pb2 as pb
-from protos import wattline_inference_pb2_grpc as pb_grpc
 
+METHOD = "/wattline.v1.Inference/Generate"
 PROMISED_MS = 150.0
 """For 99 of 100 bills to be final, after the last token."""
 ENERGY_WAIT_MS = 1000
 """The longest that a caller may ask for."""
-
-Call: TypeAlias = "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,23 +56,24 @@ class LineRun:
 
 
 async def run_closed_loop(address: str, model: str, workload: Workload) -> LineRun:
-    """Send every prompt of the workload once. Raises grpc.RpcError when a stream fails."""
-    prompts = iter(workload.prompts)
+    """Send every prompt of the workload once. Raises CallFailed, or RuntimeError, when a stream fails."""
+    requests = iter([_request(model, prompt, workload.output_tokens) for prompt in workload.prompts])
     answers: list[asyncio.Task[Answer]] = []
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = pb_grpc.InferenceStub(channel)
+    connection = await GrpcConnection.open(address)
 
-        async def ask_in_turn() -> None:
-            for prompt in prompts:
-                has_answer = asyncio.Event()
-                call = stub.Generate(_request(model, prompt, workload.output_tokens))
-                answers.append(group.create_task(_read(call, workload.output_tokens, has_answer)))
-                await has_answer.wait()
+    async def ask_in_turn() -> None:
+        for request in requests:
+            hearing = _Hearing()
+            answers.append(group.create_task(hearing.hear(connection, request, workload.output_tokens)))
+            await hearing.has_answer.wait()
 
-        start_s = time.perf_counter()
+    start_s = time.perf_counter()
+    try:
         async with asyncio.TaskGroup() as group:
             for _ in range(workload.concurrency):
                 group.create_task(ask_in_turn())
+    finally:
+        connection.close()
     return _line_run([answer.result() for answer in answers], start_s)
 
 
@@ -93,35 +90,49 @@ def _line_run(answers: Sequence[Answer], start_s: float) -> LineRun:
     )
 
 
-async def _read(call: Call, output_tokens: int, has_answer: asyncio.Event) -> Answer:
-    """Read a stream to its end; tells when the answer is complete."""
-    submitted_s = time.perf_counter()
-    first_s = last_s = submitted_s
-    received = 0
-    final = pb.Final()
-    async for response in call:
+class _Hearing:
+    """What has come of one answer. Every message is read when it comes."""
+
+    def __init__(self) -> None:
+        self.has_answer = asyncio.Event()
+        self._submitted_s = time.perf_counter()
+        self._first_s = self._last_s = self._submitted_s
+        self._received = 0
+        self._final: pb.Final | None = None
+
+    async def hear(self, connection: GrpcConnection, request: bytes, output_tokens: int) -> Answer:
+        """Ask, and listen to the end of the stream, where the bill is."""
+        await connection.call(METHOD, request, self._take).ended
+        if self._received != output_tokens or self._final is None:
+            raise RuntimeError(f"asked {output_tokens} tokens, got {self._received}, bill: {self._final}")
+        times = RequestTimes(
+            submitted_s=self._submitted_s,
+            first_token_s=self._first_s,
+            last_token_s=self._last_s,
+            output_tokens=self._received,
+        )
+        return Answer(times=times, final=self._final, bill_wait_s=time.perf_counter() - self._last_s)
+
+    def _take(self, message: bytes, now_s: float) -> None:
+        response = pb.GenerateResponse.FromString(message)
         if response.HasField("final"):
-            final = response.final
-            continue
-        if response.delta.token_ids:
-            last_s = time.perf_counter()
-            first_s = first_s if received else last_s
-            received += len(response.delta.token_ids)
-        if response.delta.finish_reason:
-            has_answer.set()
-    if received != output_tokens:
-        raise RuntimeError(f"asked {output_tokens} tokens, got {received}")
-    times = RequestTimes(
-        submitted_s=submitted_s, first_token_s=first_s, last_token_s=last_s, output_tokens=received
-    )
-    return Answer(times=times, final=final, bill_wait_s=time.perf_counter() - last_s)
+            self._final = response.final
+            return
+        delta = response.delta
+        if num_tokens := len(delta.token_ids):
+            self._last_s = now_s
+            self._first_s = self._first_s if self._received else now_s
+            self._received += num_tokens
+        if delta.finish_reason:
+            self.has_answer.set()
 
 
-def _request(model: str, prompt: Sequence[int], output_tokens: int) -> pb.GenerateRequest:
-    return pb.GenerateRequest(
+def _request(model: str, prompt: Sequence[int], output_tokens: int) -> bytes:
+    request = pb.GenerateRequest(
         model=model,
         tokens=pb.TokenIds(ids=prompt),
         sampling=pb.Sampling(temperature=0.0),
         limits=pb.Limits(max_tokens=output_tokens, ignore_eos=True),
         energy_wait_ms=ENERGY_WAIT_MS,
     )
+    return request.SerializeToString()

@@ -14,18 +14,21 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.closed_loop import LineRun, run_closed_loop
+from bench.edge.child import Child
 from bench.engine import EngineSetup, EngineUnderTest
 from bench.priority import share_priority_below
 from bench.record import percentile, summarize, write_results
 from bench.rows import SEED, checkpoint_shape, energy_fields, identity, make_workload, wattline_version
 from bench.workload import Case, ModelShape, Workload
-from cluster.config import Config, EnergySection, ModelSection, load_config
+from cluster.config import Config, EnergySection, ModelSection
 from replicas.energy.cpu_model import CpuModelMeter
 
 if TYPE_CHECKING:
     from cluster.serving.stack import Stack
 
 WARM_UP_OUTPUT_TOKENS = 8
+LINE, ENGINE, BARE = "wattline-line", "wattline-engine", "bare-grpc"
+BARE_SERVER = "bench.bare_server"
 COLUMNS = (
     "system",
     "model",
@@ -59,22 +62,31 @@ async def run_engine_suite(
 
 
 async def run_line_suite(
-    config_path: Path, concurrencies: Sequence[int], output_tokens: int, rounds: int, path: Path | None
+    config: Config, concurrencies: Sequence[int], output_tokens: int, rounds: int, path: Path | None
 ) -> None:
-    """Measure the line of every model and the same engine alone, in turn, in one run."""
-    config = load_config(config_path)
+    """Measure the line of every model, its engine alone and behind a bare server, in turn, in one run."""
     rows: list[dict[str, object]] = []
     with serving(config) as stack:
         for section in config.models:
-            async with EngineUnderTest(setup_of(section)) as engine:
+            async with (
+                EngineUnderTest(setup_of(section)) as engine,
+                Child(BARE_SERVER, (section.model_dump_json(),)) as bare,
+            ):
                 for number in range(rounds):
                     for concurrency in concurrencies:
                         workload = make_workload(
                             "mix", shape_of(section), concurrency, output_tokens, SEED + 2 * number
                         )
-                        rows.append(await measure_line(stack, section, workload))
+                        rows.append(await measure_line(LINE, stack.addresses.grpc, section, workload))
                         rows.append(await measure_case(engine, section.name, workload))
+                        rows.append(await measure_line(BARE, bare.address, section, workload))
     finish("line", rows, path, shares=line_shares(rows))
+
+
+def with_threads(config: Config, threads: int) -> Config:
+    """The same models with so many threads for each of their ranks; 0: as they are."""
+    update = {"threads_per_rank": threads} if threads else {}
+    return config.model_copy(update={"models": tuple(one.model_copy(update=update) for one in config.models)})
 
 
 def setup_of(section: ModelSection) -> EngineSetup:
@@ -126,7 +138,7 @@ async def measure_case(engine: EngineUnderTest, name: str, workload: Workload) -
     run = await engine.run(workload)
     after = meter.read()
     row = (
-        identity("wattline-engine", wattline_version(), name, setup.dtype, workload)
+        identity(ENGINE, wattline_version(), name, setup.dtype, workload)
         | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
         | energy_fields((after.energy_mj - before.energy_mj) / 1e3, after.source.value, workload)
         | {"tensor_parallel": setup.tensor, "expert_parallel": setup.expert}
@@ -138,31 +150,40 @@ async def measure_case(engine: EngineUnderTest, name: str, workload: Workload) -
     return row
 
 
-async def measure_line(stack: Stack, section: ModelSection, workload: Workload) -> dict[str, object]:
-    """One row of the whole line, as its gRPC clients see it."""
-    address = stack.addresses.grpc
+async def measure_line(
+    system: str, address: str, section: ModelSection, workload: Workload
+) -> dict[str, object]:
+    """One row of the whole line or of a bare server, as its gRPC clients see it."""
     short = make_workload("mix", shape_of(section), workload.concurrency, WARM_UP_OUTPUT_TOKENS, SEED + 1)
     await run_closed_loop(address, section.name, short)
     run: LineRun = await run_closed_loop(address, section.name, workload)
     row = (
-        identity("wattline-line", wattline_version(), section.name, section.dtype, workload)
+        identity(system, wattline_version(), section.name, section.dtype, workload)
         | summarize(run.times, wall_s=run.wall_s, prompt_tokens=workload.prompt_tokens)
         | energy_fields(run.energy_j, run.energy_source, workload)
         | {"tensor_parallel": section.parallel.tensor, "expert_parallel": section.parallel.expert}
-        | {"energy_final_share": round(run.energy_final_share, 3)}
-        | {"energy_final_ms_p50": round(statistics.median(run.energy_final_ms), 1)}
-        | {"energy_final_ms_p99": round(percentile(run.energy_final_ms, 99), 1)}
-        | {"energy_in_time_share": round(run.share_in_time, 4)}
+        | {"threads_per_rank": section.threads_per_rank}
+        | (_bill_fields(run) if system == LINE else {})
     )
     show(row)
     return row
 
 
-def line_shares(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """By model and concurrency: the line's throughput over the engine's own, the median of the rounds.
+def _bill_fields(run: LineRun) -> dict[str, object]:
+    """How soon the joules came; a bare server knows of none."""
+    return {
+        "energy_final_share": round(run.energy_final_share, 3),
+        "energy_final_ms_p50": round(statistics.median(run.energy_final_ms), 1),
+        "energy_final_ms_p99": round(percentile(run.energy_final_ms, 99), 1),
+        "energy_in_time_share": round(run.share_in_time, 4),
+    }
 
-    And the part of the line's bills that were in time, over all rounds. The rows of both come in the order of
-    the rounds.
+
+def line_shares(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """By model and concurrency: what line and bare server keep of the engine's own throughput.
+
+    Medians over the rounds; the rows of all systems come in their order. And the part of the line's bills
+    that were in time, over all rounds.
     """
     by_case: dict[tuple[object, object], dict[object, list[dict[str, object]]]] = {}
     for row in rows:
@@ -172,12 +193,16 @@ def line_shares(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
         {
             "model": model,
             "concurrency": concurrency,
-            "share_of_engine": round(statistics.median(map(_rate_over, lines, engines)), 3),
-            "energy_in_time_share": round(statistics.mean(map(_share_in_time, lines)), 4),
+            "share_of_engine": _share(by_system[LINE], by_system[ENGINE]),
+            "bare_share_of_engine": _share(by_system[BARE], by_system[ENGINE]),
+            "energy_in_time_share": round(statistics.mean(map(_share_in_time, by_system[LINE])), 4),
         }
         for (model, concurrency), by_system in by_case.items()
-        for lines, engines in [(by_system["wattline-line"], by_system["wattline-engine"])]
     ]
+
+
+def _share(rows: Sequence[dict[str, object]], of: Sequence[dict[str, object]]) -> float:
+    return round(statistics.median(map(_rate_over, rows, of)), 3)
 
 
 def _rate_over(row: dict[str, object], other: dict[str, object]) -> float:

@@ -40,6 +40,7 @@ PROTOBUF_EDGES = {
     "cluster/ledger/recorder.py",
     "cluster/ledger/service.py",
     "cluster/ledger/wire.py",
+    "cluster/link/plausibility.py",
     "cluster/link/messages.py",
     "cluster/link/server.py",
     "cluster/link/replica_connection.py",

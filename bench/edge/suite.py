@@ -1,4 +1,4 @@
-"""The edge side by side: router and link over a null engine, a bare echo, Ray Serve's proxy, in turn.
+"""The edge side by side: router and link over a null engine, bare echo and relay, Ray Serve's proxy, in turn.
 
 All servers are up for the whole run and idle while another is measured; every round measures each of them at
 each number of streams.
@@ -28,7 +28,7 @@ from bench.edge.first_tokens import (
 from bench.edge.flood import Counts, Flood, flowing, watch_flood
 from bench.edge.line import Line, NullModel, running_line
 from bench.edge.stalled import StalledRound, resident_bytes, stalled_readers, stalled_row
-from bench.edge.targets import ECHO, OURS, RAY_SERVE, goals, median_rows, throughput_ratios
+from bench.edge.targets import ECHO, OURS, RAY_SERVE, RELAY, goals, median_rows, throughput_ratios
 from bench.engine import EngineSetup, EngineUnderTest
 from bench.record import write_results
 from bench.rows import SEED
@@ -42,6 +42,7 @@ LIVE_BESIDE_STALLED = 32
 WARM_UP = Question(number=2**32, prompt_ids=(VOCAB_SIZE - 1,), thinking_s=0.0)
 """Asked untimed: a channel connects at its first call, and the engine's socket is open before."""
 ECHO_SERVER = "bench.edge.echo_server"
+RELAY_SERVER = "bench.edge.relay_server"
 RAY_SERVE_SERVER = "bench.edge.ray_serve_server"
 
 console = Console()
@@ -96,21 +97,20 @@ class System:
 
 async def run_edge_suite(plan: EdgePlan, path: Path | None) -> None:
     """Measure all, print the ratios and write one file."""
-    versions = {}
     async with AsyncExitStack() as stack:
         line = await stack.enter_async_context(
             running_line((plan.flood_model, plan.paced_model), routers=len(OURS))
         )
-        systems = _ours(line)
-        for name, module in ((ECHO, ECHO_SERVER), (RAY_SERVE, RAY_SERVE_SERVER)):
-            if name == RAY_SERVE and not plan.has_ray_serve:
-                continue
-            child = await stack.enter_async_context(Child(module))
-            versions[name] = child.version
-            systems.append(System(name=name, addresses=(child.address,), pids=child.pids))
+        echo = await stack.enter_async_context(Child(ECHO_SERVER))
+        others = {ECHO: echo, RELAY: await stack.enter_async_context(Child(RELAY_SERVER, (echo.address,)))}
+        if plan.has_ray_serve:
+            others[RAY_SERVE] = await stack.enter_async_context(Child(RAY_SERVE_SERVER))
+        systems = _ours(line) + [
+            System(name=name, addresses=(child.address,), pids=child.pids) for name, child in others.items()
+        ]
         rows = await _measure_floods(plan, systems)
         stalled = await _measure_stalled(plan, systems[0])
-        ttft = await _measure_ttft(plan, line, systems[len(OURS)])
+        ttft = await _measure_ttft(plan, line, {name: others[name].address for name in (ECHO, RELAY)})
     medians, ratios = median_rows(rows), throughput_ratios(rows)
     reached = goals(ratios, medians, ttft, stalled)
     _show(medians, "tokens/s")
@@ -122,7 +122,7 @@ async def run_edge_suite(plan: EdgePlan, path: Path | None) -> None:
         "edge",
         medians,
         path,
-        systems=versions,
+        systems={name: child.version for name, child in others.items()},
         ratios=ratios,
         ttft=ttft,
         stalled_readers=stalled,
@@ -178,8 +178,8 @@ async def _measure_stalled(plan: EdgePlan, one_router: System) -> dict[str, obje
     return {"live_streams": LIVE_BESIDE_STALLED, **stalled_row(rounds, readers=NUM_STALLED)}
 
 
-async def _measure_ttft(plan: EdgePlan, line: Line, echo: System) -> list[dict[str, object]]:
-    """Of the line, of the engine alone, whose steps take their time, and of the echo, in turn."""
+async def _measure_ttft(plan: EdgePlan, line: Line, bare: Mapping[str, str]) -> list[dict[str, object]]:
+    """Of the line, of the engine alone, whose steps take their time, and of bare gRPC at `bare`, in turn."""
     replica = plan.paced_model.plan(())
     rows = []
     async with AsyncExitStack() as stack:
@@ -189,7 +189,8 @@ async def _measure_ttft(plan: EdgePlan, line: Line, echo: System) -> list[dict[s
         asks = {
             "engine_ms": (await stack.enter_async_context(EngineCallers(engine))).ask,
             "line_ms": ask_over_grpc(await _stub(line.addresses[0], stack), PACED),
-            "echo_ms": ask_over_grpc(await _stub(echo.addresses[0], stack), PACED),
+        } | {
+            f"{name}_ms": ask_over_grpc(await _stub(address, stack), PACED) for name, address in bare.items()
         }
         for ask in asks.values():
             await ask(WARM_UP)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 OURS = ("wattline-1", "wattline-2")
-ECHO, RAY_SERVE = "echo", "ray-serve"
+ECHO, RELAY, RAY_SERVE = "echo", "relay", "ray-serve"
 MIN_OVER_RAY_SERVE = 8.0
 MIN_OVER_ECHO = 0.6
 MAX_ADDED_TTFT_MS = 3.0
@@ -45,7 +45,7 @@ def throughput_ratios(rows: Sequence[Row]) -> list[dict[str, object]]:
             f"over_{other}": round(
                 statistics.median(a / b for a, b in zip(own, rates[other, streams], strict=True)), 3
             )
-            for other in (ECHO, RAY_SERVE)
+            for other in (ECHO, RELAY, RAY_SERVE)
             if (other, streams) in rates
         }
         for (system, streams), own in rates.items()

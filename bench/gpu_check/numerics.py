@@ -73,7 +73,7 @@ def _check_bfloat16(
     setting: Setting,
     report: SectionReport,
 ) -> None:
-    half = copy.deepcopy(reference).to(torch.bfloat16)
+    half = in_bfloat16(reference)
     exact = copy.deepcopy(half).double()(ids[None]).logits[0]
     theirs = half(ids[None]).logits[0].double()
     ours = our_logits(_load(shape, folder, setting, torch.bfloat16), ids).double()
@@ -89,6 +89,15 @@ def _check_bfloat16(
         greedy_agrees=(ours.argmax(1) == exact.argmax(1)).double().mean().item(),
         transformers_greedy_agrees=(theirs.argmax(1) == exact.argmax(1)).double().mean().item(),
     )
+
+
+def in_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
+    """As `from_pretrained` loads it: `to` alone rounds the rotary frequencies too, which stay float32."""
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        owner, _, own_name = name.rpartition(".")
+        setattr(half.get_submodule(owner), own_name, buffer.clone())
+    return half
 
 
 def our_logits(model: BareModel, ids: torch.Tensor) -> torch.Tensor:

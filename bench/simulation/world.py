@@ -93,6 +93,7 @@ class World:
         metrics = RouterMetrics()
         self._telemetry = Telemetry(TelemetrySection(), router_id="simulated", version="0")
         objective = Objective(ttft_ms=section.slo.ttft_ms, tpot_ms=section.slo.tpot_ms)
+        self.journal = Journal([(self.model.name, objective)])
         tenants = [one.to_tenant() for one in config.tenants]
         budgets_j = {one.name: one.joules_per_day for one in tenants if one.joules_per_day is not None}
         self.tenants = Tenants(tenants, leases=LocalLeases(budgets_j, wall_s=self.now_s), clock_s=self.now_s)
@@ -108,7 +109,7 @@ class World:
             continuations=Continuations(seal=ResumeSeal(b"simulated"), pool=self.pool, turns=turns),
             books=Books(
                 record=EnergyRecord(16),
-                journal=Journal([(self.model.name, objective)]),
+                journal=self.journal,
                 stories=StoryRecord(),
                 metrics=metrics,
                 telemetry=self._telemetry,

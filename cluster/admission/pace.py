@@ -65,7 +65,7 @@ class Pace:
         self.spread = SPREAD
 
     def left(self, tokens: int, *, now_s: float) -> None:
-        """A request of so many tokens was given to an engine, and others wait."""
+        """A request of so many tokens was given to an engine; where no other waits, `ran_empty` follows."""
         self._departures.append((now_s, tokens))
 
     def waited(self, forecast: Forecast, *, actual_s: float) -> None:

@@ -74,7 +74,7 @@ class Tenants:
         self._clock_s = clock_s
         self._accounts = {one.name: TenantAccount(one, now_s=clock_s()) for one in tenants}
         self._configured = frozenset(self._accounts)
-        self._leasing = asyncio.Lock()
+        self._leasing: dict[str, asyncio.Task[None]] = {}
 
     def __iter__(self) -> Iterator[TenantAccount]:
         return iter(tuple(self._accounts.values()))
@@ -104,16 +104,22 @@ class Tenants:
             account.end()
 
     async def lease_joules(self, account: TenantAccount) -> None:
-        """Fill up an empty wallet, if there is a budget and something left of it. Returns at once else."""
-        wallet = account.wallet
+        """Fill up an empty wallet, if there is a budget and something left of it. Returns at once else.
+
+        One lease a tenant is under way, whoever waits for it; it is not lost with a caller who goes.
+        """
+        name, wallet = account.tenant.name, account.wallet
         if wallet is None or wallet.has_joules or self._clock_s() < account.no_joules_until_s:
             return
-        async with self._leasing:
-            if not wallet.has_joules and self._clock_s() >= account.no_joules_until_s:
-                await self._lease(account, wallet)
+        leasing = self._leasing.get(name)
+        if leasing is None:
+            leasing = self._leasing[name] = asyncio.create_task(self._lease(account, wallet))
+            leasing.add_done_callback(lambda _: self._leasing.pop(name))
+        await asyncio.shield(leasing)
 
     async def close(self) -> None:
         """Give back what was leased and not spent."""
+        await asyncio.gather(*self._leasing.values(), return_exceptions=True)
         for account in self._accounts.values():
             wallet = account.wallet
             if wallet is not None and wallet.day is not None and wallet.balance_mj > 0:

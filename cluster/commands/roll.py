@@ -35,7 +35,8 @@ def roll(
     from cluster.config import default_runtime_dir
     from cluster.serving.run_folder import RunFolder, read_state
 
-    config = read_config(file) if file.exists() else None
+    # Without one, the default folder. A name given is meant.
+    config = read_config(file) if file.exists() or file != DEFAULT_CONFIG else None
     folder = RunFolder(Path(config.runtime_dir) if config else default_runtime_dir())
     state = read_state(folder.path)
     if state is None or not state.is_ready:

@@ -17,10 +17,10 @@ def router(
     ] = None,
 ) -> None:
     """Run one router; replicas dial its link port."""
-    import asyncio
     import logging
 
     from cluster.edge.serve import run_router
+    from cluster.servers import event_loop
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(run_router(read_config(file), addresses_path=addresses))
+    event_loop.run(run_router(read_config(file), addresses_path=addresses))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config.section import Section
 from cluster.config.security import AuthSection, LinkTlsSection, TlsSection, exposure
@@ -74,6 +74,15 @@ class RouterSection(Section):
         "auto", description="gRPC server reflection; auto: where callers are not asked who they are"
     )
 
+    @field_validator("link_addresses")
+    @classmethod
+    def _can_be_dialled(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        """A replica would notice only once its model is loaded, and end."""
+        for address in addresses:
+            if not address.startswith("unix:") and not _is_host_port(address):
+                raise ValueError(f"{address!r} is not host:port; write e.g. router.example:50052")
+        return addresses
+
     @model_validator(mode="after")
     def _is_not_open_to_all(self) -> RouterSection:
         problem = exposure(
@@ -97,3 +106,13 @@ class RouterSection(Section):
     @property
     def has_reflection(self) -> bool:
         return self.reflection == "on" or (self.reflection == "auto" and not self.auth.is_on)
+
+
+def _is_host_port(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        host.strip("[]").encode("idna")  # As a name is looked up.
+    except UnicodeError:
+        return False
+    is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
+    return bool(host) and is_port and not set(host) & set("/ ")

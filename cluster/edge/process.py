@@ -133,7 +133,7 @@ class Router:
         self._pool = ReplicaPool(on_change=lambda: self._health.changed())
         finder = RouteFinder(pool=self._pool, random=Random(self.router_id))
         refusals = Refusals(Random(f"{self.router_id} refusals"))
-        gates = open_gates(self._models, self._pool, finder, refusals)
+        self._gates = gates = open_gates(self._models, self._pool, finder, refusals)
         self._tenants = new_tenants(config)
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
         self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool, gates))
@@ -157,7 +157,7 @@ class Router:
             threads=self._threads,
             siblings=siblings,
         )
-        self._oip = OipServicer(guard=guard, models=self._models, pool=self._pool, streams=self._streams)
+        self._oip = self._oip_servicer(guard)
         self._cluster = self._cluster_servicer(guard, release)
         self._clients = self._client_server()
         self._pages: list[HttpServer] = []
@@ -278,7 +278,13 @@ class Router:
         return stack
 
     def _snapshot(self) -> dict[str, Any]:
-        return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
+        return take_snapshot(
+            models=self._models,
+            pool=self._pool,
+            queues=self._gates,
+            journal=self._journal,
+            now_s=monotonic(),
+        )
 
     def _new_ledger(self) -> LedgerRecorder | None:
         if not self._config.ledger.enabled:
@@ -320,11 +326,21 @@ class Router:
             ),
         )
 
+    def _oip_servicer(self, guard: RpcGuard) -> OipServicer:
+        return OipServicer(
+            guard=guard,
+            models=self._models,
+            pool=self._pool,
+            streams=self._streams,
+            threads=self._threads,
+        )
+
     def _cluster_servicer(self, guard: RpcGuard, release: str) -> ClusterServicer:
         return ClusterServicer(
             guard=guard,
             models=self._models,
             pool=self._pool,
+            queues=self._gates,
             journal=self._journal,
             stories=self._stories,
             siblings=self._siblings,
@@ -349,7 +365,7 @@ class Router:
         guard = ExchangeGuard(
             telemetry=self._telemetry,
             metrics=self._metrics,
-            max_body_bytes=request_limit_bytes(section),
+            max_body_bytes=min(section.max_body_bytes, request_limit_bytes(section)),
             draw_id=self._siblings.draw_id,
         )
         return OpenAIRoutes(

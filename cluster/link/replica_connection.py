@@ -109,7 +109,7 @@ class ReplicaConnection:
 
     @property
     def state(self) -> ReplicaState:
-        if self._draining_why is not None:
+        if self._draining_why is not None and not self.closed.is_set():
             return ReplicaState.DRAINING
         is_stalled = self.is_silent or bool(self._fenced_why) or self.closed.is_set()
         return ReplicaState.STALLED if is_stalled else ReplicaState.READY
@@ -362,7 +362,7 @@ class ReplicaConnection:
             stream.batches.add(batch_size)
         self._unseen.pop(stream.link_id, None)
         if end is not None:
-            del self._streams[stream.link_id]
+            self._streams.pop(stream.link_id, None)  # Gone already where the cancel found no room.
         return ((stream, token_ids, logprobs, end),)
 
     def _open_account(self, link_id: int, account: EnergyAccount) -> None:

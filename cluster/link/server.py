@@ -16,6 +16,7 @@ import grpc
 
 from cluster.link.detokenize_worker import DetokenizeWorker
 from cluster.link.messages import parse_heat, parse_ledger
+from cluster.link.plausibility import load_problem, strike_untrue
 from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
@@ -134,6 +135,8 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             return f"{hello.lanes} lanes are too many; {MAX_LANES} is the limit"
         if min(hello.lanes, hello.context_tokens, hello.max_sequences, hello.vocab_size) < 1:
             return "lanes, context_tokens, max_sequences and vocab_size must be at least 1"
+        if problem := load_problem(hello.load):
+            return f"{problem}; it cannot be true"
         older = self._pool.find(hello.replica_id)
         if older is not None and older.epoch > message.epoch:
             return f"epoch {message.epoch} of this replica is over; {older.epoch} is attached"
@@ -148,6 +151,8 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
             if message.epoch != connection.epoch:
                 continue  # From a life that is over.
             connection.heard()
+            for problem in strike_untrue(message):
+                logger.warning("claim_refused id=%s problem=%s", connection.replica_id, problem)
             self._book_ledger(connection, message)
             if message.cache:
                 self._note_cache(connection, message)
@@ -164,8 +169,9 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                     # Whoever got tokens writes them now: to ask gRPC for the next message takes as long.
                     await asyncio.sleep(0)
                 case "heartbeat":
-                    connection.take_load(message.heartbeat.load)
-                    self._pool.on_load(connection.hello.model)
+                    if message.heartbeat.HasField("load"):
+                        connection.take_load(message.heartbeat.load)
+                        self._pool.on_load(connection.hello.model)
                 case "energy":
                     connection.take_energy(message.energy)
                 case "draining":

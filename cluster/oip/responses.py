@@ -11,6 +11,7 @@ from cluster.oip.tensors import response_tensors
 from cluster.request.answer import Completed, TextDelta
 from cluster.router.wire import energy_trailers
 from cluster.telemetry import semconv
+from cluster.text.text_threads import SAID_SIZE
 from protos import wattline_oip_pb2 as pb
 from replicas.request import FinishReason, TokenLogprobs
 
@@ -42,6 +43,12 @@ class Choices:
         self._token_ids[index] += delta.token_ids
         self._logprobs[index] += delta.logprobs
         self._sums[index] += sum(said.logprob for said in delta.logprobs)
+
+    @property
+    def size(self) -> int:
+        """Characters that logprobs make of the next response; its texts are there already."""
+        is_said = "logprobs" in self._ask.outputs
+        return SAID_SIZE * sum([len(said) for said in self._logprobs]) if is_said else 0
 
     def take(self, end: Completed | None = None) -> pb.ModelInferResponse:
         """A response with all that was added since the last. `end`: it is the last, and has the joules."""

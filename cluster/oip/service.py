@@ -11,6 +11,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import TypeAlias
 
@@ -28,8 +29,8 @@ from cluster.router.caller import Caller
 from cluster.router.rpc import Rpc, RpcGuard
 from cluster.router.streams import Streams
 from cluster.router.wire import energy_trailers
-from cluster.security.auth import Identity
 from cluster.served_model import ServedModel, find_model
+from cluster.text.text_threads import TextThreads
 from protos import wattline_oip_pb2 as pb
 from protos import wattline_oip_pb2_grpc as pb_grpc
 from replicas.strict_messages import MalformedMessage
@@ -53,11 +54,13 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         models: Mapping[str, ServedModel],
         pool: ReplicaPool,
         streams: Streams,
+        threads: TextThreads,
     ) -> None:
         self._guard = guard
         self._models = models
         self._pool = pool
         self._streams = streams
+        self._threads = threads
 
     async def ServerLive(self, _: pb.ServerLiveRequest, context: AnyContext) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -67,8 +70,12 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         return pb.ServerReadyResponse(ready=any(self._is_ready(name) for name in self._models))
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: AnyContext) -> pb.ModelReadyResponse:
+        """What is not served is not ready, and no error: so says Triton."""
         async with self._guard.call(context, f"{SERVICE}/ModelReady") as rpc:
-            model = self._find(request.name, request.version, rpc)
+            try:
+                model = self._find(request.name, request.version, rpc)
+            except UnknownModel:
+                return pb.ModelReadyResponse(ready=False)
             return pb.ModelReadyResponse(ready=self._is_ready(model.name))
 
     async def ServerMetadata(
@@ -107,7 +114,7 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         self, requests: AsyncIterator[pb.ModelInferRequest], context: StreamContext
     ) -> None:
         """Answer requests side by side until the caller has no more."""
-        async with self._guard.call(context, f"{SERVICE}/ModelStreamInfer") as call:
+        async with self._guard.call(context, f"{SERVICE}/ModelStreamInfer"):
             writing, room = asyncio.Lock(), asyncio.Semaphore(MAX_REQUESTS_PER_STREAM)
 
             async def write(response: pb.ModelStreamInferResponse) -> None:
@@ -116,7 +123,7 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
 
             async def answer(request: pb.ModelInferRequest) -> None:
                 try:
-                    await self._answer_one(request, context, write, call.identity)
+                    await self._answer_one(request, context, write)
                 finally:
                     room.release()
 
@@ -136,13 +143,13 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         request: pb.ModelInferRequest,
         context: StreamContext,
         write: Callable[[pb.ModelStreamInferResponse], Awaitable[None]],
-        identity: Identity,
     ) -> None:
         async def tell(message: str) -> None:
             named = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
             await write(pb.ModelStreamInferResponse(error_message=message, infer_response=named))
 
-        async with self._guard.part(context, f"{SERVICE}/ModelStreamInfer", tell, identity=identity) as rpc:
+        async with self._guard.part(context, f"{SERVICE}/ModelStreamInfer", tell) as rpc:
+            self._guard.identify(rpc, context)
             model = self._find(request.model_name, request.model_version, rpc, prefix="model_")
             rpc.model = model.name
             ask = infer_ask(request, model.bounds, _draw_seed)
@@ -164,11 +171,11 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         async with aclosing(self._streams.run(completion, _caller(ask, rpc))) as events:
             async for event in events:
                 if isinstance(event, Completed):
-                    yield choices.take(event), event
+                    yield await self._threads.run(partial(choices.take, event), size=choices.size), event
                     continue
                 choices.add(event)
                 if ask.is_stream and not event.is_empty:
-                    yield choices.take(), None
+                    yield await self._threads.run(choices.take, size=choices.size), None
 
     def _find(self, name: str, version: str, rpc: Rpc, *, prefix: str = "") -> ServedModel:
         """`prefix`: of the two fields in the request."""
@@ -177,7 +184,8 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         return find_model(self._models, name, rpc.identity, field=f"{prefix}name")
 
     def _is_ready(self, name: str) -> bool:
-        return bool(self._pool.ready(name))
+        """Whether it takes requests now."""
+        return bool(self._pool.ready(name)) and not self._streams.is_stopping
 
 
 def _caller(ask: InferAsk, rpc: Rpc) -> Caller:

@@ -21,14 +21,12 @@ from cluster.request.errors import EngineFault
 from cluster.router.side_by_side import side_by_side
 from cluster.router.streams import Streams
 from cluster.served_model import ServedModel
-from cluster.text.text_threads import TextThreads
+from cluster.text.text_threads import SAID_SIZE, TextThreads
 from replicas.request import TokenLogprobs
 
 Piece: TypeAlias = tuple[int, ChoiceText]
 """Of the choice with this number, counted through all prompts."""
 Events: TypeAlias = AsyncGenerator[Piece | Completed, None]
-SAID_SIZE = 64
-"""Characters of what is said of one token: its own text, and those of likely ones beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,8 @@ from typing import Any
 from replicas.request import FinishReason, TokenLogprobs
 
 REPLACEMENT = "\ufffd"
+MAX_TOKENS_OF_CHARACTER = 4
+"""It has no more bytes."""
 FINISH_REASONS = {None: None, FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 Decode = Callable[[Sequence[int]], str]
@@ -56,20 +58,30 @@ def completion_logprobs(
 
     The sampled token is among the likeliest, whether it is one of them or not.
     """
-    tokens = [token_text(token_id, decode) for token_id in token_ids]
-    offsets, offset = [], first_offset
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
     return {
-        "tokens": tokens,
+        "tokens": [token_text(token_id, decode) for token_id in token_ids],
         "token_logprobs": [None if entry is None else entry.logprob for entry in said],
         "top_logprobs": [
             None if entry is None else _by_text((*entry.top, (token_id, entry.logprob)), decode)
             for token_id, entry in zip(token_ids, said, strict=True)
         ],
-        "text_offset": offsets,
+        "text_offset": text_offsets(token_ids, decode, first_offset=first_offset),
     }
+
+
+def text_offsets(token_ids: Sequence[int], decode: Decode, *, first_offset: int) -> list[int]:
+    """Where in the text each token begins: parts of a character with it, a token without text where it is."""
+    offsets: list[int] = []
+    open_ids: list[int] = []
+    offset = first_offset
+    for token_id in token_ids:
+        offsets.append(offset)
+        open_ids.append(token_id)
+        text = decode(open_ids)
+        if not text.endswith(REPLACEMENT) or len(open_ids) == MAX_TOKENS_OF_CHARACTER:
+            offset += len(text)
+            open_ids.clear()
+    return offsets
 
 
 def chat_logprobs(

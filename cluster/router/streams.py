@@ -147,9 +147,9 @@ class Streams:
                     async for delta in deltas:
                         if told := tokens.put_on(delta, num_deaths=run.standing.num_deaths):
                             yield told
-            except RouterError as error:
+            except (RouterError, asyncio.CancelledError, GeneratorExit) as error:
                 for run in runs:
-                    run.outcome = run.outcome or error
+                    run.outcome = run.outcome or _end_of(error, caller)
                 raise
             finally:
                 for run in runs:
@@ -217,13 +217,8 @@ class Streams:
         """Whatever ends the request inside, before a replica has it, is remembered."""
         try:
             yield
-        except RouterError as error:
-            self._books.tell_unserved(way_in, error)
-            raise
-        except asyncio.CancelledError:
-            remaining_s = way_in.caller.time_remaining_s()
-            is_late = remaining_s is not None and remaining_s <= LATE_S
-            self._books.tell_unserved(way_in, DeadlinePassed() if is_late else None)
+        except (RouterError, asyncio.CancelledError) as error:
+            self._books.tell_unserved(way_in, _end_of(error, way_in.caller))
             raise
 
     def _admit(self, way_in: WayIn, account: TenantAccount) -> None:
@@ -283,6 +278,7 @@ class Streams:
             run = self._submission.submit(way_in, completion, route, text)
             if completion.resume:
                 self._continuations.enter(run, completion.resume)
+                self._gates[way_in.model.name].count(tenant, order.errand)
             way_in.queued_s = way_in.waited_s(now_s=self._clock_s())
             return route, run
 
@@ -341,6 +337,14 @@ class Streams:
                 yield TextDelta("", (), None, index=run.index)  # Its token says what is held against it now.
                 await self._resumption.resume(run, caller, batch.end)
         await _await_end(run.attempt)
+
+
+def _end_of(error: BaseException, caller: Caller) -> RouterError | None:
+    """Why a request was cut short; None: its caller gave it up before its deadline."""
+    if isinstance(error, RouterError):
+        return error
+    remaining_s = caller.time_remaining_s()
+    return DeadlinePassed() if remaining_s is not None and remaining_s <= LATE_S else None
 
 
 async def _accept(caller: Caller) -> None:

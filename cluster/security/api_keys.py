@@ -116,6 +116,7 @@ class KeyRing:
         self._path = path
         self._watched = WatchedFiles((path,), clock_s=clock_s)
         self._keys = read_keys(path)
+        self._said = ""
 
     @property
     def keys(self) -> Mapping[str, ApiKey]:
@@ -123,9 +124,13 @@ class KeyRing:
         if self._watched.changed():
             try:
                 self._keys = read_keys(self._path)
+                self._said = ""
                 logger.info("api_keys_reloaded count=%d", len(self._keys))
             except ConfigError as error:
-                logger.error("api_keys_kept reason=%s", error)
+                self._watched.look_again()
+                if str(error) != self._said:
+                    logger.error("api_keys_kept reason=%s", error)
+                self._said = str(error)
         return self._keys
 
 

@@ -66,6 +66,7 @@ class Rotation:
         self._files = files
         self._watched = WatchedFiles(files.paths, clock_s=clock_s)
         self.context = files.load()
+        self._said = ""
 
     def turned(self) -> bool:
         """Whether there is a newer set than at the last call; `context` then is of it."""
@@ -74,8 +75,12 @@ class Rotation:
         try:
             self.context = self._files.load()
         except ConfigError as error:
-            logger.error("certificates_kept reason=%s", error)
+            self._watched.look_again()
+            if str(error) != self._said:
+                logger.error("certificates_kept reason=%s", error)
+            self._said = str(error)
             return False
+        self._said = ""
         logger.info("certificates_reloaded owner=%s cert=%s", self._files.owner, self._files.cert)
         return True
 

@@ -37,6 +37,11 @@ class WatchedFiles:
             self._seen = stamp
             return True
 
+    def look_again(self) -> None:
+        """They could not be used: read them again, changed or not. What was wrong may be beside them."""
+        with self._lock:
+            self._seen = ()
+
 
 def _stamp(paths: tuple[Path, ...]) -> Stamp:
     """Empty: one of them is not there."""

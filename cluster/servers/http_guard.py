@@ -1,7 +1,9 @@
 """The door of the router's HTTP side: who comes in, and how much a request may bring along.
 
 Closed unless said otherwise: a new route asks for an operator until it is named here. Routes below `/v1/` ask
-for any tenant and find it in `scope["wattline.identity"]`.
+for any tenant and find it in `scope["wattline.identity"]`; whoever reads a body counts what comes of it.
+
+A refusal leaves the connection open: a caller that is still sending would meet a reset, and not read why.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.request.errors import NotAllowed, RouterError, Unauthenticated
 from cluster.security.auth import Authenticator, Credential, Identity, Need, presented_key
@@ -49,7 +51,7 @@ class HttpGuard:
         except RouterError as error:
             await _refusal(error)(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive), send)
+        await self._app(scope, receive, send)
 
     def _identify(self, scope: Scope, headers: list[tuple[str, str]]) -> Identity:
         """Who asks for this path, if it may. Raises Unauthenticated, NotAllowed."""
@@ -68,20 +70,6 @@ class HttpGuard:
         if path.startswith(TENANT_PREFIX):
             return Need.TENANT
         return Need.OPERATOR if self._protect_pages and path not in OPEN_PATHS else None
-
-    def _limited(self, receive: Receive) -> Receive:
-        """A body that was not announced, or is longer than announced, ends where the limit is."""
-        received_bytes = 0
-
-        async def receive_some() -> Message:
-            nonlocal received_bytes
-            message = await receive()
-            received_bytes += len(message.get("body", b""))
-            if received_bytes > self._max_body_bytes:
-                return {"type": "http.disconnect"}
-            return message
-
-        return receive_some
 
     def _too_large(self) -> Response:
         text = f"the body is over {self._max_body_bytes} bytes, the limit of this router; send less"
@@ -110,9 +98,4 @@ def _json_error(status_code: int, text: str, *, code: str, headers: dict[str, st
     body: dict[str, Any] = {
         "error": {"message": text, "type": "invalid_request_error", "param": None, "code": code}
     }
-    return Response(
-        json.dumps(body),
-        status_code=status_code,
-        media_type="application/json",
-        headers={"connection": "close", **(headers or {})},
-    )
+    return Response(json.dumps(body), status_code=status_code, media_type="application/json", headers=headers)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from cluster.addresses import PortInUse
 from cluster.security.certificates import CertificateFiles, https_context
-from cluster.servers.http_guard import PEER_NAMES
+from cluster.servers.http_connection import HttpConnection
 
 STOP_S = 2.0
 BACKLOG = 2048
@@ -37,10 +36,18 @@ class HttpServer:
         self.port: int = self._socket.getsockname()[1]
         # One accept each time there are some. asyncio tries as often as its backlog says, and where
         # descriptors have run out each try fails, is logged and sets a timer: the loop does little else.
-        config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, backlog=1)
+        config = uvicorn.Config(
+            app,
+            http=HttpConnection,
+            ws="none",
+            lifespan="off",
+            # A warning is what anybody gets it to say with bytes that are no request.
+            log_level="error",
+            access_log=False,
+            backlog=1,
+        )
         config.timeout_graceful_shutdown = int(STOP_S)
         config.load()
-        config.http_protocol_class = _naming_peers(config.http_protocol_class)
         config.ssl = https_context(tls) if tls else None
         self._server = _QuietServer(config)
         self._task: asyncio.Task[None] | None = None
@@ -90,33 +97,6 @@ class _QuietServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals belong to the process, which has more than HTTP to stop."""
         yield
-
-
-def _naming_peers(protocol: type[Any]) -> type[Any]:
-    """uvicorn's protocol, with the names in a caller's certificate in the scope of its requests."""
-
-    class NamingPeers(protocol):  # type: ignore[misc]  # Which of its two it is, uvicorn decides.
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            names = _names(transport.get_extra_info("peercert") or {})
-            if names:
-                self.app: ASGIApp = _with_names(self.app, names)
-
-    return NamingPeers
-
-
-def _with_names(app: ASGIApp, names: tuple[str, ...]) -> ASGIApp:
-    async def named(scope: Scope, receive: Receive, send: Send) -> None:
-        scope[PEER_NAMES] = names
-        await app(scope, receive, send)
-
-    return named
-
-
-def _names(certificate: Mapping[str, Any]) -> tuple[str, ...]:
-    """Alternative names, then common names, as Python's ssl module tells them."""
-    common = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
-    return (*(value for _, value in certificate.get("subjectAltName", ())), *common)
 
 
 def _bind(host: str, port: int, *, is_shared: bool) -> socket.socket:

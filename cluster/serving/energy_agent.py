@@ -28,29 +28,29 @@ logger = logging.getLogger(__name__)
 
 
 class EnergyAgentHost:
-    """The actor: one agent on one socket, until nobody watches."""
+    """The actor: one agent on one socket, until nobody watches.
 
-    async def __init__(  # type: ignore[misc]
-        self, address: str, energy: EnergySection, access: MetricsAccess, metrics_port: int
-    ) -> None:
-        self._agent = EnergyAgent(
-            poll_s=energy.poll_ms / 1e3,
-            cpu_static_w=energy.cpu_static_w,
-            cpu_core_w=energy.cpu_core_w,
-            host_meter=energy.host_meter,
-        )
-        self._agent.serve_metrics(access, port=metrics_port)
-        await self._agent.start(address)
-        self._serving = asyncio.create_task(self._serve())
+    Its one call holds the main thread, which Ray otherwise wakes every 10 ms to look for signals. It must not
+    be a coroutine, nor any other method: Ray would run a loop beside the main thread.
+    """
 
-    async def _serve(self) -> None:
-        await self._agent.serve_until_unused()
+    def run(self, address: str, energy: EnergySection, access: MetricsAccess, metrics_port: int) -> None:
+        """Be the agent. A second caller waits behind the first; both fail with the process."""
+        asyncio.run(_serve(address, energy, access, metrics_port))
         # Leaving by an exit code would count as a crash, and Ray would start the actor again.
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
-    async def wait_end(self) -> None:
-        """Return when the agent ends; the call fails when its process does."""
-        await asyncio.shield(self._serving)
+
+async def _serve(address: str, energy: EnergySection, access: MetricsAccess, metrics_port: int) -> None:
+    agent = EnergyAgent(
+        poll_s=energy.poll_ms / 1e3,
+        cpu_static_w=energy.cpu_static_w,
+        cpu_core_w=energy.cpu_core_w,
+        host_meter=energy.host_meter,
+    )
+    agent.serve_metrics(access, port=metrics_port)
+    await agent.start(address)
+    await agent.serve_until_unused()
 
 
 def energy_agent_address(runtime_dir: Path) -> str:
@@ -75,13 +75,16 @@ async def keep_energy_agent(config: Config, runtime_dir: Path) -> None:
     address = energy_agent_address(runtime_dir)
     while True:
         try:
-            await _find_or_make(address, config).wait_end.remote()
+            agent = _find_or_make(address)
+            await agent.run.remote(
+                address, config.energy, metrics_access(config.telemetry), config.telemetry.agent_metrics_port
+            )
         except (RayError, ValueError) as error:
             logger.warning("energy_agent_lost address=%s error=%s", address, type(error).__name__)
         await asyncio.sleep(RETRY_S)
 
 
-def _find_or_make(address: str, config: Config) -> Any:
+def _find_or_make(address: str) -> Any:
     node_id = ray.get_runtime_context().get_node_id()
     return (
         ray.remote(EnergyAgentHost)
@@ -92,7 +95,8 @@ def _find_or_make(address: str, config: Config) -> Any:
             get_if_exists=True,
             num_cpus=0,
             max_restarts=-1,
+            max_task_retries=-1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
         )
-        .remote(address, config.energy, metrics_access(config.telemetry), config.telemetry.agent_metrics_port)
+        .remote()
     )

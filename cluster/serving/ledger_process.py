@@ -60,22 +60,21 @@ class LedgerProcess:
         self._restart_at_s = None
 
     def tend(self) -> None:
-        """Start the child again if it died, later each time: serving goes on without it."""
+        """Start the child again if it died, later each time: serving goes on without it.
+
+        So it does where a full disk or a full process table allows no new one now.
+        """
         if self._child is None or self._child.poll() is None:
             return
         now_s = self._clock()
         if self._restart_at_s is None:
-            lived_s = now_s - self._started_s
-            self._delay_s = FIRST_DELAY_S if lived_s > STEADY_S else min(2 * self._delay_s, MAX_DELAY_S)
-            self._restart_at_s = now_s + self._delay_s
-            logger.warning(
-                "ledger_died code=%d restart_in_s=%.1f log=%s",
-                self._child.returncode,
-                self._delay_s,
-                self._folder.ledger_log_path,
-            )
+            is_steady = now_s - self._started_s > STEADY_S
+            self._wait(now_s, f"code={self._child.returncode}", is_steady=is_steady)
         elif now_s >= self._restart_at_s:
-            self.start()
+            try:
+                self.start()
+            except OSError as error:
+                self._wait(now_s, f"error={error}", is_steady=False)
 
     def stop(self) -> None:
         """End the child once it has written what it was told."""
@@ -91,3 +90,9 @@ class LedgerProcess:
                 return
             except subprocess.TimeoutExpired:
                 logger.warning("ledger_lingers pid=%d signal=%s", child.pid, number.name)
+
+    def _wait(self, now_s: float, why: str, *, is_steady: bool) -> None:
+        self._delay_s = FIRST_DELAY_S if is_steady else min(2 * self._delay_s, MAX_DELAY_S)
+        self._restart_at_s = now_s + self._delay_s
+        log = self._folder.ledger_log_path
+        logger.warning("ledger_died %s restart_in_s=%.1f log=%s", why, self._delay_s, log)

@@ -29,15 +29,18 @@ class LoadingNote:
         self._path = runtime_dir / f"loading-{os.getpid()}.json"
 
     def write(self, stages: Sequence[tuple[str, int, int]]) -> None:
-        """(stage, done, total) of every rank. Replaced in one go, so that no reader sees half of it."""
+        """(stage, done, total) of every rank. Replaced in one go, so that no reader sees half of it.
+
+        A full or missing folder costs the screen of `up`, not the replica.
+        """
         if not stages:
             return
         stage, done, total = min(stages, key=lambda one: _fraction(one[1], one[2]))
+        note = json.dumps({"model": self._model, "stage": stage, "fraction": _fraction(done, total)})
         fresh = self._path.with_suffix(".new")
-        fresh.write_text(
-            json.dumps({"model": self._model, "stage": stage, "fraction": _fraction(done, total)})
-        )
-        fresh.replace(self._path)
+        with suppress(OSError):
+            fresh.write_text(note)
+            fresh.replace(self._path)
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import secrets
 import sys
 
 from cluster.config import Config
+from cluster.serving.ray_chores import RAY_CHORES
 from cluster.serving.run_folder import RunFolder
 
 SERVE_ENVIRONMENT = {
@@ -39,6 +40,7 @@ def settle_ray_environment(config: Config, folder: RunFolder) -> None:
     if is_owner:
         os.environ.pop("RAY_ADDRESS", None)
         os.environ.update(SERVE_ENVIRONMENT)
+        os.environ.update({name: value for name, value in RAY_CHORES.items() if name not in os.environ})
     if is_owner and mode == "token":
         folder.token_path.unlink(missing_ok=True)
         folder.token_path.touch(mode=0o600)

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.serving.gpu_names import gpu_uuid
 from cluster.serving.placement import Placement
 from replicas.config import RankConfig, rank_config_from_json, rank_config_to_json
+from replicas.errors import RankLost
 from replicas.rank.main import run_rank
 from replicas.supervisor.rank_group import THREAD_VARIABLES, RankProcess
 
@@ -92,10 +93,7 @@ class RayRankGroup:
 
     async def _start(self, configs: Sequence[RankConfig]) -> tuple[RankProcess, ...]:
         self._actors = [self._create(config.rank) for config in configs]
-        async with asyncio.timeout(START_TIMEOUT_S):
-            met: list[Introduction] = await asyncio.gather(
-                *(actor.introduce.remote() for actor in self._actors)
-            )
+        met = await meet(self._actors, timeout_s=START_TIMEOUT_S)
         group_gpus = tuple(one.gpu for one in met if one.gpu)
         for config, actor, one in zip(configs, self._actors, met, strict=True):
             end = asyncio.ensure_future(_until_end(actor.run.remote(rank_config_to_json(config), group_gpus)))
@@ -149,6 +147,19 @@ class RayRankGroup:
         _, alive = await asyncio.to_thread(psutil.wait_procs, processes, GONE_TIMEOUT_S)
         for process in alive:
             logger.error("rank_not_gone pid=%d after_s=%g", process.pid, GONE_TIMEOUT_S)
+
+
+async def meet(actors: Sequence[Any], *, timeout_s: float) -> list[Introduction]:
+    """What each of the processes says of itself. Raises RankLost where they do not run in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            met: list[Introduction] = await asyncio.gather(*(actor.introduce.remote() for actor in actors))
+            return met
+    except TimeoutError as error:
+        raise RankLost(
+            f"Ray did not start the processes of {len(actors)} ranks within {timeout_s:g} s, though their "
+            "bundles are reserved; its logs of workers and raylet say more"
+        ) from error
 
 
 async def _until_end(reference: Any) -> None:

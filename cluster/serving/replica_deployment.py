@@ -43,7 +43,7 @@ class ReplicaDeployment:
         section = config.model(model)
         folder = RunFolder(Path(config.runtime_dir))
         folder.prepare()
-        folder.shared_dir.mkdir(mode=0o700, exist_ok=True)
+        folder.prepare_shared()
         source = section.source
         if not section.is_null:
             source = str(await asyncio.to_thread(resolve_source, source, revision=section.revision))

@@ -142,9 +142,11 @@ class RouterProcess:
         self._restart_at_s = now_s + delay_s
 
     def restart(self) -> None:
-        """Let the child finish its streams and end; `tend` starts the next one."""
-        if self._child is not None and self._child.poll() is None:
-            self._leaving_pid = self._child.pid
+        """Let the child finish its streams and end; `tend` starts the next one. Of one that is dead, too."""
+        if self._child is None:
+            return
+        self._leaving_pid = self._child.pid
+        if self._child.poll() is None:
             self._child.terminate()
 
     def stop(self) -> None:

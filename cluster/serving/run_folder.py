@@ -110,17 +110,11 @@ class RunFolder:
                 f"runtime_dir: {str(self.path)!r} is {len(str(self.path))} characters long; sockets below it "
                 f"leave {MAX_PATH_CHARS}; choose a shorter one, such as /tmp/wattline"
             )
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandError(
-                f"runtime_dir: {self.path} cannot be made ({error.strerror}); choose another"
-            ) from error
-        owner = self.path.stat()
-        if owner.st_uid != os.getuid() or stat.S_IMODE(owner.st_mode) & 0o022:
-            raise CommandError(
-                f"runtime_dir: {self.path} is open to others; choose one of your own, or `chmod 700` it"
-            )
+        _make_private(self.path)
+
+    def prepare_shared(self) -> None:
+        """Make `shared_dir`. Anybody can make folders beside it, and guess its name. Raises CommandError."""
+        _make_private(self.shared_dir)
 
     def acquire(self) -> None:
         """Be the only `up` in this folder. Raises CommandError naming the other one."""
@@ -154,9 +148,33 @@ class RunFolder:
         fresh.replace(self.state_path)
 
 
-def read_state(path: Path) -> UpState | None:
-    """The state of the `up` that runs in this folder; None: there is none."""
+def _make_private(path: Path) -> None:
     try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(
+            f"runtime_dir: {path} cannot be made ({error.strerror}); choose another"
+        ) from error
+    if not _is_ours_alone(path):
+        raise CommandError(
+            f"runtime_dir: {path} is open to others; choose one of your own, or `chmod 700` it"
+        )
+
+
+def _is_ours_alone(path: Path) -> bool:
+    """Nobody else writes there. Raises OSError where there is no such folder."""
+    about = path.stat()
+    return about.st_uid == os.getuid() and not stat.S_IMODE(about.st_mode) & 0o022
+
+
+def read_state(path: Path) -> UpState | None:
+    """The state of the `up` that runs in this folder; None: there is none, or others could have written it.
+
+    Who makes the default folder first could else be sent our prompts and keys, and say what `down` ends.
+    """
+    try:
+        if not _is_ours_alone(path):
+            return None
         state = UpState(**json.loads((path / "up.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None

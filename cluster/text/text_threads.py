@@ -17,6 +17,8 @@ Result = TypeVar("Result")
 
 MAX_SIZE_ON_THE_SPOT = 512
 """Characters or tokens: some 0.2 ms of the event loop."""
+SAID_SIZE = 64
+"""Characters of what is said of one token: its own text, and those of likely ones beside it."""
 TURN_SIZE = 32
 """What a template adds to each turn of a conversation, in characters."""
 

@@ -84,6 +84,23 @@ def bill_of(
     )
 
 
+def nothing_owed(request_id: int, *, source: Source) -> RequestJoules:
+    """The bill of a request that was refused before any step could see it: a known 0."""
+    return RequestJoules(
+        request_id=request_id,
+        prefill_mj=0,
+        decode_mj=0,
+        static_mj=0,
+        wasted_mj=0,
+        source=source,
+        method=METHOD,
+        window_ms=0.0,
+        confidence_factor=CONFIDENCE_FACTORS[source],
+        final=True,
+        host_mj=0,
+    )
+
+
 class Cashier:
     """Takes whole millijoules in, hands whole millijoules out, and owns every remainder between."""
 

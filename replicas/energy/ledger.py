@@ -254,6 +254,11 @@ class Ledger:
     def learner(self) -> CoefficientLearner | None:
         return self._learner
 
+    @property
+    def warm_power_w(self) -> float | None:
+        """As in `totals`, which are dearer."""
+        return self._warm.power_w
+
     def host_totals(self) -> HostTotals:
         """What the host drew beside the devices; no part of `totals`."""
         return self._cashier.host.totals(self._closed_until_ns)

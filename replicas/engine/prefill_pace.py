@@ -8,6 +8,10 @@ token than decode, prompts get the larger share that is theirs:
     8 decode, 1 prompt, stretch 2     half of the time: streams run at half their speed while it lasts
     1 decodes, 7 prompts, stretch 2   seven eighths of it
 
+Prompts share a step until they take as long as the rest of it. Where a step takes f whatever its prompts and
+each of n takes p, their first tokens come after f + n p if they share it, and after k (f + p), k = 1..n, if
+they do not: in the mean that is sooner if p > f.
+
 What counts is the time that steps took, not what was foreseen: a token costs the more the longer its prompt
 is. So now and then a step goes without prompts, to measure what decoding alone takes.
 Pure: is told how long steps took. Owned by the engine.
@@ -25,6 +29,8 @@ MEASURED_EVERY = 16
 """Steps with prompts in a row, at most: the next is of decodes alone."""
 MIN_TOKENS = 16
 """What a step with prompts always takes, however dear they are."""
+UNMEASURED_TOKENS = 128
+"""With which a step takes no further prompt as long as nobody knows what they cost."""
 NEWEST_WEIGHT = 0.1
 """Of the newest step with prompts in its costs; they forget nine tenths of the past in 22 steps."""
 NEWEST_DECODE_WEIGHT = 0.3
@@ -35,10 +41,12 @@ NS_PER_MS = 1e6
 
 
 class PrefillPace:
-    """Mutable: the measured costs, and the time saved or owed."""
+    """Mutable: the measured costs, and the time saved or owed. `is_packing`: on a device that computes many
+    prompt tokens as fast as few, where prompts share a step for as long as it has room."""
 
-    def __init__(self, *, stretch: float) -> None:
+    def __init__(self, *, stretch: float, is_packing: bool) -> None:
         self._stretch = stretch
+        self._is_packing = is_packing
         self._costs = _PromptCosts()
         self._decode_ms: dict[int, float] = {}
         """Of steps without prompts, by the order of magnitude of their sequences."""
@@ -59,6 +67,15 @@ class PrefillPace:
         if usable_ms < min(2 * self._costs.fixed_ms, self._bound_ms(decode_ms)):
             return 0
         return min(limit, max(MIN_TOKENS, self._costs.tokens_in(usable_ms)))
+
+    def packed_tokens(self, *, num_decoding: int, limit: int) -> int:
+        """Prompt tokens, at most `limit`, with which a step takes no more prompts. One takes what it may."""
+        decode_ms = self._decode_time(num_decoding)
+        if self._is_packing or not limit:
+            return limit
+        if decode_ms is None or not self._costs.mean_ms:
+            return min(limit, UNMEASURED_TOKENS)
+        return max(1, min(limit, int(decode_ms / self._costs.mean_token_ms)))
 
     def observe(self, record: StepRecord, *, num_prefilling: int) -> None:
         """A step is done; `num_prefilling` sequences have prompt tokens left. Prompts alone say nothing."""
@@ -115,6 +132,11 @@ class _PromptCosts:
     _tokens: float = 0.0
     _variance: float = 0.0
     _covariance: float = 0.0
+
+    @property
+    def mean_token_ms(self) -> float:
+        """Of a prompt token with its share of `fixed_ms`: what noise disturbs least."""
+        return self.mean_ms / self._tokens
 
     @property
     def fixed_ms(self) -> float:

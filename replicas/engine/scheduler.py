@@ -37,9 +37,6 @@ from replicas.request import (
 
 MAX_SCORED_TOKENS = 256
 """Of prompts that are scored, per step and lane: each takes a row of logits over the whole vocabulary."""
-PACKED_TOKENS_CPU = 128
-"""Prompt tokens after which a step on a CPU takes no further prompt: more rows make it no faster, and all of
-them wait for the last. A single prompt still gets the whole budget."""
 NO_TOKEN = -1
 """A runner's answer for a row whose logits were not finite."""
 
@@ -66,8 +63,6 @@ class Scheduler:
         )
         """The most tokens, prompt and output, of one sequence; as many as fit when it is alone."""
         self._sequences: dict[int, Sequence] = {}
-        is_cpu = shape.device == "cpu"
-        self._packed_tokens = PACKED_TOKENS_CPU if is_cpu else limits.step_tokens
         self._freed_rows: list[int] = []
         self._deltas: list[SequenceDelta] = []
         self._num_arrived = 0
@@ -153,10 +148,9 @@ class Scheduler:
         num_filling = sum([bool(lane.prefilling or lane.waiting) for lane in self._lanes]) or 1
         for lane in self._lanes:
             self._preempt_for_priority(lane)
-            budget = self._schedule_decodes(lane, rows)
-            if pace is not None:
-                budget = self._paced(budget, pace, num_filling)
-            self._schedule_prefills(lane, rows, new_rows, budget, now_ns)
+            room = self._prompt_room(self._schedule_decodes(lane, rows), pace, num_filling)
+            candidates = chain(tuple(lane.prefilling), self._admit(lane, new_rows, now_ns))
+            self._schedule_prefills(lane, rows, candidates, room)
         if not rows:
             return None
         self._step += 1
@@ -235,12 +229,17 @@ class Scheduler:
         num_queued = sum(lane.num_sequences for lane in self._lanes)
         assert num_queued == len(self._sequences), "a live sequence is in exactly one queue"
 
-    def _paced(self, budget: int, pace: PrefillPace, num_lanes: int) -> int:
-        """Prompt tokens of one lane: an even share of the step's, since lanes run side by side."""
+    def _prompt_room(self, free: int, pace: PrefillPace | None, num_lanes: int) -> tuple[int, int]:
+        """Prompt tokens of one lane, and after how many it takes no further prompt: an even share of the
+        step's, since lanes run side by side."""
+        if pace is None:
+            return free, free
+        num_decoding = self.num_decoding
         tokens = pace.tokens(
-            num_decoding=self.num_decoding, num_prefilling=self.num_prefilling, limit=budget * num_lanes
+            num_decoding=num_decoding, num_prefilling=self.num_prefilling, limit=free * num_lanes
         )
-        return -(-tokens // num_lanes)
+        packed = pace.packed_tokens(num_decoding=num_decoding, limit=tokens)
+        return -(-tokens // num_lanes), -(-packed // num_lanes)
 
     def _schedule_decodes(self, lane: Lane, rows: list[ScheduledRow]) -> int:
         """One token of each decoding sequence; the budget that is left."""
@@ -262,11 +261,11 @@ class Scheduler:
         return budget
 
     def _schedule_prefills(
-        self, lane: Lane, rows: list[ScheduledRow], new_rows: list[NewRow], budget: int, now_ns: int
+        self, lane: Lane, rows: list[ScheduledRow], candidates: Iterator[Sequence], room: tuple[int, int]
     ) -> None:
         """Prompt chunks: of what runs already, then of what can be admitted."""
-        candidates = chain(tuple(lane.prefilling), self._admit(lane, new_rows, now_ns))
-        to_score, least_budget = MAX_SCORED_TOKENS, max(budget - self._packed_tokens, 0)
+        budget, packed = room
+        to_score, least_budget = MAX_SCORED_TOKENS, budget - packed
         while budget > least_budget and (sequence := next(candidates, None)) is not None:
             count = min(sequence.num_uncomputed, budget)
             if sequence.is_scoring:

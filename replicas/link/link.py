@@ -29,7 +29,7 @@ from replicas.link.codec import (
     encode_parcel,
 )
 from replicas.link.dial import dial
-from replicas.link.messages import ReplicaCard, ReplicaLoad, RouterCommand
+from replicas.link.messages import LedgerState, ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
 from replicas.request import CacheChange
 from replicas.wire.caches import cache_to_wire
@@ -81,6 +81,8 @@ class LinkSession:
         self.router_id = router_id
         self.target = target
         self.outbox = outbox
+        self.writing_since_s: float | None = None
+        """While the transport has not taken a message yet, on the clock of the event loop."""
 
 
 class LinkHandler(Protocol):
@@ -91,6 +93,9 @@ class LinkHandler(Protocol):
 
     def load(self) -> ReplicaLoad:
         """The load now."""
+
+    def ledger(self) -> LedgerState | None:
+        """What the meter's energy has been divided into so far; None while no meter spoke."""
 
     def cache(self) -> tuple[CacheChange, ...]:
         """A snapshot of what the prefix caches hold."""
@@ -208,6 +213,7 @@ class RouterLink:
                 tasks.create_task(self._receive(call, session))
                 tasks.create_task(self._send(call, session))
                 tasks.create_task(_end_on_overflow(session))
+                tasks.create_task(_watch(session))
         except* _STREAM_ERRORS as group:
             reason = _describe(group.exceptions[0])
         finally:
@@ -229,15 +235,14 @@ class RouterLink:
         epoch = handler.card.epoch
         ledger_due_s = 0.0
         told = None
+        now_s = asyncio.get_running_loop().time
         while True:
-            parcel = await session.outbox.take(HEARTBEAT_S)
+            parcel = await session.outbox.take()
             load = handler.load()
-            messages = (
-                [encode_heartbeat(epoch, load)] if parcel is None else encode_parcel(epoch, parcel, load)
-            )
-            is_last = parcel is not None and parcel.goodbye is not None
+            messages = encode_parcel(epoch, parcel, load) or [encode_heartbeat(epoch, load)]
+            is_last = parcel.goodbye is not None
             if is_last or time.monotonic() >= ledger_due_s:
-                add_ledger(messages[0], load.ledger)
+                add_ledger(messages[0], handler.ledger())
                 ledger_due_s = time.monotonic() + LEDGER_S
                 if load.experts is not None and load.experts is not told:
                     messages[0].experts.CopyFrom(encode_heat(load.experts))
@@ -245,7 +250,9 @@ class RouterLink:
             news = session.outbox.cache.take()
             messages[0].cache.extend(cache_to_wire(handler.cache() if news is None else news))
             for message in messages:
-                await _write(call, message)
+                session.writing_since_s = now_s()
+                await call.write(message)
+                session.writing_since_s = None
             if is_last:
                 await call.done_writing()
                 # Cancelling at once could overtake the Goodbye; a router ends the stream when it has read it.
@@ -253,12 +260,21 @@ class RouterLink:
                 raise LinkEndedError("this replica said Goodbye")
 
 
-async def _write(call: AttachCall, message: FromReplica) -> None:
-    try:
-        async with asyncio.timeout(SEND_STALL_S):
-            await call.write(message)
-    except TimeoutError as error:
-        raise LinkEndedError(f"the router took nothing for {SEND_STALL_S:g} s") from error
+async def _watch(session: LinkSession) -> None:
+    """Heartbeats while nothing else is sent, and an end to a transport that takes nothing.
+
+    One timer for all messages: one for each was a tenth of what the supervisor spends on a step.
+    """
+    now_s = asyncio.get_running_loop().time
+    while True:
+        since_s = session.writing_since_s
+        if since_s is not None and now_s() - since_s >= SEND_STALL_S:
+            raise LinkEndedError(f"the router took nothing for {SEND_STALL_S:g} s")
+        quiet_s = now_s() - session.outbox.taken_s
+        if quiet_s >= HEARTBEAT_S:
+            session.outbox.nudge()
+            quiet_s = 0.0
+        await asyncio.sleep(HEARTBEAT_S - quiet_s)
 
 
 async def _end_on_overflow(session: LinkSession) -> None:
@@ -267,7 +283,9 @@ async def _end_on_overflow(session: LinkSession) -> None:
 
 
 async def _ending(call: AttachCall) -> str:
-    """Why the router ended the stream."""
+    """Why the router ended the stream, whose `read` gave no message."""
+    if not call.done():  # gRPC gives None for bytes that are no message, and the stream goes on.
+        return "the router sent bytes that are no command"
     code, details = await call.code(), await call.details()
     return f"the router ended the stream: {code.name} {details or ''}".strip()
 

@@ -48,7 +48,6 @@ class ReplicaLoad:
     power_w: float | None = None
     idle_power_w: float | None = None
     active_power_w: float | None = None
-    ledger: LedgerState | None = None
     experts: ExpertHeat | None = None
 
 

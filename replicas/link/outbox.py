@@ -59,7 +59,8 @@ class Outbox:
         self._draining: str | None = None
         self._goodbye: str | None = None
         self._num_unproven = 0
-        self._taken_s = float("-inf")
+        self.taken_s = float("-inf")
+        """When the last parcel was taken, on the clock of the event loop."""
         self._wake = asyncio.Event()
         self._overflow = asyncio.Event()
 
@@ -103,18 +104,17 @@ class Outbox:
         self._goodbye, self._num_unproven = reason, num_unproven
         self._wake.set()
 
-    async def take(self, timeout_s: float) -> Parcel | None:
-        """All that waits, as soon as there is something; None if nothing came in time."""
-        if not self._wake.is_set():
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                return None
+    def nudge(self) -> None:
+        """Have the next parcel taken though nothing may be in it."""
+        self._wake.set()
+
+    async def take(self) -> Parcel:
+        """All that waits, as soon as there is something."""
+        await self._wake.wait()
         now_s = asyncio.get_running_loop().time
-        if (early_s := self._taken_s + MIN_GAP_S - now_s()) > 0.0:
+        if (early_s := self.taken_s + MIN_GAP_S - now_s()) > 0.0:
             await asyncio.sleep(early_s)
-        self._taken_s = now_s()
+        self.taken_s = now_s()
         parcel = Parcel(
             step=self._step,
             tokens=self._take_tokens(),

@@ -150,17 +150,17 @@ def _read_header(file: Path) -> dict[str, dict[str, Any]]:
             if size_bytes > _MAX_HEADER_BYTES:
                 raise ValueError(f"header of {size_bytes} bytes; at most {_MAX_HEADER_BYTES}")
             header = json.loads(opened.read(size_bytes))
-        end = (
-            8
-            + size_bytes
-            + max((entry["data_offsets"][1] for entry in _tensors_of(header).values()), default=0)
-        )
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = 8 + size_bytes + max(map(_end_of, tensors.values()), default=0)
         if file.stat().st_size < end:
             raise ValueError(f"{file.stat().st_size} bytes on disk, {end} expected: the file was cut short")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadCheckpoint(f"{file} is not a readable safetensors file: {error}") from error
-    return _tensors_of(header)
+    return tensors
 
 
-def _tensors_of(header: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+def _end_of(entry: dict[str, Any]) -> int:
+    """Where its bytes end. Raises KeyError or TypeError for what is no entry of a tensor."""
+    if not isinstance(entry["dtype"], str) or not all(isinstance(size, int) for size in entry["shape"]):
+        raise TypeError(f"dtype {entry['dtype']!r} and shape {entry['shape']!r} are of no tensor")
+    return int(entry["data_offsets"][1])

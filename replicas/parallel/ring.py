@@ -2,8 +2,8 @@
 
 Each side writes only its own lines, so no lock is needed: the leader its head and the messages, a follower
 its tail and its replies. All counters are int64 and only grow; a position in the ring is a counter modulo
-the ring's size. Whoever waits sleeps in the kernel on the bell of the other side: an idle rank uses no
-processor time, save one look per second at whether rank 0 still lives.
+the ring's size. A long message goes in several pieces. Whoever waits sleeps in the kernel on the bell of
+the other side: an idle rank uses no processor time, save one look per second at whether rank 0 still lives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from replicas.parallel.futex import fence, futex_wait, futex_wake
 from replicas.parallel.shared_file import HEADER_BYTES, SharedFile
 
 RING_BYTES = 4 * 2**20
-"""Bounds how far a follower may lag, and a single plan: a million words are 500,000 new blocks."""
+"""Bounds how far a follower may lag. A single plan may be longer: where long prompts that are cached already
+begin together, all their blocks are news, and where penalties count them, all their tokens."""
 REPLY_SLOTS = 16
 """Bounds the plans published and not collected."""
 _WORD_BYTES = 8
@@ -27,7 +28,8 @@ _REPLY_SLOT_BYTES = 32
 _BELL, _PUBLISHED, _HEAD, _CLOSED = range(4)
 _TAIL, _REPLIED, _FAILED = range(1, 4)
 _SKIP = -1
-"""In place of a message's size: the next message is at the ring's start."""
+"""In place of a piece's size: the next piece is at the ring's start. The size of a piece that is not the last
+of its message is negative, too, and far below."""
 _IDLE_SLICE_S = 1.0
 _LAG_SLICE_S = 0.01
 
@@ -65,6 +67,9 @@ class RingLeader:
         self.timeout_s = timeout_s
         self._layout = _Layout(size - 1, ring_bytes)
         self._ring_bytes = ring_bytes
+        # With its size a piece takes half of the ring, so that one always fits behind or before the other.
+        self._longest_piece_bytes = ring_bytes // 2 - _WORD_BYTES
+        self._num_published = 0
         self._num_collected = 0
         self._is_closed = False
         self._file = SharedFile.create(
@@ -72,32 +77,18 @@ class RingLeader:
         )
 
     def publish(self, payload: bytes) -> None:
-        words, line = self._file.words, self._layout.leader
-        published, head = words[line + _PUBLISHED], words[line + _HEAD]
-        assert published - self._num_collected < REPLY_SLOTS, "replies are collected before more is published"
-        start = head % self._ring_bytes
-        needed = _message_bytes(len(payload))
-        skipped = self._ring_bytes - start if self._ring_bytes - start < needed else 0
-        if skipped + needed > self._ring_bytes:
-            raise RankLost(
-                f"a plan of {len(payload)} bytes does not fit the ring of {self._ring_bytes} bytes"
-            )
-        self._await_space(head + skipped + needed - self._ring_bytes)
-        if skipped:
-            words[self._layout.ring + start // _WORD_BYTES] = _SKIP
-            start = 0
-        at = self._layout.ring + start // _WORD_BYTES
-        words[at] = len(payload)
-        data = (at + 1) * _WORD_BYTES
-        self._file.bytes[data : data + len(payload)] = payload
-        words[line + _HEAD] = head + skipped + needed
-        fence()
-        words[line + _PUBLISHED] = published + 1
-        self._ring_bell()
+        is_answerable = self._num_published - self._num_collected < REPLY_SLOTS
+        assert is_answerable, "replies are collected before more is published"
+        self._num_published += 1
+        rest, limit = memoryview(payload), self._longest_piece_bytes
+        while len(rest) > limit:
+            self._put(rest[:limit], size_word=-limit)
+            rest = rest[limit:]
+        self._put(rest, size_word=len(rest))
 
     def collect(self) -> tuple[StepReply, ...]:
-        words, index = self._file.words, self._num_collected
-        assert index < words[self._layout.leader + _PUBLISHED], "only what was published is answered"
+        index = self._num_collected
+        assert index < self._num_published, "only what was published is answered"
         replies = []
         for follower_index, line in enumerate(self._layout.followers):
             self._await(follower_index, line + _REPLIED, index + 1)
@@ -113,6 +104,25 @@ class RingLeader:
         self._file.words[self._layout.leader + _CLOSED] = 1
         self._ring_bell()
         self._file.close()
+
+    def _put(self, piece: memoryview, *, size_word: int) -> None:
+        words, line = self._file.words, self._layout.leader
+        head = words[line + _HEAD]
+        start = head % self._ring_bytes
+        needed = _piece_bytes(len(piece))
+        skipped = self._ring_bytes - start if self._ring_bytes - start < needed else 0
+        self._await_space(head + skipped + needed - self._ring_bytes)
+        if skipped:
+            words[self._layout.ring + start // _WORD_BYTES] = _SKIP
+            start = 0
+        at = self._layout.ring + start // _WORD_BYTES
+        words[at] = size_word
+        data = (at + 1) * _WORD_BYTES
+        self._file.bytes[data : data + len(piece)] = piece
+        words[line + _HEAD] = head + skipped + needed
+        fence()
+        words[line + _PUBLISHED] += 1
+        self._ring_bell()
 
     def _await_space(self, tail: int) -> None:
         """Return when all followers have read up to `tail`."""
@@ -160,6 +170,8 @@ class RingFollower:
         self._index = rank - 1
         self._line = self._layout.followers[self._index]
         self._ring_bytes = ring_bytes
+        self._num_read = 0
+        """Pieces; `_num_received` counts messages."""
         self._num_received = 0
         self._is_closed = False
         self._file = SharedFile.join(
@@ -173,18 +185,22 @@ class RingFollower:
 
     def receive(self) -> bytes | None:
         words, leader = self._file.words, self._layout.leader
+        pieces: list[bytes] = []
         while True:
             bell = words[leader + _BELL]
             fence()
             if self.has_message():
-                return self._read()
+                if self._read_into(pieces):
+                    self._num_received += 1
+                    return b"".join(pieces)
+                continue
             if words[leader + _CLOSED]:
                 return None
             if not futex_wait(self._file.address + leader * _WORD_BYTES, bell, _IDLE_SLICE_S):
                 self._file.check_peers()
 
     def has_message(self) -> bool:
-        return bool(self._file.words[self._layout.leader + _PUBLISHED] > self._num_received)
+        return bool(self._file.words[self._layout.leader + _PUBLISHED] > self._num_read)
 
     def reply(self, reply: StepReply) -> None:
         words = self._file.words
@@ -204,7 +220,8 @@ class RingFollower:
             self._is_closed = True
             self._file.close()
 
-    def _read(self) -> bytes:
+    def _read_into(self, pieces: list[bytes]) -> bool:
+        """The next piece; whether it is the last of its message."""
         fence()
         words, ring = self._file.words, self._layout.ring
         tail = words[self._line + _TAIL]
@@ -213,12 +230,13 @@ class RingFollower:
             tail += self._ring_bytes - start
             start = 0
         at = ring + start // _WORD_BYTES
-        size_bytes, data = words[at], (at + 1) * _WORD_BYTES
-        payload = bytes(self._file.bytes[data : data + size_bytes])
+        size_word, data = words[at], (at + 1) * _WORD_BYTES
+        size_bytes = abs(size_word)
+        pieces.append(bytes(self._file.bytes[data : data + size_bytes]))
         fence()
-        words[self._line + _TAIL] = tail + _message_bytes(size_bytes)
-        self._num_received += 1
-        return payload
+        words[self._line + _TAIL] = tail + _piece_bytes(size_bytes)
+        self._num_read += 1
+        return bool(size_word >= 0)
 
     def _ring_bell(self) -> None:
         self._file.words[self._line + _BELL] += 1
@@ -226,6 +244,6 @@ class RingFollower:
         futex_wake(self._file.address + self._line * _WORD_BYTES, 1)
 
 
-def _message_bytes(payload_bytes: int) -> int:
-    """A word for the size, and the payload up to a whole word."""
-    return _WORD_BYTES + -(-payload_bytes // _WORD_BYTES) * _WORD_BYTES
+def _piece_bytes(size_bytes: int) -> int:
+    """In the ring: a word for the size, and the piece up to a whole word."""
+    return _WORD_BYTES + -(-size_bytes // _WORD_BYTES) * _WORD_BYTES

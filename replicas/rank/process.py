@@ -78,7 +78,7 @@ def _serve(config: RankConfig, build: RunnerFactory, supervisor: RankSocket) -> 
     built = build(config, report)
     runner: Runner = built.runner if leader is None else GroupRunner(built.runner, leader)
     scheduler = Scheduler(config.limits, built.shape, num_lanes=config.parallel.num_lanes)
-    pace = PrefillPace(stretch=config.limits.decode_stretch)
+    pace = PrefillPace(stretch=config.limits.decode_stretch, is_packing=built.shape.device != "cpu")
     engine = Engine(runner, scheduler, lookahead=config.limits.lookahead, pace=pace)
     _warm_up(engine, built.shape, num_lanes=scheduler.num_lanes)
     if leader is not None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 
-from replicas.energy.bill import RequestJoules
+from replicas.energy.bill import RequestJoules, nothing_owed
 from replicas.expert_heat import ExpertHeat
 from replicas.frames import Cancel, Command, Stop, Submit
 from replicas.link.link import LinkSession
@@ -108,12 +108,18 @@ class Dispatcher:
             power_w=energy.power_w,
             idle_power_w=energy.idle_power_w,
             active_power_w=energy.active_power_w,
-            ledger=LedgerState(
-                until_ns=energy.divided_until_ns,
-                sums=energy.sums,
-                agent_metrics_address=energy.agent_metrics_address,
-            ),
             experts=self.experts,
+        )
+
+    def ledger(self) -> LedgerState | None:
+        """None while no meter spoke."""
+        energy = self._energy
+        if energy is None or energy.source is None:
+            return None
+        return LedgerState(
+            until_ns=energy.divided_until_ns,
+            sums=energy.sums,
+            agent_metrics_address=energy.agent_metrics_address,
         )
 
     def cache(self) -> tuple[CacheChange, ...]:
@@ -217,7 +223,7 @@ class Dispatcher:
     def _submit(self, session: LinkSession, request: GenerationRequest) -> None:
         refusal = self._refusal()
         if refusal is not None:
-            session.outbox.add_deltas(self._load.step, (_refused(request, *refusal),))
+            self._refuse(session, request, *refusal)
             return
         live = self._in_flight.find(session, request.request_id)
         if live is not None:
@@ -236,6 +242,14 @@ class Dispatcher:
         if self._energy is not None:
             self._energy.begin(flight.engine_id, payer=request.tenant)
         self._send(Submit(request=replace(request, request_id=flight.engine_id)))
+
+    def _refuse(self, session: LinkSession, request: GenerationRequest, code: str, message: str) -> None:
+        """The only delta of a request that is not taken, and its joules, which its router waits for, too."""
+        session.outbox.add_deltas(self._load.step, (_refused(request, code, message),))
+        source = None if self._energy is None else self._energy.source
+        joules = None if source is None else nothing_owed(request.request_id, source=source)
+        statement = EnergyStatement(request_id=request.request_id, attempt=request.attempt, joules=joules)
+        session.outbox.add_energy((statement,))
 
     def _refusal(self) -> tuple[str, str] | None:
         """Status and text if no request can be taken now."""
@@ -317,7 +331,7 @@ class Dispatcher:
 
 
 def _refused(request: GenerationRequest, code: str, message: str) -> SequenceDelta:
-    """The only delta of a request that is not taken. `code` names a gRPC status."""
+    """`code` names a gRPC status."""
     return SequenceDelta(
         request_id=request.request_id,
         attempt=request.attempt,

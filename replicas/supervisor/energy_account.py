@@ -104,16 +104,15 @@ class EnergyAccount:
         self._ledger = ledger
         self._clock = clock
         self._last_reading: Reading | None = None
-        self._num_windows = 0
-        self._sums: dict[Source, EnergySums] = {}
+        self._past: dict[Source, EnergySums] = {}
+        """Of the sources before the present one, and of itself where it was one of them."""
+        self._num_past_windows = 0
         self._generated_tokens = 0
         self._cost_since: tuple[int, int, int] | None = None
         self._busy_ns = 0
         self._power_since: tuple[int, int, int] | None = None
         self.agent_metrics_address = ""
         """Of whoever reads the meter; told with the sums."""
-        self.divided_until_ns = 0
-        """Up to here the meter's energy is in `sums`, on the host's monotonic clock."""
         self.power_w: float | None = None
         self.joules_per_token: float | None = None
         self.idle_power_w: float | None = None
@@ -126,8 +125,17 @@ class EnergyAccount:
 
     @property
     def sums(self) -> dict[Source, EnergySums]:
-        """A copy, by source; over all sources it equals the ledger's totals."""
-        return dict(self._sums)
+        """By source; over all sources it equals the ledger's totals. Added up when asked for."""
+        source = self.source
+        if source is None or self._ledger.num_windows == self._num_past_windows:
+            return dict(self._past)
+        new = self._divided() - sum(self._past.values(), EnergySums())
+        return {**self._past, source: self._past.get(source, EnergySums()) + new}
+
+    @property
+    def divided_until_ns(self) -> int:
+        """Up to here the meter's energy is in `sums`, on the host's monotonic clock; 0: there is none."""
+        return self._ledger.totals().closed_until_ns if self._ledger.num_windows else 0
 
     @property
     def quality(self) -> EnergyQuality | None:
@@ -161,20 +169,23 @@ class EnergyAccount:
         for delta in report.deltas:
             if delta.finish is not None:
                 self._ledger.end_request(delta.request_id, now_ns)
-        self._advance()
+        self._ledger.advance(now_ns)
 
     def add_reading(self, reading: Reading) -> None:
-        last, self._last_reading = self._last_reading, reading
+        last = self._last_reading
+        if last is not None and reading.source is not last.source:
+            self._past, self._num_past_windows = self.sums, self._ledger.num_windows
+        self._last_reading = reading
         if reading.gap:
             self._power_since = None
         self._ledger.add_reading(reading)
-        self._advance()
+        self._ledger.advance(self._clock())
         if last is not None and reading.t_ns > last.t_ns and not reading.gap:
             self._note_power(last, reading)
 
     def tick(self) -> None:
         """Time passed. Call it several times a second, also when nothing runs."""
-        self._advance()
+        self._ledger.advance(self._clock())
         self._note_cost()
         self._note_active_power()
 
@@ -190,13 +201,10 @@ class EnergyAccount:
         """Requests whose energy will never be known."""
         return self._ledger.take_unmeasured()
 
-    def _advance(self) -> None:
-        self._ledger.advance(self._clock())
-        if self._last_reading is None or self._ledger.num_windows == self._num_windows:
-            return
-        self._num_windows = self._ledger.num_windows
+    def _divided(self) -> EnergySums:
+        """Of all sources."""
         totals, host = self._ledger.totals(), self._ledger.host_totals()
-        closed = EnergySums(
+        return EnergySums(
             request_mj=totals.requests_mj,
             idle_mj=totals.idle_mj,
             unattributed_mj=totals.unattributed_mj,
@@ -208,10 +216,6 @@ class EnergyAccount:
             host_requests_mj=host.requests_mj,
             payers=self._ledger.payers,
         )
-        self.divided_until_ns = totals.closed_until_ns
-        new = closed - sum(self._sums.values(), EnergySums())
-        source = self._last_reading.source
-        self._sums[source] = self._sums.get(source, EnergySums()) + new
 
     def _note_power(self, last: Reading, reading: Reading) -> None:
         seconds = (reading.t_ns - last.t_ns) / 1e9
@@ -221,7 +225,7 @@ class EnergyAccount:
 
     def _note_active_power(self) -> None:
         """The meter's energy of a window, less what was drawn between its steps, by the time of these."""
-        self.idle_power_w = self._ledger.totals().warm_power_w
+        self.idle_power_w = self._ledger.warm_power_w
         if self._last_reading is None or self.idle_power_w is None:
             return
         now_ns, energy_mj = self._last_reading.t_ns, self._last_reading.energy_mj
@@ -241,15 +245,13 @@ class EnergyAccount:
 
     def _note_cost(self) -> None:
         """Request energy by generated token since the last window. A window without tokens says nothing."""
-        now_ns = self._clock()
-        request_mj = sum(sums.request_mj for sums in self._sums.values())
-        since = self._cost_since or (now_ns, request_mj, self._generated_tokens)
-        self._cost_since = since
-        if now_ns - since[0] < COST_WINDOW_NS or self._last_reading is None:
+        now_ns, since = self._clock(), self._cost_since
+        if since is not None and (now_ns - since[0] < COST_WINDOW_NS or self._last_reading is None):
             return
+        request_mj = self._ledger.totals().requests_mj
         self._cost_since = (now_ns, request_mj, self._generated_tokens)
-        num_tokens = self._generated_tokens - since[2]
-        if num_tokens == 0:
+        num_tokens = self._generated_tokens - since[2] if since else 0
+        if since is None or num_tokens == 0:
             return
         cost_j = (request_mj - since[1]) / 1e3 / num_tokens
         last_j = self.joules_per_token

@@ -17,7 +17,7 @@ from replicas.energy.weights import coefficients_for
 from replicas.errors import MeterUnavailable, RankLost
 from replicas.expert_heat import heat_of
 from replicas.expert_loads import ExpertLoads
-from replicas.frames import EngineFailure, Event
+from replicas.frames import Command, EngineFailure, Event, Submit
 from replicas.link.links import LinkPool
 from replicas.link.messages import ReplicaCard
 from replicas.step_report import StepReport
@@ -31,7 +31,7 @@ from replicas.supervisor.metrics import MetricsSnapshot, ReplicaMetrics
 from replicas.supervisor.rank_group import RankGroup
 from replicas.supervisor.step_watch import StepWatch
 
-TICK_S = 0.05
+TICK_S = 0.1
 DEATH_REASON_TIMEOUT_S = 1.0
 """How long the end of a socket waits for the group to say which rank died, and why."""
 FIRST_READING_TIMEOUT_S = 1.0
@@ -79,7 +79,7 @@ class LiveGroup:
                 lookahead=card.config.limits.lookahead,
             )
             self._energy = EnergyAccount(ledger, clock=time.monotonic_ns)
-        self.dispatcher = Dispatcher(card=card, send=socket.send, energy=self._energy)
+        self.dispatcher = Dispatcher(card=card, send=self._send, energy=self._energy)
         self._links = LinkPool(
             addresses=card.config.routers,
             handler=self.dispatcher,
@@ -88,8 +88,8 @@ class LiveGroup:
         self._first_reading = asyncio.Event()
         self._links_task: asyncio.Task[None] | None = None
         self._num_steps = 0
-        self._published_until_ns = 0
         self._experts: ExpertSnapshot | None = None
+        metrics.follow(self._snapshot)
 
     async def run(self) -> None:
         """Serve until cancelled. Raises RankLost, or whatever mistake of ours ended it."""
@@ -128,7 +128,6 @@ class LiveGroup:
             if isinstance(event, ExpertLoads):
                 self._experts = next_snapshot(self._experts, event)
                 self.dispatcher.experts = heat_of(event, self._experts.recent)
-                self._publish()
             if not isinstance(event, StepReport):
                 continue
             record = event.record
@@ -139,8 +138,15 @@ class LiveGroup:
                 if self._feed is not None:
                     self._feed.note_step(record)
             self.dispatcher.on_step(event)
-            if event.deltas or self._has_divided_more():
-                self._publish()
+            if self._feed is not None and any(delta.finish is not None for delta in event.deltas):
+                self._feed.want_edge()
+
+    def _send(self, command: Command) -> None:
+        """To the engine. What was drawn before the first request is not this one's, so a window ends here."""
+        is_first = isinstance(command, Submit) and self.dispatcher.num_in_flight == 1
+        if self._feed is not None and is_first:
+            self._feed.want_edge()
+        self._socket.send(command)
 
     async def _watch_death(self) -> None:
         raise RankLost(await self._ranks.wait_death())
@@ -152,7 +158,6 @@ class LiveGroup:
             if self._energy is not None:
                 self._energy.tick()
                 self.dispatcher.settle_energy()
-            self._publish()
             await asyncio.sleep(TICK_S)
 
     async def _follow_meter(self) -> None:
@@ -166,7 +171,6 @@ class LiveGroup:
                     self._energy.agent_metrics_address = self._feed.metrics_address
                     self._energy.add_reading(reading)
                     self.dispatcher.settle_energy()
-                    self._publish()
                     self._first_reading.set()
         except MeterUnavailable as error:
             logger.warning("energy_unknown reason=%s", error)
@@ -181,27 +185,18 @@ class LiveGroup:
         self._links_task = asyncio.create_task(self._links.run(), name="link pool")
         await asyncio.shield(self._links_task)
 
-    def _has_divided_more(self) -> bool:
-        return self._energy is not None and self._energy.divided_until_ns != self._published_until_ns
-
-    def _publish(self) -> None:
-        """In the same breath as bills are sent: no router holds joules that /metrics does not show.
-
-        A step without either is shown at the next tick.
-        """
+    def _snapshot(self) -> MetricsSnapshot:
+        """What /metrics shows now."""
         dispatcher = self.dispatcher
-        self._published_until_ns = self._energy.divided_until_ns if self._energy else 0
-        self._metrics.publish(
-            MetricsSnapshot(
-                load=dispatcher.load().engine,
-                num_steps=self._num_steps,
-                wasted_tokens=dispatcher.wasted_tokens,
-                num_in_flight=dispatcher.num_in_flight,
-                num_links=dispatcher.num_links,
-                experts=self._experts,
-                energy={} if self._energy is None else self._energy.sums,
-                quality=None if self._energy is None else self._energy.quality,
-            )
+        return MetricsSnapshot(
+            load=dispatcher.load().engine,
+            num_steps=self._num_steps,
+            wasted_tokens=dispatcher.wasted_tokens,
+            num_in_flight=dispatcher.num_in_flight,
+            num_links=dispatcher.num_links,
+            experts=self._experts,
+            energy={} if self._energy is None else self._energy.sums,
+            quality=None if self._energy is None else self._energy.quality,
         )
 
 

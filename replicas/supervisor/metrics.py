@@ -1,12 +1,16 @@
 """The read-only Prometheus /metrics of one replica.
 
-The event loop publishes immutable snapshots, the HTTP thread renders the last one: no scrape sees half an
-update, so `request + idle + unattributed == meter` holds in every answer, in whole millijoules.
+A scrape asks the event loop for a snapshot, which it takes between two of its turns, and the HTTP thread
+renders it: no scrape sees half an update, so `request + idle + unattributed == meter` holds in every answer,
+in whole millijoules, and all is in it that a router has been told. What nobody asks for costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -23,6 +27,8 @@ from replicas.supervisor.expert_metrics import ExpertSnapshot
 
 STEP_SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SNAPSHOT_TIMEOUT_S = 1.0
+"""A scrape that the loop keeps waiting for longer shows what the one before it saw."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +47,14 @@ class MetricsSnapshot:
 
 
 class ReplicaMetrics(Collector):
-    """Owns a registry of its own and the page that shows it. `publish` replaces the snapshot.
+    """Owns a registry of its own and the page that shows it; shows `snapshot` until it `follow`s something.
 
     `engine` is what the engine is: the labels of a series whose value is always 1.
     """
 
     def __init__(self, snapshot: MetricsSnapshot, *, engine: Mapping[str, str]) -> None:
         self._snapshot = snapshot
+        self._ask: Callable[[Future[MetricsSnapshot]], object] | None = None
         self._engine = dict(engine)
         registry = CollectorRegistry()
         self._step_seconds = Histogram(
@@ -64,24 +71,28 @@ class ReplicaMetrics(Collector):
         )
         registry.register(self)
         self._registry = registry
+        self._page: MetricsPage | None = None
 
     def serve(self, access: MetricsAccess) -> str:
-        """Serve on a free port until `close`. Returns the address for scrapers."""
+        """Serve on a free port until `close`. Returns the address for scrapers; OSError where it cannot."""
         self._page = MetricsPage(self._registry, access)
         return self._page.address
 
     def close(self) -> None:
-        self._page.close()
+        if self._page is not None:
+            self._page.close()
 
-    def publish(self, snapshot: MetricsSnapshot) -> None:
-        self._snapshot = snapshot
+    def follow(self, take: Callable[[], MetricsSnapshot]) -> None:
+        """Every scrape shows what `take` returns, called on the event loop that this is called on."""
+        loop = asyncio.get_running_loop()
+        self._ask = lambda answer: loop.call_soon_threadsafe(lambda: answer.set_result(take()))
 
     def observe_step(self, record: StepRecord) -> None:
         self._step_seconds.observe((record.end_ns - record.start_ns) / 1e9)
         self._batch.observe(len(record.rows))
 
     def collect(self) -> Iterator[Metric]:
-        snapshot = self._snapshot
+        snapshot = self._take()
         engine = GaugeMetricFamily("wattline_engine", "What computes; always 1.", labels=list(self._engine))
         engine.add_metric(list(self._engine.values()), 1)
         yield engine
@@ -90,6 +101,15 @@ class ReplicaMetrics(Collector):
             yield from snapshot.experts.families()
         yield from _energy_families(snapshot.energy)
         yield from _quality_families(snapshot.quality)
+
+    def _take(self) -> MetricsSnapshot:
+        if self._ask is not None:
+            answer: Future[MetricsSnapshot] = Future()
+            # RuntimeError: the loop is closed.
+            with suppress(TimeoutError, RuntimeError):
+                self._ask(answer)
+                self._snapshot = answer.result(SNAPSHOT_TIMEOUT_S)
+        return self._snapshot
 
 
 def _engine_families(snapshot: MetricsSnapshot) -> Iterator[Metric]:

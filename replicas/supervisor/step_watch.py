@@ -47,7 +47,8 @@ class StepWatch:
 
     @property
     def is_stalled(self) -> bool:
-        return self._waited_s > self.limit_s
+        # The floor first: the limit sorts the recent steps, and this is asked many times a second.
+        return self._waited_s > self._floor_s and self._waited_s > self.limit_s
 
     def note_step(self, duration_s: float | None) -> None:
         """A step frame arrived; `duration_s` is None if no forward pass ran in it."""

@@ -39,6 +39,21 @@ def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> N
     assert "no CUDA device here" in errors[0]
 
 
+def test_the_bfloat16_reference_keeps_its_angles_in_float32() -> None:
+    """Rounded frequencies would be another model: ours has them whole, as has one that was loaded."""
+    from bench.gpu_check.numerics import in_bfloat16
+    from bench.gpu_check.shapes import small_shapes
+
+    shape = small_shapes(is_tiny=True)[0]
+    model = shape.model(shape.config)
+    with torch.inference_mode():
+        half = in_bfloat16(model)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    frequencies, wanted = (dict(one.named_buffers())["model.rotary_emb.inv_freq"] for one in (half, model))
+    assert frequencies.dtype == torch.float32
+    assert torch.equal(frequencies, wanted)
+
+
 def test_a_section_that_breaks_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,12 +16,16 @@ def make_flood(*addresses: str) -> Flood:
     return Flood(addresses=addresses, model="null", streams=3, output_tokens=100, window_s=0.2)
 
 
-async def test_the_echo_streams_and_ends_with_the_bench() -> None:
-    async with Child("bench.edge.echo_server") as echo:
-        watched = await watch_flood(make_flood(echo.address), echo.pids)
-    assert len(watched.tokens) == 3
-    assert sum(watched.tokens) == watched.num_messages
-    assert not psutil.pid_exists(echo.pids["server"])
+async def test_echo_and_relay_stream_and_end_with_the_bench() -> None:
+    async with (
+        Child("bench.edge.echo_server") as echo,
+        Child("bench.edge.relay_server", (echo.address,)) as relay,
+    ):
+        for server in (echo, relay):
+            watched = await watch_flood(make_flood(server.address), server.pids)
+            assert len(watched.tokens) == 3
+            assert sum(watched.tokens) == watched.num_messages
+    assert not any(map(psutil.pid_exists, (echo.pids["server"], relay.pids["relay"])))
 
 
 async def test_two_routers_share_one_replica_and_all_end_with_the_bench() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from threading import current_thread
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tritonclient.grpc.aio import InferenceServerClient, InferInput, InferReques
 from tritonclient.utils import InferenceServerException
 
 from cluster.router.choices import choice_seed
+from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_link_pb2 as link
 from tests.fake_replica import MJ_PER_TOKEN, hash_token
 from tests.router_fixture import (
@@ -84,8 +86,11 @@ async def test_server_and_models_describe_themselves(
     async with router.replica():
         assert await client.is_server_ready()
         assert await client.is_model_ready(MODEL) and not await client.is_model_ready("absent")
+        assert not await client.is_model_ready("other") and not await client.is_model_ready(MODEL, "2")
         metadata = await client.get_model_metadata(MODEL)
         config = (await client.get_model_config(MODEL)).config
+        router.router._streams.is_stopping = True
+        assert not await client.is_server_ready() and not await client.is_model_ready(MODEL)
     assert (await client.get_server_metadata()).name == "wattline"
     assert [tensor.name for tensor in metadata.inputs][:3] == ["text_input", "stream", "sampling_parameters"]
     assert list(metadata.outputs[0].shape) == [-1]
@@ -94,7 +99,7 @@ async def test_server_and_models_describe_themselves(
     with pytest.raises(InferenceServerException, match="name: got 'other'; allowed: tiny, absent; name one"):
         await client.get_model_metadata("other")
     with pytest.raises(InferenceServerException, match="version: got '2'; allowed: 1; name one"):
-        await client.is_model_ready(MODEL, "2")
+        await client.get_model_config(MODEL, "2")
 
 
 async def test_a_whole_answer_has_its_input_before_it_and_joules_behind(
@@ -168,6 +173,24 @@ async def test_everything_that_can_be_returned_is(router: TestRouter, client: In
     assert said[1]["1"] == {"logprob": -2.0, "rank": 2, "decoded_token": ""}
     assert said[0][first] == {"logprob": 0.0, "rank": None, "decoded_token": "a"}
     assert [output.name for output in some.get_response().outputs] == ["num_output_tokens"]
+
+
+async def test_many_logprobs_are_written_beside_the_event_loop(
+    router: TestRouter, client: InferenceServerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[str] = set()
+    decode_here = NullTokenizer.decode
+
+    def noting(tokenizer: NullTokenizer, ids: Sequence[int]) -> str:
+        threads.add(current_thread().name.partition("_")[0])
+        return decode_here(tokenizer, ids)
+
+    monkeypatch.setattr(NullTokenizer, "decode", noting)
+    sampling = {"max_tokens": 40, "logprobs": 2}
+    async with router.replica():
+        result = await client.infer(MODEL, make_inputs(sampling=sampling, return_logprobs=True))
+    assert len(json.loads(texts(result, "logprobs")[0])) == 40
+    assert "tokenize" in threads
 
 
 async def test_an_error_in_a_stream_ends_its_request_alone(

@@ -195,6 +195,20 @@ async def test_an_echo_with_logprobs_says_those_of_the_prompt(
     assert asked == [True, True, True, False]
 
 
+async def test_a_token_without_text_moves_none_behind_it(
+    router: TestRouter, client: openai.AsyncOpenAI
+) -> None:
+    """As the beginning of text, which is the first token of many a prompt."""
+    async with router.replica(tokens=script(*spell("!"))):
+        answer = await client.completions.create(
+            model=MODEL, prompt=[1, *spell("aé")], max_tokens=1, logprobs=0, echo=True
+        )
+    (choice,) = answer.choices
+    assert choice.logprobs is not None and choice.logprobs.tokens is not None
+    assert (choice.text, choice.logprobs.tokens[:2]) == ("aé!", ["token_id:1", "a"])
+    assert choice.logprobs.text_offset == [0, 0, 1, 1, 2]
+
+
 async def test_a_replica_that_says_nothing_of_prompts_is_a_fault(
     router: TestRouter, client: openai.AsyncOpenAI
 ) -> None:
@@ -228,7 +242,7 @@ async def test_logprobs_come_in_the_shape_of_each_kind(
     assert [top.logprob for top in said.content[1].top_logprobs] == [-1.0, -2.0]
     lists = text.choices[0].logprobs
     assert lists is not None
-    assert (lists.token_logprobs, lists.text_offset) == ([0.0, -1.0, -2.0], [0, 1, 2])
+    assert (lists.token_logprobs, lists.text_offset) == ([0.0, -1.0, -2.0], [0, 0, 1])
     assert lists.top_logprobs is not None
     assert lists.top_logprobs[2] == {"token_id:0": -2.0, "!": -2.0}
 

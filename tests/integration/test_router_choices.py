@@ -165,6 +165,18 @@ async def test_choices_that_have_not_begun_follow_the_first_to_another_replica(f
     assert [choice.token_ids for choice in choices] == [expected(index) for index in range(3)]
 
 
+@pytest.mark.parametrize("fate", [Fate.FAILED, Fate.DRAINED])
+async def test_choices_follow_a_first_that_had_no_token_yet(router: TestRouter, fate: Fate) -> None:
+    async with router.replica(replica_id="old", tokens=of_seed) as old, asyncio.timeout(WAIT_S):
+        old.running.clear()
+        call = router.inference.Generate(make_choices(3, max_tokens=LONG))
+        await old.wait_command("submit")
+        async with router.replica(replica_id="new", tokens=of_seed):
+            await old.end(fate)
+            choices, _ = await collect_choices(call)
+    assert [choice.token_ids for choice in choices] == [expected(index) for index in range(3)]
+
+
 async def test_a_request_counts_once_whatever_its_choices() -> None:
     config = make_config(router={"max_streams": 1})
     async with run_test_router(config) as router, router.replica() as replica:

@@ -112,6 +112,24 @@ def test_a_dead_router_comes_back_on_the_same_ports(
     assert router.addresses.pid == router.pid
 
 
+def test_a_dead_router_is_replaced_before_a_roll_goes_on(make_router: Callable[[str], RouterProcess]) -> None:
+    router = make_router(STAND_IN)
+    router.start()
+    wait_addresses(router)
+    first = router.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    router.restart()
+    assert router.is_restarting
+    end_s = time.monotonic() + 120
+    while router.is_restarting:
+        router.tend()
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+    assert router.pid != first
+
+
 def test_a_router_that_cannot_start_is_quoted(make_router: Callable[[str], RouterProcess]) -> None:
     router = make_router(FAILING)
     router.start()

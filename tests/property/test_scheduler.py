@@ -175,7 +175,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             WatchedRunner(runner, limits, num_lanes),
             self.scheduler,
             lookahead=lookahead,
-            pace=None if stretch is None else PrefillPace(stretch=stretch),
+            pace=None if stretch is None else PrefillPace(stretch=stretch, is_packing=False),
             clock=self.clock,
         )
 

@@ -1,4 +1,4 @@
-"""What waits at the gate waits for a reason: another tenant's turn, or an objective."""
+"""What waits at the gate waits for a reason: another tenant's turn, an objective, or those ahead of it."""
 
 from __future__ import annotations
 
@@ -64,3 +64,27 @@ def test_what_may_be_refused_or_overtaken_waits_at_the_gate(
     tenants: tuple[str, ...], ttft_ms: float | None
 ) -> None:
     assert run_virtual(count_waiting(tenants, ttft_ms)) > 0
+
+
+async def refused_in_two_rushes(*, pause_s: float) -> list[bool]:
+    """Whether one who comes into a long queue with time enough is refused, in each of them."""
+    world = World(parse_config({"models": [{"name": "m", "source": "null"}]}), seed=1)
+    world.add_replica("r0", SHAPE)
+    refused = []
+    for rush in range(2):
+        others = [
+            asyncio.create_task(world.ask(make_completion(each, max_tokens=4), tenant=f"tenant {each % 2}"))
+            for each in range(100 * rush, 100 * rush + 3 * NUM_ROWS)
+        ]
+        while len(world.gate) > NUM_ROWS or not len(world.gate):  # noqa: ASYNC110
+            await asyncio.sleep(SHAPE.null.step_ms / 1e3)
+        told = await world.ask(make_completion(99 + 100 * rush), tenant="tenant 0", deadline_s=pause_s / 2)
+        refused.append(told.error is not None)
+        await asyncio.gather(*others)
+        await asyncio.sleep(pause_s)
+    await world.close()
+    return refused
+
+
+def test_a_pause_between_two_rushes_is_no_part_of_a_wait() -> None:
+    assert run_virtual(refused_in_two_rushes(pause_s=60.0)) == [False, False]

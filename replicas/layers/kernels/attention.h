@@ -272,10 +272,11 @@ static void attend_block(const Attention *a, const int64_t *table, long token, l
     }
 }
 
+/* Head by head, so that what sequences share is read while it is in the cache; the longest, which come last, first. */
 static void attend_task(const void *job, long index) {
     const Attention *a = job;
     const Step *s = a->s;
-    long K = s->num_kv_heads, unit = index / K, head = index % K, sequence = 0;
+    long units = a->first_task[s->num_sequences], head = index / units, unit = units - 1 - index % units, sequence = 0;
     while (a->first_task[sequence + 1] <= unit) sequence++;
     const int64_t *q = s->sequences + sequence * 4, *table = s->tables + q[3] * s->table_stride;
     long first = (unit - a->first_task[sequence]) * a->block;

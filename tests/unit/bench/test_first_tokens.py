@@ -41,5 +41,7 @@ async def test_callers_ask_side_by_side_and_each_one_thing_after_another() -> No
 
 
 def test_what_is_added_is_the_difference_of_the_medians() -> None:
-    row = ttft_row(1, line_ms=[9.0, 10.0, 30.0], engine_ms=[6.0, 7.0, 8.0], echo_ms=[1.0, 2.0, 3.0])
+    row = ttft_row(
+        1, line_ms=[9.0, 10.0, 30.0], engine_ms=[6.0, 7.0, 8.0], echo_ms=[1.0, 2.0, 3.0], relay_ms=[4.0]
+    )
     assert (row["added_ttft_ms_p50"], row["echo_ttft_ms_p50"], row["added_ttft_ms_p99"]) == (3.0, 2.0, 22.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from random import Random
 
@@ -23,6 +24,7 @@ from cluster.admission.pace import MAX_SPREAD, MIN_SPREAD, Forecast, Pace, takes
 from cluster.admission.share import Shares
 from cluster.admission.tenant import LimitHit, Tenant
 from cluster.admission.tenant_account import TenantAccount
+from cluster.admission.tenants import Tenants
 from cluster.admission.token_bucket import TokenBucket
 from cluster.router.refusal import Refusals
 from tests.lanes import make_lane
@@ -198,6 +200,45 @@ async def test_leases_add_up_to_the_budget_of_a_day() -> None:
     now_s += DAY_S
     await leases.give_back("t", unspent_mj=9999, day=10)
     assert (await leases.lease("t", want_mj=9000)).granted_mj == 5000
+
+
+class SlowLeases(LocalLeases):
+    """Grants nothing before it is told to; `asked` has the tenants in their order."""
+
+    def __init__(self) -> None:
+        super().__init__({"a": 100.0, "b": 100.0}, wall_s=lambda: 0.0)
+        self.asked: list[str] = []
+        self.go_on = {"a": asyncio.Event(), "b": asyncio.Event()}
+
+    async def lease(self, tenant: str, *, want_mj: int) -> Grant:
+        self.asked.append(tenant)
+        await self.go_on[tenant].wait()
+        return await super().lease(tenant, want_mj=want_mj)
+
+
+async def test_a_lease_is_one_tenant_s_and_outlives_the_caller_who_asked_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.admission.tenants.LEASE_TIMEOUT_S", 150.0)
+    leases = SlowLeases()
+    tenants = Tenants([Tenant(name=name, joules_per_day=100.0) for name in "ab"], leases=leases)
+    a, b = tenants.account("a"), tenants.account("b")
+    gone = asyncio.create_task(tenants.lease_joules(a))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert leases.asked == ["a"]
+    leases.go_on["b"].set()
+    await tenants.lease_joules(b)
+    assert b.limit_hit(now_s=0.0) is None, "it does not wait behind the other"
+    waiting = asyncio.create_task(tenants.lease_joules(a))
+    await asyncio.sleep(0)
+    gone.cancel()
+    leases.go_on["a"].set()
+    await waiting
+    assert a.limit_hit(now_s=0.0) is None
+    assert leases.asked == ["a", "b"]
+    await tenants.close()
+    assert (await leases.lease("a", want_mj=10**6)).granted_mj == 100_000
 
 
 def test_a_wallet_carries_debts_but_no_savings_into_the_next_day() -> None:

@@ -128,6 +128,25 @@ def test_the_ring_follows_its_file_and_keeps_the_last_good_one(tmp_path: Path) -
     assert ring.keys == keys_of(one)
 
 
+def test_a_file_that_is_mended_without_being_written_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by the `chmod o-w` that the log asks for: the key that was taken out holds no longer."""
+    path, clock = tmp_path / "keys", FakeClock()
+    (_, one), (_, two) = make_key("acme"), make_key("other")
+    path.write_text(one.line)
+    ring = KeyRing(path, clock_s=clock)
+    path.write_text(f"{two.line} # and no longer the first\n")
+    path.chmod(0o666)
+    for _ in range(3):
+        clock.now_s += 1.0
+        assert ring.keys == keys_of(one)
+    path.chmod(0o600)
+    clock.now_s += 1.0
+    assert ring.keys == keys_of(two)
+    assert sum("api_keys_kept" in record.message for record in caplog.records) == 1
+
+
 def test_the_command_shows_a_key_once_and_writes_its_line(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     result = CliRunner().invoke(app, ["key", "new", "acme", "--label", "ci", "--days", "30", "-f", str(path)])
@@ -136,6 +155,18 @@ def test_the_command_shows_a_key_once_and_writes_its_line(tmp_path: Path) -> Non
     assert (key.tenant, key.label) == ("acme", "ci")
     assert find_tenant(keys_of(key), result.stdout.strip(), now=datetime.now(UTC)) == "acme"
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_new_key_has_a_line_of_its_own_behind_one_left_open(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(LINE)
+    for tenant in ("one", "two"):
+        assert CliRunner().invoke(app, ["key", "new", tenant, "-f", str(path)]).exit_code == 0
+    assert [key.tenant for key in read_keys(path).values()] == ["acme", "one", "two"]
+
+
+def test_a_key_cannot_hold_longer_than_the_calendar() -> None:
+    assert CliRunner().invoke(app, ["key", "new", "acme", "--days", "99999999"]).exit_code == 2
 
 
 def test_a_tenant_is_a_plain_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from cluster.cli import app, main
 from cluster.command_error import CommandError
 from cluster.commands.options import pick_model
 from cluster.commands.sampling_options import parse_logit_bias
+from cluster.config import Config
+from cluster.servers.event_loop import GrpcEventLoop
 
 COMMANDS = ("demo", "up", "down", "status", "chat", "generate", "router", "agent")
 
@@ -31,7 +34,7 @@ def test_help_names_every_command_and_shows_examples() -> None:
     assert "wattline demo" in text
 
 
-@pytest.mark.parametrize("command", ["up", "down", "router", "ledger"])
+@pytest.mark.parametrize("command", ["up", "down", "roll", "router", "ledger"])
 def test_a_configuration_that_is_named_has_to_be_there(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +85,18 @@ def test_down_without_a_stack_says_so(
     monkeypatch.chdir(tmp_path)
     assert run_main(monkeypatch, "down") == 1
     assert f"nothing runs in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_router_by_itself_runs_in_a_router_s_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def run_router(config: Config, *, addresses_path: Path | None = None) -> None:
+        loops.append(asyncio.get_running_loop())
+
+    monkeypatch.setattr("cluster.edge.serve.run_router", run_router)
+    (tmp_path / "w.yaml").write_text('models: [{name: tiny, source: "null"}]')
+    assert CliRunner().invoke(app, ["router", "-f", str(tmp_path / "w.yaml")]).exit_code == 0
+    assert isinstance(loops[0], GrpcEventLoop)
 
 
 def test_a_wrong_option_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ConfigError, load_config, parse_config
+from cluster.ledger.location import ledger_path
 
 MODEL = {"name": "m", "source": "null"}
 
@@ -85,12 +86,22 @@ def test_our_own_rules_speak_for_themselves() -> None:
         ({"limits": {"context_tokens": 4}}, "got 4; allowed: 16 or more, or 0 for what fits"),
         ({"name": "a b"}, "models[0].name: got 'a b'; allowed: letters, digits and . _ / -"),
         ({"limits": 3}, "models[0].limits: got 3; allowed: keys with values"),
+        ({"kernels": False}, "allowed: 'auto', 'float32' or 'off'; put the word in quotes"),
     ],
     ids=str,
 )
 def test_a_wrong_value_is_shown_with_what_is_allowed(keys: dict[str, object], said: str) -> None:
     (line,) = in_model(**keys)
     assert said in line
+
+
+@pytest.mark.parametrize("address", ["router", ":5", "router:0", "router:99999", "a..b:1", "http://x:1"])
+def test_what_a_replica_cannot_dial_is_said_before_it_loads_a_model(address: str) -> None:
+    good = ["router.example:50052", "[::1]:1", "10.0.0.7:65535", "unix:/run/link.sock"]
+    assert parse_config({"models": [MODEL], "router": {"link_addresses": good}})
+    assert problems({"models": [MODEL], "router": {"link_addresses": [*good, address]}}) == [
+        f"w.yaml: router.link_addresses: {address!r} is not host:port; write e.g. router.example:50052"
+    ]
 
 
 def test_no_model_is_a_mistake_of_its_own() -> None:
@@ -103,3 +114,22 @@ def test_a_file_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
         load_config(path)
+
+
+@pytest.mark.parametrize("content", ["models: []\nmodels: []", "models: [{name: a, limits: {}, limits: {}}]"])
+def test_a_key_that_is_there_twice_is_a_mistake(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "w.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"key '(models|limits)' is there twice; remove one"):
+        load_config(path)
+
+
+def test_paths_are_relative_to_the_file_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = tmp_path / "w.yaml"
+    path.write_text('models: [{name: a, source: "null"}]\nledger: {path: books/l.db}\nruntime_dir: ~/run\n')
+    config = load_config(path)
+    assert ledger_path(config) == tmp_path / "books/l.db"
+    assert config.runtime_dir == str(tmp_path / "home/run")

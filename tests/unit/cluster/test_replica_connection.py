@@ -11,7 +11,7 @@ from cluster.link.engine_job import EngineJob
 from cluster.link.reader_pace import ReaderPace
 from cluster.link.replica_connection import STALL_S, ReplicaConnection, ReplicaState
 from cluster.link.token_stream import TokenStream
-from cluster.request.errors import EngineFault
+from cluster.request.errors import EngineFault, ReplicaStopped
 from cluster.text.answer_text import AnswerText
 from cluster.text.null_tokenizer import NullTokenizer
 from protos import wattline_link_pb2 as link
@@ -97,6 +97,16 @@ async def test_a_gap_ends_the_answer() -> None:
     connection.take_step(make_step((1, 1, 11)))
     assert isinstance(await stream.wait_end(), EngineFault)
     assert connection.in_flight == 0
+
+
+async def test_a_gap_at_a_replica_that_reads_no_commands_loses_its_streams() -> None:
+    connection = make_connection(Worker())
+    streams = [submit(connection), submit(connection)]
+    while not connection.commands.full():
+        connection.commands.put_nowait(link.ToReplica())
+    connection.take_step(make_step((1, 1, 11)))
+    assert connection.closed.is_set()
+    assert [type(await stream.wait_end()) for stream in streams] == [ReplicaStopped, ReplicaStopped]
 
 
 async def test_columns_that_do_not_fit_are_no_message() -> None:

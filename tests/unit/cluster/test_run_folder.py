@@ -38,6 +38,19 @@ def test_a_folder_open_to_others_is_refused(path: Path) -> None:
         RunFolder(path).prepare()
 
 
+def test_shared_memory_that_somebody_else_laid_out_is_refused(path: Path) -> None:
+    folder = RunFolder(path)
+    folder.shared_dir.mkdir()
+    try:
+        folder.shared_dir.chmod(0o777)
+        with pytest.raises(CommandError, match=r"/dev/shm/wattline-.* is open to others"):
+            folder.prepare_shared()
+        folder.shared_dir.chmod(0o700)
+        folder.prepare_shared()
+    finally:
+        folder.shared_dir.rmdir()
+
+
 def test_a_path_too_long_for_sockets_is_refused(path: Path) -> None:
     with pytest.raises(CommandError, match=r"runtime_dir: .* is \d+ characters long"):
         RunFolder(path / ("x" * 40)).prepare()
@@ -65,6 +78,12 @@ def test_state_is_read_back_until_released(path: Path) -> None:
 
 def test_state_of_an_earlier_process_with_the_same_number_is_ignored(path: Path) -> None:
     RunFolder(path).write_state(replace(make_state(), created_s=1.0))
+    assert read_state(path) is None
+
+
+def test_state_that_others_could_have_written_is_none(path: Path) -> None:
+    RunFolder(path).write_state(make_state())
+    path.chmod(0o777)
     assert read_state(path) is None
 
 

@@ -187,6 +187,10 @@ def test_other_formats_and_broken_files_are_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(BadCheckpoint, match="cut short"):
         Checkpoint(tmp_path)
+    for header in (b"[]", b'{"w": {"shape": [], "data_offsets": [0, 0]}}', b'{"w": 1}'):
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(BadCheckpoint, match="not a readable safetensors"):
+            Checkpoint(tmp_path)
     file.write_bytes(b"\xff" * 16)
     with pytest.raises(BadCheckpoint, match="not a readable safetensors"):
         Checkpoint(tmp_path)

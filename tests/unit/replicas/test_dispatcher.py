@@ -24,7 +24,7 @@ from replicas.request import (
     StepResult,
     StepRows,
 )
-from replicas.step_report import report_of
+from replicas.step_report import TokenColumns, report_of
 from replicas.supervisor.dispatcher import Dispatcher
 from replicas.supervisor.energy_account import EnergyAccount
 
@@ -127,13 +127,25 @@ class Desk:
         self.dispatcher.on_step(report_of(result))
 
 
-async def take(session: LinkSession) -> Parcel | None:
-    return await session.outbox.take(timeout_s=0.001)
+NOTHING = Parcel(
+    step=0,
+    tokens=TokenColumns(request_ids=[], attempts=[], first_offsets=[], counts=[], token_ids=[]),
+    deltas=(),
+    energy=(),
+    draining=None,
+    goodbye=None,
+)
+
+
+async def take(session: LinkSession) -> Parcel:
+    """What waits; nothing of it where nothing does."""
+    session.outbox.nudge()
+    return await session.outbox.take()
 
 
 async def deltas(session: LinkSession) -> tuple[SequenceDelta, ...]:
     parcel = await take(session)
-    return () if parcel is None else (*parcel.tokens.deltas(), *parcel.deltas)
+    return (*parcel.tokens.deltas(), *parcel.deltas)
 
 
 async def test_each_link_gets_its_own_deltas_under_its_own_numbers() -> None:
@@ -215,7 +227,7 @@ async def test_a_lost_link_cancels_its_requests_and_no_others() -> None:
     desk.dispatcher.on_lost(a, "gone")
     assert desk.sent[2:] == [Cancel(request_id=1)]
     desk.step(make_delta(1, (), finish=FinishReason.CANCELLED), make_delta(2, (22,)))
-    assert await take(a) is None
+    assert await take(a) == NOTHING
     assert await deltas(b) == (make_delta(1, (22,)),)
 
 
@@ -226,11 +238,13 @@ async def test_draining_tells_all_links_and_refuses() -> None:
     late = desk.attach("b")
     for link in (early, late):
         parcel = await take(link)
-        assert parcel is not None
         assert parcel.draining == "update"
     desk.dispatcher.on_command(early, Submit(request=make_request(1)))
-    (refused,) = await deltas(early)
+    parcel = await take(early)
+    assert parcel is not None
+    (refused,) = parcel.deltas
     assert refused.error == ("UNAVAILABLE", "the replica takes no new requests: update")
+    assert parcel.energy == (EnergyStatement(request_id=1, attempt=1, joules=None),), "nobody waits for it"
     assert desk.sent == []
 
 
@@ -240,7 +254,7 @@ async def test_a_fenced_group_says_nothing() -> None:
     desk.dispatcher.on_command(link, Submit(request=make_request(1)))
     desk.dispatcher.fence()
     desk.step(make_delta(1, (11,)))
-    assert await take(link) is None
+    assert await take(link) == NOTHING
     assert desk.dispatcher.idle.is_set()
 
 
@@ -259,7 +273,6 @@ async def test_without_a_meter_energy_is_said_to_be_unknown_and_nothing_waits_fo
     desk.dispatcher.on_command(link, Submit(request=make_request(1)))
     desk.step(make_delta(1, (11,), finish=FinishReason.STOP))
     parcel = await take(link)
-    assert parcel is not None
     assert parcel.energy == (EnergyStatement(request_id=1, attempt=1, joules=None),)
     assert desk.dispatcher.billed.is_set()
     load = desk.dispatcher.load()
@@ -286,7 +299,6 @@ async def test_the_bill_follows_the_answer_under_the_links_number() -> None:
     desk.energy.add_reading(Reading(t_ns=100 * MS, energy_mj=4_000, source=Source.FAKE))
     desk.dispatcher.settle_energy()
     parcel = await take(link)
-    assert parcel is not None
     (statement,) = parcel.energy
     joules = statement.joules
     assert joules is not None
@@ -305,7 +317,6 @@ async def test_a_meter_that_is_lost_leaves_energy_unknown() -> None:
     desk.dispatcher.lose_meter()
     assert desk.dispatcher.billed.is_set()
     parcel = await take(link)
-    assert parcel is not None
     assert parcel.energy == (EnergyStatement(request_id=7, attempt=1, joules=None),)
 
 
@@ -320,9 +331,27 @@ async def test_a_request_that_ran_before_the_meter_spoke_is_said_to_be_unknown()
         desk.energy.add_reading(Reading(t_ns=at_ms * MS, energy_mj=at_ms, source=Source.FAKE))
     desk.dispatcher.settle_energy()
     parcel = await take(link)
-    assert parcel is not None
     assert parcel.energy == (EnergyStatement(request_id=7, attempt=1, joules=None),)
     assert desk.dispatcher.billed.is_set()
+
+
+async def test_a_refused_request_has_cost_nothing_and_its_router_hears_so() -> None:
+    desk = Desk(has_meter=True)
+    assert desk.energy is not None
+    link = desk.attach("a")
+    desk.dispatcher.begin_drain("update")
+    desk.dispatcher.on_command(link, Submit(request=make_request(7)))
+    parcel = await take(link)
+    assert parcel is not None
+    assert parcel.energy == (EnergyStatement(request_id=7, attempt=1, joules=None),)
+    desk.energy.add_reading(Reading(t_ns=0, energy_mj=0, source=Source.FAKE))
+    desk.dispatcher.on_command(link, Submit(request=make_request(8)))
+    parcel = await take(link)
+    assert parcel is not None
+    (statement,) = parcel.energy
+    joules = statement.joules
+    assert joules is not None
+    assert (statement.request_id, joules.total_mj, joules.host_mj, joules.final) == (8, 0, 0, True)
 
 
 async def test_a_cancelled_request_still_gets_its_bill() -> None:
@@ -338,7 +367,6 @@ async def test_a_cancelled_request_still_gets_its_bill() -> None:
     desk.energy.add_reading(Reading(t_ns=50 * MS, energy_mj=100, source=Source.FAKE))
     desk.dispatcher.settle_energy()
     parcel = await take(link)
-    assert parcel is not None
     assert parcel.deltas == ()
     assert [entry.joules.total_mj for entry in parcel.energy if entry.joules and entry.joules.final] == [100]
 
@@ -358,7 +386,6 @@ async def test_who_leaves_bills_what_another_replica_will_finish() -> None:
     await take(link)
     desk.dispatcher.bill_unfinished()
     parcel = await take(link)
-    assert parcel is not None
     (statement,) = parcel.energy
     joules = statement.joules
     assert joules is not None

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
 
+import grpc
 import pytest
 
 from protos import wattline_link_pb2 as link_pb2
@@ -89,6 +90,9 @@ class Recorder:
 
     def load(self) -> ReplicaLoad:
         return ReplicaLoad(engine=LOAD, energy_source="fake", power_w=80.0)
+
+    def ledger(self) -> None:
+        """No meter spoke."""
 
     def on_attached(self, session: LinkSession) -> None:
         self.sessions.append(session)
@@ -238,6 +242,47 @@ async def test_a_router_that_does_not_welcome_is_dialled_again(monkeypatch: pyte
     task.cancel()
     await asyncio.wait({task})
     server.close()
+
+
+class Babbler(grpc.GenericRpcHandler):
+    """A router that says these bytes, and then listens until it is left."""
+
+    def __init__(self, *says: bytes) -> None:
+        self._says = says
+        self.is_left = asyncio.Event()
+
+    def service(self, _details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        return grpc.stream_stream_rpc_method_handler(self._attach)
+
+    async def _attach(
+        self, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> None:
+        try:
+            for said in self._says:
+                await context.write(said)
+            async for _ in messages:
+                pass
+        finally:
+            self.is_left.set()
+
+
+WELCOME = link_pb2.ToReplica(welcome=link_pb2.Welcome(router_id="a")).SerializeToString()
+
+
+@pytest.mark.parametrize(("says", "is_welcome"), [((b"\xff",), False), ((WELCOME, b"\xff"), True)])
+async def test_a_router_that_babbles_is_left(says: tuple[bytes, ...], is_welcome: bool) -> None:
+    server, babbler, recorder = grpc.aio.server(), Babbler(*says), Recorder()
+    server.add_generic_rpc_handlers((babbler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    link = RouterLink(target=f"127.0.0.1:{port}", handler=recorder, attached={})
+    task = asyncio.create_task(link.run())
+    async with asyncio.timeout(WAIT_S):
+        await babbler.is_left.wait()
+    task.cancel()
+    await asyncio.wait({task})
+    await server.stop(None)
+    assert recorder.lost_reasons[:1] == (["the router sent bytes that are no command"] if is_welcome else [])
 
 
 async def test_goodbye_is_the_last_word_and_arrives_behind_the_tokens() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import urllib.error
 import urllib.request
@@ -48,3 +49,20 @@ def test_over_tls_scrapers_show_a_certificate(tmp_path: Path) -> None:
             assert b"seen_total 3.0" in answer.read()
     finally:
         page.close()
+
+
+def test_a_scraper_that_never_shakes_hands_keeps_nobody_waiting(tmp_path: Path) -> None:
+    nodes = Authority(tmp_path / "nodes")
+    node = nodes.issue("node")
+    page = MetricsPage(make_registry(), MetricsAccess(cert=str(node.cert), key=str(node.key)))
+    host, _, port = page.address.removeprefix("https://").rpartition(":")
+    with socket.create_connection((host, int(port))):
+        trusting = ssl.create_default_context(cafile=str(nodes.ca))
+        with urllib.request.urlopen(f"{page.address}/metrics", timeout=60, context=trusting) as answer:
+            assert b"seen_total 3.0" in answer.read()
+        page.close()
+
+
+def test_certificates_that_cannot_be_read_are_named() -> None:
+    with pytest.raises(OSError, match=r"/metrics cannot be read \(none.pem, none.key\)"):
+        MetricsPage(make_registry(), MetricsAccess(cert="none.pem", key="none.key"))

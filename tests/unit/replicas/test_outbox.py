@@ -47,12 +47,6 @@ def make_statement(request_id: int, *, prefill_mj: int, final: bool) -> EnergySt
     return EnergyStatement(request_id=request_id, attempt=1, joules=joules)
 
 
-async def take(outbox: Outbox) -> Parcel:
-    parcel = await outbox.take(timeout_s=5.0)
-    assert parcel is not None
-    return parcel
-
-
 async def test_one_step_is_one_parcel() -> None:
     outbox = Outbox()
     outbox.add_tokens(3, [(1, 1, 0, (7,)), (2, 1, 4, (8,))])
@@ -61,11 +55,11 @@ async def test_one_step_is_one_parcel() -> None:
     columns = TokenColumns(
         request_ids=[1, 2], attempts=[1, 1], first_offsets=[0, 4], counts=[], token_ids=[7, 8]
     )
-    assert await take(outbox) == Parcel(
+    assert await outbox.take() == Parcel(
         step=3, tokens=columns, deltas=(end,), energy=(), draining=None, goodbye=None
     )
     outbox.add_energy([make_statement(1, prefill_mj=90, final=False)])
-    assert not (await take(outbox)).tokens
+    assert not (await outbox.take()).tokens
 
 
 async def test_missed_steps_travel_as_one() -> None:
@@ -73,7 +67,7 @@ async def test_missed_steps_travel_as_one() -> None:
     outbox.add_tokens(1, [(1, 1, 0, (7,)), (2, 1, 0, (1,))])
     outbox.add_tokens(2, [(1, 1, 1, (8, 9))])
     outbox.add_deltas(3, [make_delta(1, 3, (), FinishReason.STOP)])
-    parcel = await take(outbox)
+    parcel = await outbox.take()
     assert parcel.step == 3
     assert list(parcel.tokens.runs()) == [(1, 1, 0, (7, 8, 9)), (2, 1, 0, (1,))]
     assert parcel.deltas == (make_delta(1, 3, (), FinishReason.STOP),)
@@ -83,18 +77,28 @@ async def test_a_final_bill_replaces_the_estimate_that_still_waits() -> None:
     outbox = Outbox()
     outbox.add_energy([make_statement(1, prefill_mj=90, final=False)])
     outbox.add_energy([make_statement(1, prefill_mj=100, final=True)])
-    assert (await take(outbox)).energy == (make_statement(1, prefill_mj=100, final=True),)
+    assert (await outbox.take()).energy == (make_statement(1, prefill_mj=100, final=True),)
 
 
-async def test_nothing_to_send_is_none_after_the_timeout() -> None:
-    assert await Outbox().take(timeout_s=0.001) is None
+async def test_a_nudge_is_a_parcel_with_nothing_in_it() -> None:
+    outbox = Outbox()
+    outbox.nudge()
+    assert await outbox.take() == Parcel(
+        step=0,
+        tokens=TokenColumns(request_ids=[], attempts=[], first_offsets=[], counts=[], token_ids=[]),
+        deltas=(),
+        energy=(),
+        draining=None,
+        goodbye=None,
+    )
 
 
 async def test_taken_things_are_gone() -> None:
     outbox = Outbox()
     outbox.add_draining("rolling update")
-    assert (await take(outbox)).draining == "rolling update"
-    assert await outbox.take(timeout_s=0.001) is None
+    assert (await outbox.take()).draining == "rolling update"
+    outbox.nudge()
+    assert (await outbox.take()).draining is None
 
 
 async def test_too_many_tokens_overflow() -> None:
@@ -121,7 +125,7 @@ async def test_logprobs_merge_with_their_tokens() -> None:
     outbox.add_deltas(1, (replace(make_delta(1, 0, (7,)), logprobs=(said[0],), prompt_logprobs=(said[3],)),))
     outbox.add_deltas(2, (replace(make_delta(1, 1, (8,)), logprobs=(said[1],)),))
     outbox.add_deltas(3, (replace(make_delta(1, 2, (9,), FinishReason.LENGTH), logprobs=(said[2],)),))
-    (delta,) = (await take(outbox)).deltas
+    (delta,) = (await outbox.take()).deltas
     assert (delta.token_ids, delta.finish) == ((7, 8, 9), FinishReason.LENGTH)
     assert (delta.logprobs, delta.prompt_logprobs) == (tuple(said[:3]), (said[3],))
 
@@ -131,6 +135,6 @@ async def test_tokens_stay_behind_a_delta_that_waits() -> None:
     said = TokenLogprobs(logprob=-1.0)
     outbox.add_deltas(1, (replace(make_delta(1, 0, (7,)), prompt_logprobs=(said,)),))
     outbox.add_tokens(2, [(1, 1, 1, (8,))])
-    parcel = await take(outbox)
+    parcel = await outbox.take()
     assert not parcel.tokens
     assert parcel.deltas == (replace(make_delta(1, 0, (7, 8)), prompt_logprobs=(said,)),)

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from replicas.engine.prefill_pace import MEASURED_EVERY, MIN_TOKENS, SAVED_STEPS, PrefillPace
+from replicas.engine.prefill_pace import (
+    MEASURED_EVERY,
+    MIN_TOKENS,
+    SAVED_STEPS,
+    UNMEASURED_TOKENS,
+    PrefillPace,
+)
 from replicas.request import StepMember, StepRecord, StepRows
 
 DECODE_MS = 10.0
@@ -64,7 +70,7 @@ def run(
 
 def make_pace(stretch: float) -> PrefillPace:
     """One that has seen a decode step and a mixed one."""
-    pace = PrefillPace(stretch=stretch)
+    pace = PrefillPace(stretch=stretch, is_packing=False)
     pace.observe(make_record(8, 0), num_prefilling=0)
     pace.observe(make_record(8, 40), num_prefilling=0)
     return pace
@@ -118,7 +124,7 @@ def test_where_most_sequences_await_their_first_token_prompts_get_most_of_the_ti
 
 def test_costs_are_learned_where_prompts_always_wait() -> None:
     """The first decode step was of one sequence; eight never decode without prompts but to be measured."""
-    pace = PrefillPace(stretch=2.0)
+    pace = PrefillPace(stretch=2.0, is_packing=False)
     pace.observe(StepRecord(step=1, start_ns=0, end_ns=10**6, rows=make_record(1, 0).rows), num_prefilling=0)
     chunks, _ = run(pace, 50)
     assert chunks.count(0) <= 2 + 50 / MEASURED_EVERY + SAVED_STEPS
@@ -128,11 +134,14 @@ def test_costs_are_learned_where_prompts_always_wait() -> None:
 
 def test_nothing_is_bounded_where_nobody_decodes() -> None:
     assert make_pace(1.0).tokens(num_decoding=0, num_prefilling=3, limit=LIMIT) == LIMIT
-    assert PrefillPace(stretch=1.0).tokens(num_decoding=0, num_prefilling=3, limit=LIMIT) == LIMIT
+    assert (
+        PrefillPace(stretch=1.0, is_packing=False).tokens(num_decoding=0, num_prefilling=3, limit=LIMIT)
+        == LIMIT
+    )
 
 
 def test_what_decoding_takes_is_measured_before_prompts_join_it() -> None:
-    pace = PrefillPace(stretch=2.0)
+    pace = PrefillPace(stretch=2.0, is_packing=False)
     assert pace.tokens(num_decoding=8, num_prefilling=3, limit=LIMIT) == 0
     decode_alone(pace, 1)
     assert pace.tokens(num_decoding=8, num_prefilling=3, limit=LIMIT) == LIMIT
@@ -143,3 +152,25 @@ def test_prompts_never_stop() -> None:
     assert set(chunks) == {0, MIN_TOKENS}
     assert chunks.count(0) <= 64 / MEASURED_EVERY
     assert make_pace(1.0).tokens(num_decoding=8, num_prefilling=1, limit=5) == 5
+
+
+def test_prompts_share_a_step_until_they_take_as_long_as_its_decodes() -> None:
+    pace = make_pace(2.0)
+    assert pace.packed_tokens(num_decoding=8, limit=LIMIT) == DECODE_MS / TOKEN_MS
+    assert pace.packed_tokens(num_decoding=0, limit=LIMIT) == DECODE_MS / TOKEN_MS
+    assert pace.packed_tokens(num_decoding=8, limit=7) == 7
+
+
+def test_a_step_takes_one_prompt_however_dear_it_is() -> None:
+    pace = make_pace(2.0)
+    pace.observe(make_record(8, 1, prompt_ms=1e6), num_prefilling=0)
+    assert pace.packed_tokens(num_decoding=8, limit=LIMIT) == 1
+
+
+def test_a_step_takes_a_bounded_number_of_prompt_tokens_where_none_has_a_price_yet() -> None:
+    pace = PrefillPace(stretch=2.0, is_packing=False)
+    assert pace.packed_tokens(num_decoding=0, limit=LIMIT) == UNMEASURED_TOKENS
+    decode_alone(pace, 1)
+    pace.observe(make_record(8, 40, prompt_ms=0.0), num_prefilling=0)
+    assert pace.packed_tokens(num_decoding=8, limit=LIMIT) == UNMEASURED_TOKENS
+    assert PrefillPace(stretch=2.0, is_packing=True).packed_tokens(num_decoding=8, limit=LIMIT) == LIMIT

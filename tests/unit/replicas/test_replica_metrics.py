@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import urllib.request
 
 from replicas.config import MetricsAccess
@@ -57,15 +59,13 @@ def test_unknown_energy_has_no_series() -> None:
 
 
 def test_joules_by_source_and_exact_integers_over_all() -> None:
-    metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD), engine=ENGINE)
     energy = {
         Source.COUNTER: EnergySums(
             request_mj=9_007_199_254_740, idle_mj=1, unattributed_mj=0, meter_mj=9_007_199_254_741
         ),
         Source.TDP: EnergySums(request_mj=1, idle_mj=1, unattributed_mj=1, meter_mj=3),
     }
-    metrics.publish(MetricsSnapshot(load=LOAD, energy=energy))
-    values = scrape(metrics)
+    values = scrape(ReplicaMetrics(MetricsSnapshot(load=LOAD, energy=energy), engine=ENGINE))
     assert values['wattline_replica_energy_joules_total{ledger="idle",source="tdp"}'] == 0.001
     assert values['wattline_replica_meter_joules_total{source="tdp"}'] == 0.003
     assert values['wattline_ledger_millijoules{ledger="request"}'] == 9_007_199_254_741
@@ -73,13 +73,29 @@ def test_joules_by_source_and_exact_integers_over_all() -> None:
 
 
 def test_what_the_division_is_worth_is_shown_once_a_meter_counted() -> None:
-    metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD), engine=ENGINE)
     quality = EnergyQuality(
         calibration_ratio=0.98, is_learned=True, num_low_confidence=2, unattributed_share=0.25
     )
-    metrics.publish(MetricsSnapshot(load=LOAD, quality=quality))
-    values = scrape(metrics)
+    values = scrape(ReplicaMetrics(MetricsSnapshot(load=LOAD, quality=quality), engine=ENGINE))
     assert values["wattline_energy_calibration_ratio"] == 0.98
     assert values["wattline_energy_coefficients_learned"] == 1
     assert values["wattline_energy_low_confidence_bills_total"] == 2
     assert values["wattline_energy_unattributed_ratio"] == 0.25
+
+
+async def test_a_scrape_sees_what_is_so_when_it_comes() -> None:
+    metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD), engine=ENGINE)
+    seen: list[threading.Thread] = []
+
+    def take() -> MetricsSnapshot:
+        seen.append(threading.current_thread())
+        return MetricsSnapshot(load=LOAD, num_steps=len(seen))
+
+    metrics.follow(take)
+    values = await asyncio.to_thread(scrape, metrics)
+    assert values["wattline_engine_steps_total"] == 1
+    assert seen == [threading.current_thread()]
+
+
+def test_what_never_served_closes_without_a_word() -> None:
+    ReplicaMetrics(MetricsSnapshot(load=LOAD), engine=ENGINE).close()

@@ -23,7 +23,6 @@ def make_scheduler(
     step_tokens: int = 8,
     max_sequences: int = 4,
     num_lanes: int = 1,
-    device: str = "cpu",
 ) -> Scheduler:
     """Blocks of 4 tokens. Without prefix caching: the prompts here all begin the same."""
     limits = EngineLimits(
@@ -41,7 +40,7 @@ def make_scheduler(
         eos_token_ids=(2,),
         weights_digest="",
         dtype="float32",
-        device=device,
+        device="cpu",
         costs=NULL_COSTS,
     )
     return Scheduler(limits, shape, num_lanes=num_lanes)
@@ -119,12 +118,16 @@ def test_decodes_come_first_and_prefill_chunks_fill_the_budget() -> None:
     )
 
 
-@pytest.mark.parametrize(("device", "counts"), [("cpu", [2, 2, 1]), ("cuda:0", [5])])
-def test_a_step_on_a_cpu_packs_only_as_many_prompts_as_make_it_faster(device: str, counts: list[int]) -> None:
-    scheduler = make_scheduler(step_tokens=512, max_sequences=5, num_blocks=120, device=device)
+@pytest.mark.parametrize(("is_packing", "counts"), [(False, [2, 2, 1]), (True, [5])])
+def test_prompts_share_a_step_as_far_as_the_pace_has_it(*, is_packing: bool, counts: list[int]) -> None:
+    scheduler = make_scheduler(step_tokens=512, max_sequences=5, num_blocks=120)
+    pace = PrefillPace(stretch=2.0, is_packing=is_packing)
     for request_id in range(5):
         submit(scheduler, request_id, 80, max_tokens=1)
-    assert [len(run(scheduler).rows) for _ in counts] == counts
+    for count in counts:
+        step = scheduler.schedule(now_ns=0, pace=pace)
+        assert step is not None
+        commit(scheduler, step, *range(60, 60 + count))
     assert scheduler.is_idle
 
 
@@ -258,7 +261,7 @@ class SevenTokens(PrefillPace):
 
 def test_lanes_with_prompts_share_what_a_step_may_take_of_them() -> None:
     scheduler = make_scheduler(num_lanes=3, step_tokens=32)
-    pace = SevenTokens(stretch=2.0)
+    pace = SevenTokens(stretch=2.0, is_packing=True)
     submit(scheduler, 1, 9, lane=0)
     alone = scheduler.schedule(now_ns=0, pace=pace)
     submit(scheduler, 2, 9, lane=2)
