@@ -98,6 +98,8 @@ class GenerationRequest:
     """Who pays, as the energy ledger's sums name it."""
     scores_prompt: bool = False
     """Also say the logprobs of the prompt. None of it is taken from the cache, which has no logits."""
+    trace_id: str = ""
+    """Of its caller's trace, for the supervisor's log; empty: none. The ranks do not get it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

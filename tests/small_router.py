@@ -67,6 +67,7 @@ class AttachedReplica:
             sampling=link_pb2.EngineSampling(top_p=1.0),
             deadline_ms=deadline_ms,
             lane=lane,
+            traceparent=f"00-{request_id:032x}-{request_id:016x}-01",
         )
         self.send(link_pb2.ToReplica(submit=submit))
 

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 
 from replicas.energy.bill import RequestJoules, nothing_owed
 from replicas.expert_heat import ExpertHeat
@@ -30,6 +31,8 @@ from replicas.step_report import StepReport, TokenRun
 from replicas.supervisor.cache_mirror import CacheMirror
 from replicas.supervisor.energy_account import EnergyAccount
 from replicas.supervisor.in_flight import Flight, InFlight
+
+MAX_LOGGED_TRACES = 32
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,12 @@ class Dispatcher:
     def num_unproven(self) -> int:
         """What its last word says to routers, should the group be lost."""
         return self._in_flight.num_unproven
+
+    @property
+    def traces(self) -> list[str]:
+        """Of the requests that somebody waits for, oldest first; a few of them, for a log."""
+        live = islice(self._in_flight.live(), MAX_LOGGED_TRACES)
+        return [flight.trace_id for flight in live if flight.trace_id]
 
     @property
     def num_links(self) -> int:
@@ -227,6 +236,7 @@ class Dispatcher:
             request_id=request.request_id,
             attempt=request.attempt,
             is_moved=request.attempt > 0 or request.first_offset > 0,
+            trace_id=request.trace_id,
         )
         self.idle.clear()
         if self._energy is not None:

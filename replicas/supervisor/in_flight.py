@@ -29,6 +29,7 @@ class Flight(Generic[LinkT]):
     link: LinkT
     request_id: int
     attempt: int
+    trace_id: str = ""
 
 
 class InFlight(Generic[LinkT]):
@@ -62,14 +63,22 @@ class InFlight(Generic[LinkT]):
         """Live requests that came from another replica and have yet to prove themselves."""
         return len(self._unproven)
 
-    def open(self, link: LinkT, *, request_id: int, attempt: int, is_moved: bool = False) -> Flight[LinkT]:
+    def open(
+        self, link: LinkT, *, request_id: int, attempt: int, is_moved: bool = False, trace_id: str = ""
+    ) -> Flight[LinkT]:
         """Number a new request. The caller has made sure that no live one has its id.
 
         `is_moved`: another replica had it before.
         """
         assert (link, request_id) not in self._live
         self._last_engine_id += 1
-        flight = Flight(engine_id=self._last_engine_id, link=link, request_id=request_id, attempt=attempt)
+        flight = Flight(
+            engine_id=self._last_engine_id,
+            link=link,
+            request_id=request_id,
+            attempt=attempt,
+            trace_id=trace_id,
+        )
         self._in_engine[flight.engine_id] = self._heard[flight.engine_id] = flight
         self._live[link, request_id] = flight
         if is_moved:

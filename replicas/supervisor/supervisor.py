@@ -267,7 +267,11 @@ class Supervisor:
     async def _fail(self, group: LiveGroup, reason: str) -> None:
         self._fatal_reason = reason
         group.dispatcher.fence()
-        logger.error("group_lost id=%s epoch=%d reason=%s", self._config.replica_id, self.epoch, reason)
+        logger.error(
+            "group_lost id=%s epoch=%d reason=%s in_flight=%d traces=%s",
+            *(self._config.replica_id, self.epoch, reason, group.dispatcher.num_in_flight),
+            ",".join(group.dispatcher.traces),
+        )
         await asyncio.gather(group.close_links(reason), self._ranks.kill())
         await self._release()
         self._on_fatal(reason)

@@ -277,7 +277,9 @@ async def test_a_restarted_router_is_found_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-async def test_a_killed_rank_takes_the_group_with_it(tmp_path: Path, rank: int) -> None:
+async def test_a_killed_rank_takes_the_group_with_it(
+    tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture
+) -> None:
     async with SmallRouter() as router, running(make_config(tmp_path, router)) as replica:
         link = await router.attached()
         await stream_under_way(link, 1)
@@ -285,6 +287,7 @@ async def test_a_killed_rank_takes_the_group_with_it(tmp_path: Path, rank: int) 
         reason = await replica.lost()
         await link.ended()
         assert link.goodbye == reason
+        assert f"in_flight=1 traces={1:032x}" in caplog.text
         assert link.last_delta(1) is None
         assert_nothing_left(replica)
         with pytest.raises(RankLost):

@@ -28,6 +28,7 @@ from replicas.request import (
     SequenceDelta,
 )
 from replicas.supervisor.rank_group import RankProcess
+from replicas.wire.requests import request_from_wire
 from tests.small_router import WAIT_S, SmallRouter
 
 LOAD = LoadSnapshot(
@@ -157,6 +158,13 @@ async def test_hello_says_who_this_is() -> None:
         assert (hello.weights_digest, hello.tokenizer_digest, hello.energy_source) == ("w", "t", "fake")
         assert (list(hello.load.free_blocks), hello.load.power_w) == ([7], 80.0)
         assert hello.ranks[0] == link_pb2.RankProcess(rank=0, pid=11, device="cpu")
+
+
+@pytest.mark.parametrize("context", ["", "00-ab-cd-01", f"00-{'A' * 32}-{'0' * 16}-01", "x\ntraces=y"])
+def test_a_trace_context_that_is_none_gets_into_no_log(context: str) -> None:
+    whole = f"00-{'a' * 32}-{'0' * 16}-01"
+    told = [request_from_wire(link_pb2.Submit(traceparent=text), now_ns=0) for text in (whole, context)]
+    assert [request.trace_id for request in told] == ["a" * 32, ""]
 
 
 async def test_commands_come_down_in_order() -> None:
