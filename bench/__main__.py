@@ -305,17 +305,14 @@ def ledger(
 
 @app.command()
 def agent(
-    meters: Annotated[
-        str, typer.Option(help="meters watched at once, comma separated; 0: unwatched")
-    ] = "0,1,4",
-    poll_ms: Annotated[float, typer.Option(min=5.0, help="between two reads")] = 50.0,
+    poll_ms: Annotated[float, typer.Option(min=5.0, help="energy.poll_ms of the agents")] = 50.0,
     seconds: Annotated[float, typer.Option(min=1.0, help="of measuring, all at once")] = 20.0,
     json: JsonOption = None,
 ) -> None:
-    """What the energy agent costs its host, beside a process that only wakes as often."""
+    """What the energy agent costs its host, and how soon an edge comes behind the end of a request."""
     from bench.agent_cost import run_agent_cost
 
-    asyncio.run(run_agent_cost([int(one) for one in meters.split(",")], poll_ms, seconds, json))
+    asyncio.run(run_agent_cost(poll_ms, seconds, json))
 
 
 @app.command()

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/wattline_energy.proto\x12\x0bwattline.v1\"g\n\x12WatchEnergyRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12\x11\n\tgpu_uuids\x18\x02 \x03(\t\x12\x0c\n\x04pids\x18\x03 \x03(\r\x12\r\n\x05meter\x18\x04 \x01(\t\x12\x12\n\nwants_pipe\x18\x05 \x01(\x08\"e\n\x0e\x45nergyReadings\x12,\n\x08readings\x18\x01 \x03(\x0b\x32\x1a.wattline.v1.EnergyReading\x12\x0c\n\x04pipe\x18\x02 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x03 \x01(\t\"\xb0\x01\n\rEnergyReading\x12\x0c\n\x04t_ns\x18\x01 \x01(\x04\x12\x11\n\tenergy_mj\x18\x02 \x01(\x04\x12\x16\n\tstatic_mj\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x19\n\x11\x63onfidence_factor\x18\x05 \x01(\x01\x12\x0b\n\x03gap\x18\x06 \x01(\x08\x12\x14\n\x07host_mj\x18\x07 \x01(\x04H\x01\x88\x01\x01\x42\x0c\n\n_static_mjB\n\n\x08_host_mj\"\x17\n\x15\x44\x65scribeMetersRequest\"G\n\x16\x44\x65scribeMetersResponse\x12-\n\x06meters\x18\x01 \x03(\x0b\x32\x1d.wattline.v1.MeterDescription\"~\n\x10MeterDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tavailable\x18\x04 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x19\n\x11\x63onfidence_factor\x18\x06 \x01(\x01\x32\xb1\x01\n\x0b\x45nergyAgent\x12G\n\x05Watch\x12\x1f.wattline.v1.WatchEnergyRequest\x1a\x1b.wattline.v1.EnergyReadings0\x01\x12Y\n\x0e\x44\x65scribeMeters\x12\".wattline.v1.DescribeMetersRequest\x1a#.wattline.v1.DescribeMetersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/wattline_energy.proto\x12\x0bwattline.v1\"x\n\x12WatchEnergyRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12\x11\n\tgpu_uuids\x18\x02 \x03(\t\x12\x0c\n\x04pids\x18\x03 \x03(\r\x12\r\n\x05meter\x18\x04 \x01(\t\x12\x12\n\nwants_pipe\x18\x05 \x01(\x08\x12\x0f\n\x07\x63\x61n_ask\x18\x06 \x01(\x08\"\x82\x01\n\x0e\x45nergyReadings\x12,\n\x08readings\x18\x01 \x03(\x0b\x32\x1a.wattline.v1.EnergyReading\x12\x0c\n\x04pipe\x18\x02 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x03 \x01(\t\x12\x0c\n\x04\x61sks\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\"\xb0\x01\n\rEnergyReading\x12\x0c\n\x04t_ns\x18\x01 \x01(\x04\x12\x11\n\tenergy_mj\x18\x02 \x01(\x04\x12\x16\n\tstatic_mj\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x19\n\x11\x63onfidence_factor\x18\x05 \x01(\x01\x12\x0b\n\x03gap\x18\x06 \x01(\x08\x12\x14\n\x07host_mj\x18\x07 \x01(\x04H\x01\x88\x01\x01\x42\x0c\n\n_static_mjB\n\n\x08_host_mj\"\x17\n\x15\x44\x65scribeMetersRequest\"G\n\x16\x44\x65scribeMetersResponse\x12-\n\x06meters\x18\x01 \x03(\x0b\x32\x1d.wattline.v1.MeterDescription\"~\n\x10MeterDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tavailable\x18\x04 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x19\n\x11\x63onfidence_factor\x18\x06 \x01(\x01\x32\xb1\x01\n\x0b\x45nergyAgent\x12G\n\x05Watch\x12\x1f.wattline.v1.WatchEnergyRequest\x1a\x1b.wattline.v1.EnergyReadings0\x01\x12Y\n\x0e\x44\x65scribeMeters\x12\".wattline.v1.DescribeMetersRequest\x1a#.wattline.v1.DescribeMetersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,17 +32,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.wattline_energy_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WATCHENERGYREQUEST']._serialized_start=45
-  _globals['_WATCHENERGYREQUEST']._serialized_end=148
-  _globals['_ENERGYREADINGS']._serialized_start=150
-  _globals['_ENERGYREADINGS']._serialized_end=251
-  _globals['_ENERGYREADING']._serialized_start=254
-  _globals['_ENERGYREADING']._serialized_end=430
-  _globals['_DESCRIBEMETERSREQUEST']._serialized_start=432
-  _globals['_DESCRIBEMETERSREQUEST']._serialized_end=455
-  _globals['_DESCRIBEMETERSRESPONSE']._serialized_start=457
-  _globals['_DESCRIBEMETERSRESPONSE']._serialized_end=528
-  _globals['_METERDESCRIPTION']._serialized_start=530
-  _globals['_METERDESCRIPTION']._serialized_end=656
-  _globals['_ENERGYAGENT']._serialized_start=659
-  _globals['_ENERGYAGENT']._serialized_end=836
+  _globals['_WATCHENERGYREQUEST']._serialized_end=165
+  _globals['_ENERGYREADINGS']._serialized_start=168
+  _globals['_ENERGYREADINGS']._serialized_end=298
+  _globals['_ENERGYREADING']._serialized_start=301
+  _globals['_ENERGYREADING']._serialized_end=477
+  _globals['_DESCRIBEMETERSREQUEST']._serialized_start=479
+  _globals['_DESCRIBEMETERSREQUEST']._serialized_end=502
+  _globals['_DESCRIBEMETERSRESPONSE']._serialized_start=504
+  _globals['_DESCRIBEMETERSRESPONSE']._serialized_end=575
+  _globals['_METERDESCRIPTION']._serialized_start=577
+  _globals['_METERDESCRIPTION']._serialized_end=703
+  _globals['_ENERGYAGENT']._serialized_start=706
+  _globals['_ENERGYAGENT']._serialized_end=883
 # @@protoc_insertion_point(module_scope)

@@ -27,6 +27,7 @@ class WatchEnergyRequest(_message.Message):
     PIDS_FIELD_NUMBER: _builtins.int
     METER_FIELD_NUMBER: _builtins.int
     WANTS_PIPE_FIELD_NUMBER: _builtins.int
+    CAN_ASK_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     meter: _builtins.str
     """auto | nvml | rapl | zeus | cpu-model | fake"""
@@ -34,6 +35,8 @@ class WatchEnergyRequest(_message.Message):
     """The watcher is on this host and reads named pipes: the first message then says where the edges are, and
     the stream goes on for as long as the watch does, without more. Empty there: no pipe, edges come here.
     """
+    can_ask: _builtins.bool
+    """The watcher writes into the pipe `asks` when it needs edges; between these they come more rarely."""
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -48,10 +51,11 @@ class WatchEnergyRequest(_message.Message):
         pids: _abc.Iterable[_builtins.int] | None = ...,
         meter: _builtins.str = ...,
         wants_pipe: _builtins.bool = ...,
+        can_ask: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_uuids", b"gpu_uuids", "group", b"group", "meter", b"meter", "pids", b"pids", "wants_pipe", b"wants_pipe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_ask", b"can_ask", "gpu_uuids", b"gpu_uuids", "group", b"group", "meter", b"meter", "pids", b"pids", "wants_pipe", b"wants_pipe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -64,9 +68,17 @@ class EnergyReadings(_message.Message):
     READINGS_FIELD_NUMBER: _builtins.int
     PIPE_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    ASKS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     pipe: _builtins.str
     metrics_address: _builtins.str
     """On the first message: where this agent shows its /metrics; empty: nowhere."""
+    asks: _builtins.str
+    """On the first message: a named pipe for the bytes 'a', a request begins or ends, so an edge is wanted soon,
+    and 'r', every 2 s while requests run. Empty: edges come at their own pace.
+    """
+    state: _builtins.str
+    """To who can ask, when the meter's reads begin or cease to hang: ok | stale | reset | lost. Edges come again after it."""
     @_builtins.property
     def readings(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnergyReading]: ...
     def __init__(
@@ -75,10 +87,12 @@ class EnergyReadings(_message.Message):
         readings: _abc.Iterable[Global___EnergyReading] | None = ...,
         pipe: _builtins.str = ...,
         metrics_address: _builtins.str = ...,
+        asks: _builtins.str = ...,
+        state: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_address", b"metrics_address", "pipe", b"pipe", "readings", b"readings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asks", b"asks", "metrics_address", b"metrics_address", "pipe", b"pipe", "readings", b"readings", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

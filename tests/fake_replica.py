@@ -95,6 +95,8 @@ class FakeReplica:
     weights_digest: str = "w"
     tokenizer_digest: str = ""
     scores_prompts: bool = True
+    cached_tokens: int = 0
+    """Of every prompt, as it says."""
     fate: Fate | None = None
     """What happens when it has made `fate_after` tokens, over all answers."""
     fate_after: int = 0
@@ -293,9 +295,18 @@ class FakeReplica:
             first_offset=first_offset,
             token_ids=token_ids,
             finish=finish,
-            timing=_timing(sequence) if finish else None,
+            timing=self._timing(sequence) if finish else None,
             logprobs=_logprobs(submit, first_offset, len(token_ids)),
             prompt_logprobs=_prompt_logprobs(submit) if self._is_first(sequence, token_ids) else (),
+        )
+
+    def _timing(self, sequence: Sequence) -> link.SequenceTiming:
+        return link.SequenceTiming(
+            queue_us=100,
+            prefill_us=2000,
+            decode_us=1000 * sequence.num_tokens,
+            cached_tokens=self.cached_tokens,
+            wasted_tokens=0,
         )
 
     def _is_first(self, sequence: Sequence, token_ids: list[int]) -> bool:
@@ -352,7 +363,7 @@ class FakeReplica:
             attempt=sequence.submit.attempt,
             first_offset=sequence.next_offset,
             finish=link.ENGINE_FINISH_STOP,
-            timing=_timing(sequence),
+            timing=self._timing(sequence),
         )
         await self._send_with_bill(
             link.StepOutput(step=self._step, deltas=[delta], load=self.load()), [sequence]
@@ -408,12 +419,6 @@ def _logprobs(submit: link.Submit, first_offset: int, count: int) -> list[link.E
 def _prompt_logprobs(submit: link.Submit) -> list[link.EngineLogprobs]:
     """The same for the tokens of a prompt but the first, by their positions, where asked for."""
     return _logprobs(submit, 1, len(submit.prompt_ids) - 1) if submit.prompt_logprobs else []
-
-
-def _timing(sequence: Sequence) -> link.SequenceTiming:
-    return link.SequenceTiming(
-        queue_us=100, prefill_us=2000, decode_us=1000 * sequence.num_tokens, cached_tokens=0, wasted_tokens=0
-    )
 
 
 def _unknown_energy(sequence: Sequence) -> link.RequestEnergy:

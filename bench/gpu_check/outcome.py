@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +99,3 @@ def _memory_bytes(setting: Setting) -> int | None:
     if not setting.is_cuda:
         return None
     return torch.cuda.get_device_properties(setting.device).total_memory
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stdout, flush=True)

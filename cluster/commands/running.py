@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 POLL_S = 0.2
 TEND_PERIOD_S = 0.5
+STATUS_ROUNDS = 4
+"""A router is asked how it is in every fourth round: that costs both sides more than to see that it lives."""
 GONE_TIMEOUT_S = 5.0
 FORCED_EXIT_CODE = 130
 
@@ -90,6 +93,7 @@ def _wait_ready(stack: Stack, config: Config, interrupts: Interrupts, console: C
 def serve_until_interrupted(stack: Stack, interrupts: Interrupts, console: Console) -> None:
     """Keep the router alive until the first signal, and say when the number of ready replicas changes."""
     known: dict[str, int] = {}
+    rounds = count()
     shortage = Shortage(stack.shortages, console)
     while not interrupts.wait(TEND_PERIOD_S):
         if interrupts.take_roll():
@@ -99,6 +103,8 @@ def serve_until_interrupted(stack: Stack, interrupts: Interrupts, console: Conso
         stack.tend()
         if was_rolling and not stack.is_rolling:
             console.print("Every router is a new one.")
+        if next(rounds) % STATUS_ROUNDS:
+            continue
         state = stack.status()
         for model in state.models if state else ():
             if known.get(model.name, model.num_ready) != model.num_ready:

@@ -61,6 +61,8 @@ def _explain(problem: dict[str, Any]) -> str:
     got = repr(problem["input"])
     got = got if len(got) <= MAX_SHOWN_CHARS else f"{got[:MAX_SHOWN_CHARS]}..."
     allowed = ALLOWED[kind].format_map(context) if kind in ALLOWED else problem["msg"]
+    if kind == "literal_error" and isinstance(problem["input"], bool):
+        allowed += "; put the word in quotes, YAML reads it as true or false"
     return f"{key}: got {got}; allowed: {allowed}"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from yaml.constructor import ConstructorError
 
 from cluster.config.explain import explain_all
 from cluster.config.host import EnergySection, RaySection, TelemetrySection
@@ -62,6 +64,20 @@ def default_runtime_dir() -> Path:
     return Path(os.environ.get("WATTLINE_RUNTIME_DIR") or f"/tmp/wattline-{os.getuid()}")
 
 
+class _OnceEachLoader(yaml.SafeLoader):
+    """Of a key that is there twice YAML's own would take the last, and say nothing of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ConstructorError(
+                    problem=f"key {key.value!r} is there twice; remove one", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path) -> Config:
     """Read and validate a YAML file.
 
@@ -78,7 +94,7 @@ def load_config(path: Path) -> Config:
 def read_yaml(content: bytes, *, origin: str) -> dict[str, Any]:
     """The mapping of a YAML file, its values not yet looked at. Raises ConfigError."""
     try:
-        raw = yaml.safe_load(content.decode())
+        raw = yaml.load(content.decode(), Loader=_OnceEachLoader)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{origin}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except (yaml.YAMLError, ValueError) as error:  # Its dates and numbers raise Python's own.

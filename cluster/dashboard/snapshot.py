@@ -5,7 +5,7 @@ Unknown is None, never 0. Millijoules stay whole numbers, so that a reader can c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ from cluster.energy.ledger_book import LedgerBook, LedgerSums
 from cluster.link.fleet_record import FleetEvent, FleetRecord
 from cluster.link.replica_connection import ReplicaConnection
 from cluster.link.replica_pool import ReplicaPool
-from cluster.router.gauges import kv_used_ratio
+from cluster.router.gauges import kv_used_ratio, num_waiting
 from cluster.served_model import ServedModel
 from cluster.telemetry.journal import Answers, ClosedRequest, Journal, Spread
 from replicas.expert_heat import ExpertHeat, merge_heat
@@ -22,14 +22,23 @@ Json: TypeAlias = dict[str, Any]
 
 
 def take_snapshot(
-    *, models: Mapping[str, ServedModel], pool: ReplicaPool, journal: Journal, now_s: float
+    *,
+    models: Mapping[str, ServedModel],
+    pool: ReplicaPool,
+    queues: Mapping[str, Sized],
+    journal: Journal,
+    now_s: float,
 ) -> Json:
-    """Models, replicas and what happened to them, last requests. `now_s`: on the router's monotonic clock."""
+    """Models, replicas and what happened to them, last requests. `now_s`: on the router's monotonic clock.
+
+    `queues` are those of the router, by model.
+    """
     return {
         "models": [
             view_model(
                 model,
                 replicas=pool.of_model(model.name),
+                queue=queues[model.name],
                 answers=journal.of_model(model.name),
                 now_s=now_s,
             )
@@ -42,7 +51,7 @@ def take_snapshot(
 
 
 def view_model(
-    model: ServedModel, *, replicas: list[ReplicaConnection], answers: Answers, now_s: float
+    model: ServedModel, *, replicas: list[ReplicaConnection], queue: Sized, answers: Answers, now_s: float
 ) -> Json:
     by_output, by_total = answers.joules_per_token(now_s=now_s)
     source = model.energy_source((replica.hello.energy_source for replica in replicas), now_s=now_s)
@@ -56,7 +65,7 @@ def view_model(
         },
         "active": model.active_requests,
         "running": sum(sum(replica.load.running) for replica in replicas),
-        "waiting": sum(sum(replica.load.waiting) for replica in replicas),
+        "waiting": num_waiting(replicas, queue),
         "kv_used_ratio": kv_used_ratio(replicas),
         "output_tokens_per_s": model.token_rate.per_second(now_s=now_s),
         "ttft_ms": view_spread(answers.ttft_ms(now_s=now_s)),

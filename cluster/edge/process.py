@@ -133,7 +133,7 @@ class Router:
         self._pool = ReplicaPool(on_change=lambda: self._health.changed())
         finder = RouteFinder(pool=self._pool, random=Random(self.router_id))
         refusals = Refusals(Random(f"{self.router_id} refusals"))
-        gates = open_gates(self._models, self._pool, finder, refusals)
+        self._gates = gates = open_gates(self._models, self._pool, finder, refusals)
         self._tenants = new_tenants(config)
         self._health = HealthBoard(models=tuple(self._models), pool=self._pool)
         self._metrics.add_gauges(lambda: read_gauges(self._models, self._pool, gates))
@@ -278,7 +278,13 @@ class Router:
         return stack
 
     def _snapshot(self) -> dict[str, Any]:
-        return take_snapshot(models=self._models, pool=self._pool, journal=self._journal, now_s=monotonic())
+        return take_snapshot(
+            models=self._models,
+            pool=self._pool,
+            queues=self._gates,
+            journal=self._journal,
+            now_s=monotonic(),
+        )
 
     def _new_ledger(self) -> LedgerRecorder | None:
         if not self._config.ledger.enabled:
@@ -334,6 +340,7 @@ class Router:
             guard=guard,
             models=self._models,
             pool=self._pool,
+            queues=self._gates,
             journal=self._journal,
             stories=self._stories,
             siblings=self._siblings,

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from cluster.energy.account import HOST_SOURCE
 from cluster.ledger.entries import Summary
+from cluster.telemetry import semconv
 
 _DELTA = 1
 """OTLP's AGGREGATION_TEMPORALITY_DELTA."""
@@ -41,34 +42,34 @@ def _energy(summary: Summary) -> Iterator[Point]:
     for sums in summary.requests:
         if not sums.source:
             continue
-        of_whom = {"gen_ai.request.model": sums.model, "wattline.tenant": sums.tenant}
-        told = {"wattline.energy.source": sums.source, "wattline.ledger": "request"}
+        of_whom = {semconv.REQUEST_MODEL: sums.model, semconv.TENANT: sums.tenant}
+        told = {semconv.ENERGY_SOURCE: sums.source, semconv.LEDGER: "request"}
         for phase, sum_mj in (("prefill", sums.prefill_mj), ("decode", sums.decode_mj)):
-            yield sum_mj / 1e3, {**of_whom, "wattline.energy.phase": phase, **told}
+            yield sum_mj / 1e3, {**of_whom, semconv.ENERGY_PHASE: phase, **told}
     for model in summary.models:
-        told = {"gen_ai.request.model": model.model, "wattline.energy.source": model.source}
+        told = {semconv.REQUEST_MODEL: model.model, semconv.ENERGY_SOURCE: model.source}
         for ledger, sum_mj in (("idle", model.idle_mj), ("unattributed", model.unattributed_mj)):
-            yield sum_mj / 1e3, {**told, "wattline.ledger": ledger}
+            yield sum_mj / 1e3, {**told, semconv.LEDGER: ledger}
 
 
 def _host_energy(summary: Summary) -> Iterator[Point]:
     """What the hosts drew beside the devices, where it is known: the requests' part, and the rest."""
     for sums in summary.requests:
         if sums.num_host:
-            of_whom = {"gen_ai.request.model": sums.model, "wattline.tenant": sums.tenant}
-            told = {"wattline.energy.source": HOST_SOURCE, "wattline.ledger": "request"}
+            of_whom = {semconv.REQUEST_MODEL: sums.model, semconv.TENANT: sums.tenant}
+            told = {semconv.ENERGY_SOURCE: HOST_SOURCE, semconv.LEDGER: "request"}
             yield sums.host_mj / 1e3, {**of_whom, **told}
     for model in summary.models:
         if model.host_meter_mj:
-            told = {"wattline.energy.source": HOST_SOURCE, "wattline.ledger": "rest"}
-            yield model.host_rest_mj / 1e3, {"gen_ai.request.model": model.model, **told}
+            told = {semconv.ENERGY_SOURCE: HOST_SOURCE, semconv.LEDGER: "rest"}
+            yield model.host_rest_mj / 1e3, {semconv.REQUEST_MODEL: model.model, **told}
 
 
 def _tokens(summary: Summary) -> Iterator[Point]:
     for sums in summary.requests:
-        of_whom = {"gen_ai.request.model": sums.model, "wattline.tenant": sums.tenant}
+        of_whom = {semconv.REQUEST_MODEL: sums.model, semconv.TENANT: sums.tenant}
         for kind, count in (("input", sums.prompt_tokens), ("output", sums.output_tokens)):
-            yield float(count), {**of_whom, "gen_ai.token.type": kind}
+            yield float(count), {**of_whom, semconv.TOKEN_TYPE: kind}
 
 
 def _metric(name: str, unit: str, points: list[Json]) -> Json | None:

@@ -29,7 +29,6 @@ from cluster.router.caller import Caller
 from cluster.router.rpc import Rpc, RpcGuard
 from cluster.router.streams import Streams
 from cluster.router.wire import energy_trailers
-from cluster.security.auth import Identity
 from cluster.served_model import ServedModel, find_model
 from cluster.text.text_threads import TextThreads
 from protos import wattline_oip_pb2 as pb
@@ -115,7 +114,7 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         self, requests: AsyncIterator[pb.ModelInferRequest], context: StreamContext
     ) -> None:
         """Answer requests side by side until the caller has no more."""
-        async with self._guard.call(context, f"{SERVICE}/ModelStreamInfer") as call:
+        async with self._guard.call(context, f"{SERVICE}/ModelStreamInfer"):
             writing, room = asyncio.Lock(), asyncio.Semaphore(MAX_REQUESTS_PER_STREAM)
 
             async def write(response: pb.ModelStreamInferResponse) -> None:
@@ -124,7 +123,7 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
 
             async def answer(request: pb.ModelInferRequest) -> None:
                 try:
-                    await self._answer_one(request, context, write, call.identity)
+                    await self._answer_one(request, context, write)
                 finally:
                     room.release()
 
@@ -144,13 +143,13 @@ class OipServicer(pb_grpc.GRPCInferenceServiceServicer):
         request: pb.ModelInferRequest,
         context: StreamContext,
         write: Callable[[pb.ModelStreamInferResponse], Awaitable[None]],
-        identity: Identity,
     ) -> None:
         async def tell(message: str) -> None:
             named = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
             await write(pb.ModelStreamInferResponse(error_message=message, infer_response=named))
 
-        async with self._guard.part(context, f"{SERVICE}/ModelStreamInfer", tell, identity=identity) as rpc:
+        async with self._guard.part(context, f"{SERVICE}/ModelStreamInfer", tell) as rpc:
+            self._guard.identify(rpc, context)
             model = self._find(request.model_name, request.model_version, rpc, prefix="model_")
             rpc.model = model.name
             ask = infer_ask(request, model.bounds, _draw_seed)

@@ -24,8 +24,6 @@ HTTP_STATUSES = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
 }

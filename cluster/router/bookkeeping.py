@@ -193,11 +193,14 @@ def _outcome(outcomes: Sequence[FinishReason | RouterError | None]) -> str:
 
 
 def _usage(run: Run) -> Usage:
-    """Cached is what the first attempt found: a later one finds what was paid for already."""
-    first = run.attempts[0].timing
+    """Cached is what the first attempt found: a later one finds what was paid for already.
+
+    Of the caller's own prompt: that of an answer that goes on here has what was delivered before, too.
+    """
+    first, prompt_tokens = run.attempts[0].timing, len(run.job.prompt_ids)
     return Usage(
-        prompt_tokens=len(run.job.prompt_ids),
-        cached_tokens=first.cached_tokens if first else 0,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=min(first.cached_tokens, prompt_tokens) if first else 0,
         completion_tokens=len(run.delivered_ids),
         wasted_tokens=sum(attempt.wasted_tokens for attempt in run.attempts),
     )

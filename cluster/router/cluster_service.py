@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import asdict
 from time import monotonic
 from typing import TypeAlias
@@ -15,6 +15,7 @@ from cluster.link.fleet_record import FleetEvent
 from cluster.link.replica_connection import ReplicaConnection, ReplicaState
 from cluster.link.replica_pool import ReplicaPool
 from cluster.request.errors import UnknownRequest
+from cluster.router.gauges import num_waiting
 from cluster.router.rpc import RpcGuard
 from cluster.router.siblings import Siblings
 from cluster.router.story_record import StoryRecord
@@ -51,6 +52,7 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         guard: RpcGuard,
         models: Mapping[str, ServedModel],
         pool: ReplicaPool,
+        queues: Mapping[str, Sized],
         journal: Journal,
         stories: StoryRecord,
         siblings: Siblings,
@@ -60,6 +62,7 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         self._guard = guard
         self._models = models
         self._pool = pool
+        self._queues = queues
         self._journal = journal
         self._stories = stories
         self._siblings = siblings
@@ -128,7 +131,7 @@ class ClusterServicer(pb_grpc.ClusterServicer):
             min_replicas=model.section.replicas.min,
             max_replicas=model.section.replicas.max,
             active_requests=model.active_requests,
-            waiting_requests=sum(sum(connection.load.waiting) for connection in attached),
+            waiting_requests=num_waiting(attached, self._queues[model.name]),
             output_tokens_per_s=model.token_rate.per_second(now_s=now_s),
             joules_per_output_token=by_output,
             energy_source=source,
@@ -163,7 +166,7 @@ class ClusterServicer(pb_grpc.ClusterServicer):
             model=model.name,
             ready_replicas=len(self._pool.ready(model.name)),
             requests_in_flight=model.active_requests,
-            requests_waiting=sum(sum(connection.load.waiting) for connection in attached),
+            requests_waiting=num_waiting(attached, self._queues[model.name]),
             waiting_prefill_tokens=sum(
                 sum(connection.load.waiting_prefill_tokens) for connection in attached
             ),

@@ -98,7 +98,7 @@ class Gate:
         `asked` is told what is known where it cannot begin at once, whatever is decided then.
         Raises Overloaded where waiting would be in vain, NoReplica where there is nothing to wait for.
         """
-        cost = virtual_tokens(uncached_tokens=len(errand.prompt_ids), output_tokens=errand.output_tokens)
+        cost = _cost_of(errand)
         held = None if self._queue else self._hold(errand, tenant)
         if held is not None:
             self._queue.count(tenant, cost)
@@ -125,11 +125,14 @@ class Gate:
             )
         return place
 
+    def count(self, tenant: Tenant, errand: Errand) -> None:
+        """A request begins past the queue, since it was in turn before at another router."""
+        self._queue.count(tenant, _cost_of(errand))
+
     def correct(self, tenant: Tenant, errand: Errand, *, uncached_tokens: int, output_tokens: int) -> None:
         """What a request really took of its tenant's share."""
         took = virtual_tokens(uncached_tokens=uncached_tokens, output_tokens=output_tokens)
-        counted = virtual_tokens(uncached_tokens=len(errand.prompt_ids), output_tokens=errand.output_tokens)
-        self._queue.correct(tenant, took - counted)
+        self._queue.correct(tenant, took - _cost_of(errand))
 
     def pump(self) -> None:
         """Let through whom a lane can begin now, in their order. Cheap while nobody waits."""
@@ -271,3 +274,8 @@ class Gate:
         self._queue.remove(waiting)
         if not self._queue:
             self._pace.ran_empty()
+
+
+def _cost_of(errand: Errand) -> float:
+    """What is counted until it is known what the request took."""
+    return virtual_tokens(uncached_tokens=len(errand.prompt_ids), output_tokens=errand.output_tokens)

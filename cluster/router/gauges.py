@@ -103,8 +103,7 @@ def _picker_gauges(
     for name in models:
         attached = pool.of_model(name)
         running.add_metric((name,), sum(sum(connection.load.running) for connection in attached))
-        in_engines = sum(sum(connection.load.waiting) for connection in attached)
-        waiting.add_metric((name,), in_engines + len(queues[name]))
+        waiting.add_metric((name,), num_waiting(attached, queues[name]))
         usage.add_metric((name,), kv_used_ratio(attached) or 0.0)  # Without blocks 0, as pickers expect.
     return running, waiting, usage
 
@@ -170,6 +169,11 @@ def _divided(sums: LedgerSums) -> Iterable[tuple[tuple[str, str, str], str, int]
             yield ("request", phase, "device"), tenant, value_mj
     yield ("idle", "none", "device"), NOBODY, sums.idle_mj
     yield ("unattributed", "none", "device"), NOBODY, sums.unattributed_mj
+
+
+def num_waiting(replicas: Iterable[ReplicaConnection], queue: Sized) -> int:
+    """Requests of a model that wait for a place in a batch, in its replicas or in this router's queue."""
+    return len(queue) + sum(sum(connection.load.waiting) for connection in replicas)
 
 
 def kv_used_ratio(replicas: list[ReplicaConnection]) -> float | None:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import grpc
 
 from cluster.request.errors import ErrorStatus, RouterError, status_of
-from cluster.security.auth import ANYBODY, Authenticator, Identity, Need, credential_of_call
+from cluster.security.auth import ANYBODY, Authenticator, Need, credential_of_call
 from cluster.telemetry import semconv
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.rpc_span import RpcSpan
@@ -90,9 +90,7 @@ class RpcGuard:
         rpc = self._open(context, method)
         code = grpc.StatusCode.OK
         try:
-            if not self._authenticator.is_open:
-                rpc.identity = self._authenticator.identify(credential_of_call(context))
-                rpc.identity.check(need)
+            self.identify(rpc, context, need)
             yield rpc
         except (Exception, asyncio.CancelledError) as error:
             code, status = _verdict(error, rpc, context, method)
@@ -110,12 +108,12 @@ class RpcGuard:
         context: grpc.aio.ServicerContext[RequestT, ResponseT],
         method: str,
         tell: Callable[[str], Awaitable[None]],
-        *,
-        identity: Identity,
     ) -> AsyncIterator[Rpc]:
-        """One of several requests in a call of `identity`: its error is told, and the call goes on."""
+        """One of several requests in a call: its error is told, and the call goes on.
+
+        The body identifies its caller anew, since a call may last longer than a key.
+        """
         rpc = self._open(context, method)
-        rpc.identity = identity
         code = grpc.StatusCode.OK
         try:
             yield rpc
@@ -127,6 +125,14 @@ class RpcGuard:
         finally:
             rpc.span.end(code.name)
             self._metrics.count_request(rpc.model, code.name)
+
+    def identify(
+        self, rpc: Rpc, context: grpc.aio.ServicerContext[RequestT, ResponseT], need: Need = Need.TENANT
+    ) -> None:
+        """Find out who calls. Raises Unauthenticated, NotAllowed."""
+        if not self._authenticator.is_open:
+            rpc.identity = self._authenticator.identify(credential_of_call(context))
+            rpc.identity.check(need)
 
     def _open(self, context: grpc.aio.ServicerContext[RequestT, ResponseT], method: str) -> Rpc:
         return Rpc(

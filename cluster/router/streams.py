@@ -278,6 +278,7 @@ class Streams:
             run = self._submission.submit(way_in, completion, route, text)
             if completion.resume:
                 self._continuations.enter(run, completion.resume)
+                self._gates[way_in.model.name].count(tenant, order.errand)
             way_in.queued_s = way_in.waited_s(now_s=self._clock_s())
             return route, run
 

@@ -155,16 +155,26 @@ def _make_private(path: Path) -> None:
         raise CommandError(
             f"runtime_dir: {path} cannot be made ({error.strerror}); choose another"
         ) from error
-    owner = path.stat()
-    if owner.st_uid != os.getuid() or stat.S_IMODE(owner.st_mode) & 0o022:
+    if not _is_ours_alone(path):
         raise CommandError(
             f"runtime_dir: {path} is open to others; choose one of your own, or `chmod 700` it"
         )
 
 
+def _is_ours_alone(path: Path) -> bool:
+    """Nobody else writes there. Raises OSError where there is no such folder."""
+    about = path.stat()
+    return about.st_uid == os.getuid() and not stat.S_IMODE(about.st_mode) & 0o022
+
+
 def read_state(path: Path) -> UpState | None:
-    """The state of the `up` that runs in this folder; None: there is none."""
+    """The state of the `up` that runs in this folder; None: there is none, or others could have written it.
+
+    Who makes the default folder first could else be sent our prompts and keys, and say what `down` ends.
+    """
     try:
+        if not _is_ours_alone(path):
+            return None
         state = UpState(**json.loads((path / "up.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None

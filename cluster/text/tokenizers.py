@@ -62,7 +62,7 @@ def load_tokenizer(section: ModelSection) -> Tokenizer:
     folder = resolve_source(source, revision=section.revision, has_weights=False)
     try:
         return CheckpointTokenizer(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # The Rust tokenizer raises no narrower one for a file it cannot read.
         raise ConfigError(
             f"models[{section.name}].tokenizer: {source!r} holds no tokenizer that can be read ({error}); "
             "name a folder or hub id with tokenizer.json"

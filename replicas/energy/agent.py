@@ -13,8 +13,8 @@ import signal
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import grpc
 from grpc import aio
@@ -22,30 +22,29 @@ from prometheus_client import CollectorRegistry
 
 from protos import wattline_energy_pb2 as wire
 from protos.wattline_energy_pb2_grpc import EnergyAgentServicer, add_EnergyAgentServicer_to_server
-from replicas.config import METERS, MetricsAccess
+from replicas.config import MetricsAccess
 from replicas.energy.agent_metrics import MeterSeries
 from replicas.energy.agent_options import agent_parser, metrics_access
-from replicas.energy.cpu_model import CpuModelMeter
+from replicas.energy.aside_call import AsideCalls
+from replicas.energy.ask_pipe import AskPipe
 from replicas.energy.edge_pipe import EdgePipe
 from replicas.energy.host_meter import open_host_meter
-from replicas.energy.meter import Meter, Reading, hold_the_same
-from replicas.energy.nvml import NvmlMeter
+from replicas.energy.meter import Meter, MeterState, Reading, hold_the_same
+from replicas.energy.open_meter import MeterSettings, open_meter
 from replicas.energy.poll_thread import PollThread
 from replicas.energy.polling import MeterPoller
-from replicas.energy.rapl import POWERCAP_DIR, RaplMeter
-from replicas.energy.replay import FakeMeter
+from replicas.energy.rapl import POWERCAP_DIR
+from replicas.energy.read_schedule import ReadSchedule
 from replicas.energy.survey import survey_meters
-from replicas.energy.zeus_meter import ZeusMeter
+from replicas.energy.watch_key import WatchKey, watch_key
 from replicas.errors import MeterUnavailable
 from replicas.metrics_page import MetricsPage
 from replicas.strict_messages import add_strictly
 
 _LOG = logging.getLogger(__name__)
-_FAKE_POWER_W = 100.0
-_MAX_DEVICES = 64
-_MAX_PIDS = 1024
 _MAX_GROUP_CHARS = 256
 _MAX_WATCHES = 256
+_MAX_HUNG = 8
 _SOCKET_PATH_BYTES = 107
 _STOP_GRACE_S = 0.1
 _PIPE_INFIX = ".edges-"
@@ -55,14 +54,7 @@ _SERVER_OPTIONS = (
     # takes more than two such questions in five minutes for an attack, unless told, and ends the watch.
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
 )
-
-
-class WatchKey(NamedTuple):
-    """Watches with equal keys share one meter."""
-
-    meter: str
-    gpu_uuids: tuple[str, ...]
-    pids: tuple[int, ...]
+_ASKS_SUFFIX = ".asks"
 
 
 class EnergyAgent:
@@ -85,14 +77,18 @@ class EnergyAgent:
         if not 0.001 <= poll_s <= 1.0:
             raise ValueError(f"poll_s={poll_s}: give 0.001 to 1.0 (a GPU counter moves every 0.1 s)")
         self.registry = CollectorRegistry()
-        self._cpu_static_w = cpu_static_w
-        self._cpu_core_w = cpu_core_w
         self._clock = clock
         self._exit_after_idle_s = exit_after_idle_s
         self._host = open_host_meter(host_meter, powercap_dir)
         self._pollers: dict[WatchKey, MeterPoller] = {}
         self._making = asyncio.Lock()
-        self._thread = PollThread(poll_s=poll_s)
+        self._schedule = ReadSchedule(poll_s=poll_s)
+        self._thread = PollThread(self._schedule, host=self._host)
+        self._settings = MeterSettings(
+            poll_ns=round(poll_s * 1e9), cpu_static_w=cpu_static_w, cpu_core_w=cpu_core_w
+        )
+        self._calls = AsideCalls()
+        self._num_silent = 0
         self._series = MeterSeries(
             self._pollers.values, host=self._host, count_reads=lambda: self._thread.num_reads
         )
@@ -121,6 +117,7 @@ class EnergyAgent:
             path.chmod(0o600)
             for left_over in path.parent.glob(f"{path.name}{_PIPE_INFIX}*"):
                 left_over.unlink(missing_ok=True)
+        self._schedule.asks = self._make_asks()
         _LOG.info("energy_agent.started", extra={"addresses": bound})
         return bound
 
@@ -154,9 +151,10 @@ class EnergyAgent:
         page, self._page = self._page, None
         if page is not None:
             await asyncio.to_thread(page.close)
-        for poller in list(self._pollers.values()):
-            await self._end(poller)
+        for poller in self._pollers.values():
+            self._thread.end(poller)
         self._pollers.clear()
+        await asyncio.to_thread(self._thread.close)
         for path in self._socket_paths:
             path.unlink(missing_ok=True)
         _LOG.info("energy_agent.stopped", extra={"cpu_share": round(self.cpu_share, 5)})
@@ -173,42 +171,64 @@ class EnergyAgent:
             _LOG.warning("energy_agent.no_pipe", extra={"error": str(error)})
             return None
 
+    @property
+    def asks_path(self) -> str:
+        """The pipe where watchers say what they need; empty: there is none."""
+        return "" if self._schedule.asks is None else str(self._schedule.asks.path)
+
     async def watch(
-        self, key: WatchKey, group: str, pipe: EdgePipe | None = None
-    ) -> AsyncGenerator[list[Reading], None]:
-        """Edges of a meter, from now on, here or in `pipe`. Raises MeterUnavailable before the first one."""
+        self, key: WatchKey, group: str, pipe: EdgePipe | None = None, *, can_ask: bool = False
+    ) -> AsyncGenerator[list[Reading] | MeterState, None]:
+        """Edges of a meter, from now on, here or in `pipe`; its state, when its reads begin or cease to hang.
+
+        `can_ask`: this watcher says when it needs edges; for one that cannot they come at a fixed pace.
+        Raises MeterUnavailable before the first one.
+        """
         async with self._making:
             poller = self._pollers.get(key)
             if poller is None:
-                meter = await asyncio.to_thread(self._make_meter, key)
+                self._check_hung()
+                meter = await self._calls.run(
+                    lambda: open_meter(key, self._settings), drop=lambda late: late.close()
+                )
                 self._check_once(meter)
                 poller = MeterPoller(meter, group=group, seat=self._host.seat(meter) if self._host else None)
                 self._pollers[key] = poller
                 self._thread.add(poller)
                 _LOG.info("energy_agent.meter_opened", extra={"group": group, "meter": type(meter).__name__})
             subscriber = poller.subscribe(pipe)
-            self._num_watches += 1
+            self._count_watch(1, can_ask=can_ask)
         try:
             while True:
                 yield await subscriber.take()
         finally:
-            self._num_watches -= 1
+            self._count_watch(-1, can_ask=can_ask)
             self._used_ns = self._clock()
             poller.unsubscribe(subscriber)
             if not poller.is_watched and self._pollers.get(key) is poller:
                 del self._pollers[key]
                 self._series.retire(poller)
-                await self._end(poller)
+                self._thread.end(poller)
 
-    async def _end(self, poller: MeterPoller) -> None:
-        """Whoever is cancelled meanwhile: it is read no more, and closed after its last round."""
-        self._thread.remove(poller)
+    def _count_watch(self, change: int, *, can_ask: bool) -> None:
+        self._num_watches += change
+        self._num_silent += 0 if can_ask else change
+        self._schedule.pace.is_silent = self._num_silent > 0
 
-        def close() -> None:
-            self._thread.wait_round()
-            poller.close()
+    def _make_asks(self) -> AskPipe | None:
+        """Beside the first socket; without it no watcher can ask, and edges come at a fixed pace."""
+        for path in self._socket_paths[:1]:
+            with suppress(OSError):
+                return AskPipe(path.with_name(path.name + _ASKS_SUFFIX))
+        return None
 
-        await asyncio.shield(asyncio.to_thread(close))
+    def _check_hung(self) -> None:
+        """Each read that hangs keeps a thread, also after its watch has ended."""
+        if self._thread.num_hung >= _MAX_HUNG:
+            raise MeterUnavailable(
+                f"the reads of {self._thread.num_hung} meters of this host do not return, {_MAX_HUNG} is the "
+                "limit; see what their driver says, and restart the energy agent"
+            )
 
     def _check_once(self, meter: Meter) -> None:
         """Refuse a meter whose joules another one, which is watched, counts already."""
@@ -219,6 +239,10 @@ class EnergyAgent:
                 f"the meter of {twice[0].group} counts the same CPUs ({twice[0].scope} and {meter.scope}): "
                 "a GPU's module holds the CPU and memory that RAPL would count again; watch one of them"
             )
+
+    async def describe(self) -> list[wire.MeterDescription]:
+        """Every meter of the host. MeterUnavailable where a driver does not answer."""
+        return await self._calls.run(_describe_meters)
 
     def check_room(self) -> None:
         if self._num_watches >= _MAX_WATCHES:
@@ -232,24 +256,6 @@ class EnergyAgent:
         if self._num_watches:
             return self._exit_after_idle_s
         return max(0.0, self._exit_after_idle_s - (self._clock() - self._used_ns) / 1e9)
-
-    def _make_meter(self, key: WatchKey) -> Meter:
-        """`auto` never answers for GPUs with an estimate of the CPUs: that would be off by any factor."""
-        if key.meter == "fake":
-            return FakeMeter(((0, _FAKE_POWER_W),), clock=self._clock)
-        if key.meter == "nvml" or (key.meter == "auto" and key.gpu_uuids):
-            return NvmlMeter(key.gpu_uuids, clock=self._clock)
-        if key.meter == "rapl":
-            return RaplMeter(clock=self._clock)
-        if key.meter == "zeus":
-            return ZeusMeter(clock=self._clock)
-        if key.pids:
-            return CpuModelMeter(
-                key.pids, static_w=self._cpu_static_w, core_w=self._cpu_core_w, clock=self._clock
-            )
-        raise MeterUnavailable(
-            f"meter {key.meter!r} has nothing to read: name gpu_uuids, or pids for an estimate"
-        )
 
     def _bind(self, server: aio.Server, address: str) -> str:
         if address.startswith("unix:"):
@@ -275,21 +281,28 @@ class _Servicer(EnergyAgentServicer):
         request: wire.WatchEnergyRequest,
         context: aio.ServicerContext[wire.WatchEnergyRequest, wire.EnergyReadings],
     ) -> AsyncIterator[wire.EnergyReadings]:
-        problem = _problem(request)
-        if problem:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        try:
+            key = _key(request)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         try:
             self._agent.check_room()
         except MeterUnavailable as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         pipe = self._agent.make_pipe() if request.wants_pipe else None
-        edges = self._agent.watch(_key(request), request.group, pipe)
+        asks = self._agent.asks_path if request.can_ask else ""
+        edges = self._agent.watch(key, request.group, pipe, can_ask=bool(asks))
         try:
             yield wire.EnergyReadings(
-                pipe="" if pipe is None else str(pipe.path), metrics_address=self._agent.metrics_address
+                pipe="" if pipe is None else str(pipe.path),
+                asks=asks,
+                metrics_address=self._agent.metrics_address,
             )
-            async for batch in edges:
-                yield wire.EnergyReadings(readings=[_message(reading) for reading in batch])
+            async for told in edges:
+                if not isinstance(told, MeterState):
+                    yield wire.EnergyReadings(readings=[_message(reading) for reading in told])
+                elif request.can_ask:
+                    yield wire.EnergyReadings(state=told.value)
         except MeterUnavailable as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         finally:
@@ -302,27 +315,19 @@ class _Servicer(EnergyAgentServicer):
         request: wire.DescribeMetersRequest,
         context: aio.ServicerContext[wire.DescribeMetersRequest, wire.DescribeMetersResponse],
     ) -> wire.DescribeMetersResponse:
-        return wire.DescribeMetersResponse(meters=await asyncio.to_thread(_describe_meters))
+        try:
+            return wire.DescribeMetersResponse(meters=await self._agent.describe())
+        except MeterUnavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
 
 def _key(request: wire.WatchEnergyRequest) -> WatchKey:
-    """A meter of the whole host is one, whoever asks: two pollers of it would export its joules twice."""
-    if request.meter in ("rapl", "zeus"):
-        return WatchKey(request.meter, (), ())
-    return WatchKey(request.meter or "auto", tuple(sorted(request.gpu_uuids)), tuple(sorted(request.pids)))
-
-
-def _problem(request: wire.WatchEnergyRequest) -> str:
-    """What is wrong with a watch, empty if nothing is."""
-    if request.meter and request.meter not in METERS:
-        return f"meter={request.meter!r}; give one of {', '.join(METERS)}"
-    if len(request.gpu_uuids) > _MAX_DEVICES:
-        return f"gpu_uuids has {len(request.gpu_uuids)} entries, {_MAX_DEVICES} is the limit; watch fewer"
-    if len(request.pids) > _MAX_PIDS:
-        return f"pids has {len(request.pids)} entries, {_MAX_PIDS} is the limit; watch fewer"
+    """ValueError says what is wrong with the watch."""
     if len(request.group) > _MAX_GROUP_CHARS:
-        return f"group has {len(request.group)} characters, {_MAX_GROUP_CHARS} is the limit; shorten it"
-    return ""
+        raise ValueError(
+            f"group has {len(request.group)} characters, {_MAX_GROUP_CHARS} is the limit; shorten it"
+        )
+    return watch_key(request.meter, request.gpu_uuids, request.pids)
 
 
 def _message(reading: Reading) -> wire.EnergyReading:

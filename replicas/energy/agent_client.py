@@ -9,13 +9,14 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import grpc
 from grpc import aio
 
 from protos import wattline_energy_pb2 as wire
 from protos.wattline_energy_pb2_grpc import EnergyAgentStub
+from replicas.energy.ask_pipe import Asker
 from replicas.energy.edge_pipe import read_edges
 from replicas.energy.meter import Reading, Source
 from replicas.errors import MeterUnavailable
@@ -46,36 +47,45 @@ async def watch_readings(
     gpu_uuids: Sequence[str] = (),
     pids: Sequence[int] = (),
     meter: str = "auto",
+    asker: Asker | None = None,
     on_metrics_address: Callable[[str], None] = lambda _: None,
+    on_state: Callable[[str], None] = lambda _: None,
 ) -> AsyncGenerator[Reading, None]:
     """Yield the edges of a group's meter until the caller stops iterating (close it: `aclosing`).
 
     `address` is a gRPC target, `unix:/path` or `host:port`. A lost agent is dialled again, first after 50 ms,
     then doubling up to 2 s; the first reading after that has `gap` set, and `energy_mj` goes on from where it
-    was. Raises MeterUnavailable, with the agent's own words, when it refuses the watch. `on_metrics_address`
-    hears where the agent shows its /metrics, again after each dial.
+    was. Raises MeterUnavailable, with the agent's own words, when it refuses the watch.
+
+    `asker`: tells an agent of this host when edges are needed; without it they come at a fixed pace.
+    `on_metrics_address` hears where the agent shows its /metrics, again after each dial, and `on_state` the
+    meter's state, when its reads begin or cease to hang.
     """
+    is_local = address.startswith("unix:")
     request = wire.WatchEnergyRequest(
         group=group,
         gpu_uuids=gpu_uuids,
         pids=pids,
         meter=meter,
-        wants_pipe=address.startswith("unix:"),
+        wants_pipe=is_local,
+        can_ask=is_local and asker is not None,
     )
+
+    ears = _Ears(asker=asker, on_metrics_address=on_metrics_address, on_state=on_state)
     splice = _Splice()
     delay_s = _FIRST_DELAY_S
     while True:
         async with aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
             try:
                 call = EnergyAgentStub(channel).Watch(request)
-                async with aclosing(_edges(call, on_metrics_address)) as edges:
+                async with aclosing(_edges(call, ears)) as edges:
                     async for batch in edges:
                         delay_s = _FIRST_DELAY_S
                         for reading in batch:
                             yield splice.join(reading)
             except OSError as error:
                 _LOG.warning("energy_watch.no_pipe", extra={"address": address, "error": str(error)})
-                request.wants_pipe = False
+                request.wants_pipe = request.can_ask = False
             except aio.AioRpcError as error:
                 if error.code() in _GIVE_UP:
                     raise MeterUnavailable(f"energy agent at {address}: {error.details()}") from error
@@ -88,23 +98,49 @@ async def watch_readings(
         delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ears:
+    """Who hears what a message says beside readings."""
+
+    asker: Asker | None
+    on_metrics_address: Callable[[str], None]
+    on_state: Callable[[str], None]
+
+    def hear(self, message: wire.EnergyReadings) -> None:
+        """OSError where a pipe cannot be opened."""
+        if message.metrics_address:
+            self.on_metrics_address(message.metrics_address)
+        if message.asks and self.asker is not None:
+            self.asker.open(message.asks)
+        if message.state:
+            self.on_state(message.state)
+
+
 async def _edges(
     call: aio.UnaryStreamCall[wire.WatchEnergyRequest, wire.EnergyReadings],
-    on_metrics_address: Callable[[str], None],
+    ears: _Ears,
 ) -> AsyncGenerator[list[Reading], None]:
     """The edges of one watch: those of the pipe that its first message names, else those of its messages."""
     while isinstance(message := await call.read(), wire.EnergyReadings):
-        if message.metrics_address:
-            on_metrics_address(message.metrics_address)
+        ears.hear(message)
         if not message.pipe:
             yield [_reading(one) for one in message.readings]
             continue
-        ended = asyncio.ensure_future(call.read())
+        ended = asyncio.ensure_future(_follow(call, ears))
         async with aclosing(read_edges(message.pipe, until=ended)) as batches:
             async for batch in batches:
                 yield batch
         await ended
         return
+
+
+async def _follow(
+    call: aio.UnaryStreamCall[wire.WatchEnergyRequest, wire.EnergyReadings],
+    ears: _Ears,
+) -> None:
+    """Until the watch ends."""
+    while isinstance(message := await call.read(), wire.EnergyReadings):
+        ears.hear(message)
 
 
 class _Splice:

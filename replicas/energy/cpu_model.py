@@ -41,6 +41,7 @@ class CpuModelMeter:
     static. A process that ended keeps what it used; a new process under an old id starts at its own zero.
     """
 
+    edges = None
     scope = MeterScope.DEVICE
 
     def __init__(

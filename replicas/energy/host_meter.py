@@ -37,7 +37,10 @@ class HostMeter:
         self.lock = threading.Lock()
         self.energy_mj = 0
         """What it counted while devices were watched, whoever had a share of it."""
+        self.group = "host"
         self._meter = meter
+        self._newest: Reading | None = None
+        self._hangs = False
         self._last: Reading | None = None
         self._seats: list[HostSeat] = []
 
@@ -52,11 +55,28 @@ class HostMeter:
         with self.lock:
             self._seats.remove(seat)
 
+    def poll(self) -> None:
+        """Read it, if anybody may have a share, before the devices. It may hang, so this is under no lock."""
+        may_share = not any(seat.counts_cpus for seat in tuple(self._seats))
+        self._newest = self._meter.read() if may_share else None
+
+    def set_hangs(self, hangs: bool) -> None:
+        """While its read hangs, what the host draws is not known."""
+        self._hangs = hangs
+
+    def fail(self, error: Exception) -> None:
+        """It is broken, and is not known from now on."""
+        _LOG.error("energy_agent.host_meter_broke", extra={"error": repr(error)})
+        self._hangs = True
+
+    def close(self) -> None:
+        self._meter.close()
+
     def advance(self) -> None:
-        """Read, and divide what is new. Under the lock."""
+        """Divide what is new since the last time. Under the lock."""
         last, self._last = self._last, None
-        if not any(seat.counts_cpus for seat in self._seats):
-            self._last = self._meter.read()
+        if not self._hangs and not any(seat.counts_cpus for seat in self._seats):
+            self._last = self._newest
         if self._last is None or last is None:
             self._cut()
         elif self._last is not last:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from replicas.energy.edge_lock import EdgeLock
 from replicas.record import record
 
 
@@ -101,8 +102,12 @@ class Meter(Protocol):
     @property
     def scope(self) -> MeterScope: ...
 
+    @property
+    def edges(self) -> EdgeLock | None:
+        """When to read it, where its counter moves by itself; None: any time is as good."""
+
     def read(self) -> Reading | None:
-        """The counter now; None while it is not known. Never blocks for more than milliseconds."""
+        """The counter now; None while it is not known. One that blocks is set aside (`poll_thread.py`)."""
 
     def health(self) -> MeterHealth:
         """As of the last read."""

@@ -1,7 +1,8 @@
 """The energy counter of NVIDIA GPUs, through nvidia-ml-py. The only file that imports it.
 
 GPUs are named by UUID, so what CUDA_VISIBLE_DEVICES hides is still found. The driver moves the counter about
-every 100 ms; only those edges are readings, because between them the counter says nothing new. Used by the
+every 100 ms; only those edges are readings, because between them the counter says nothing new. When they come
+is learned (`edge_lock.py`). Used by the
 energy agent alone: one process per host, made after any fork.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import pynvml
 
+from replicas.energy.edge_lock import EdgeLock
 from replicas.energy.meter import MeterHealth, MeterScope, MeterState, Reading, Source
 from replicas.energy.nvml_gpu import NvmlGpu, NvmlLibrary, scope_of, why_unreadable
 from replicas.errors import MeterUnavailable
@@ -45,9 +47,10 @@ class NvmlMeter:
     """Sum of the energy counters of some GPUs. Raises MeterUnavailable where they cannot all be read.
 
     A reading is taken when every GPU has moved since the last one; the first of them is the start of the
-    count, so no window begins between edges. Its time is known to half a poll. What each GPU does when its
-    counter falls, jumps, stands still or goes away: `nvml_gpu.py`. While one is lost `read()` is None, and
-    there is a gap when it is back. A reading with integrated power of any GPU in it says so by its source.
+    count, so no window begins between edges. Its time is known to half a poll of `poll_ns`, or better. What
+    each GPU does when its counter falls, jumps, stands still or goes away: `nvml_gpu.py`. While one is lost
+    `read()` is None, and there is a gap when it is back. A reading with integrated power of any GPU in it
+    says so by its source.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class NvmlMeter:
         uuids: Sequence[str],
         nvml: NvmlLibrary = pynvml,
         *,
+        poll_ns: int = 50_000_000,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         if not uuids:
@@ -64,6 +68,7 @@ class NvmlMeter:
         self._clock = clock
         self._last: Reading | None = None
         self._polled_ns = clock()
+        self.edges = EdgeLock(poll_ns=poll_ns, now_ns=self._polled_ns)
         try:
             self._gpus = [NvmlGpu(nvml, uuid, self._polled_ns) for uuid in dict.fromkeys(uuids)]
         except MeterUnavailable:
@@ -80,13 +85,16 @@ class NvmlMeter:
         now_ns = self._clock()
         if now_ns <= self._polled_ns:
             return self._last
-        edge_ns = (self._polled_ns + now_ns) // 2
+        edge_ns = self.edges.edge_ns(now_ns)
         self._polled_ns = now_ns
         for gpu in self._gpus:
             gpu.poll(edge_ns)
-        if not all(gpu.is_counting for gpu in self._gpus):
+        is_counting = all(gpu.is_counting for gpu in self._gpus)
+        has_moved = is_counting and all(gpu.has_moved for gpu in self._gpus)
+        self.edges.note(now_ns, has_moved=has_moved)
+        if not is_counting:
             return None
-        if all(gpu.has_moved for gpu in self._gpus):
+        if has_moved:
             is_counted = all(gpu.is_counted for gpu in self._gpus)
             gaps = [gpu.take_gap() for gpu in self._gpus]
             self._last = Reading(

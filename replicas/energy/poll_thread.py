@@ -1,76 +1,173 @@
-"""The one thread that reads the meters of a host: all of them, one after the other, each time it wakes.
+"""The one thread that reads the meters of a host: those that are due, each time it wakes.
 
-To wake costs more than to read, so meters share their wake-ups, and no event loop wakes for a read that finds
-nothing new. Between two rounds others have the processor's caches, so what a round costs is what it touches:
-the second meter of a round is read for a tenth of what the first one takes. Owned by the agent.
+To wake costs more than to read, so it wakes rarely (`read_schedule.py`). Between two rounds others have the
+processor's caches, so a round costs what it touches.
+
+A read that does not return holds up nobody: a guard looks every 2 s, sets that meter aside with the
+thread that hangs in it, and starts another thread for the rest. When the read returns, its meter is read
+again with the others, and its thread ends. Owned by the agent.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+from replicas.energy.host_meter import HostMeter
 from replicas.energy.polling import MeterPoller
+from replicas.energy.read_schedule import ReadSchedule
 
-_QUIET_S = 0.1
+_LOG = logging.getLogger(__name__)
+_NAME = "energy-poll"
+_LAST_ROUND_S = 1.0
+
+T = TypeVar("T")
 
 
 class PollThread:
-    """Reads each of its pollers, waits `poll_s`, and so on; there is a thread while there are any.
+    """Reads and closes its pollers; there is a thread while there are any.
 
-    While all of them say that nothing runs it waits up to 100 ms, as long as a GPU takes for an edge: so late
-    is the first edge of what runs then, and the last of what is over by that time. `num_reads` counts the
-    reads of all meters.
+    A read that takes longer than `hang_s` to twice that is said to hang. Each of these keeps a thread, so
+    whoever adds meters looks at `num_hung` first. `num_reads` counts the reads of all meters. `host` is read
+    before the meters that have a seat at it.
     """
 
-    def __init__(self, *, poll_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, schedule: ReadSchedule, *, host: HostMeter | None = None, hang_s: float = 2.0) -> None:
         self.num_reads = 0
-        self._poll_s = poll_s
-        self._quiet_s = max(poll_s, _QUIET_S)
-        self._sleep = sleep
+        self._schedule = schedule
+        self._host = host
+        self._hang_s = hang_s
         self._pollers: tuple[MeterPoller, ...] = ()
-        self._is_running = False
+        self._ended: tuple[MeterPoller, ...] = ()
+        """To be closed."""
+        self._hung: tuple[MeterPoller | HostMeter, ...] = ()
+        self._called: MeterPoller | HostMeter | None = None
+        """The one whose meter is called just now."""
+        self._thread: threading.Thread | None = None
+        self._turn = 0
+        """Which thread reads: the one that was started with this number."""
+        self._is_running = self._is_guarded = False
         self._changing = threading.Lock()
-        """To change the two above."""
-        self._reading = threading.Lock()
-        """Held for a round, which takes the pollers as they are when it begins."""
+        """To change any of these but `_called`; never held while a meter is called."""
+
+    @property
+    def num_hung(self) -> int:
+        return len(self._hung)
 
     def add(self, poller: MeterPoller) -> None:
-        """It is read from the next round on."""
+        """It is read from the next round on, which comes soon."""
         with self._changing:
             self._pollers = (*self._pollers, poller)
-            if not self._is_running:
-                self._is_running = True
-                threading.Thread(target=self._run, name="energy-poll", daemon=True).start()
+            self._start()
+        self._schedule.wake()
 
-    def remove(self, poller: MeterPoller) -> None:
-        """It is in no further round; the one that runs may still read it."""
+    def end(self, poller: MeterPoller) -> None:
+        """It is read no more, and closed once the read that runs, if any, has returned."""
         with self._changing:
-            self._pollers = tuple(one for one in self._pollers if one is not poller)
+            self._pollers = _without(self._pollers, poller)
+            self._ended = (*self._ended, poller)
+            self._start()
+        self._schedule.wake()
 
-    def wait_round(self) -> None:
-        """Block until the round that runs, if any, is over."""
-        with self._reading:
+    def close(self) -> None:
+        """After the end of all: block until they are closed. What hangs is left behind."""
+        thread = self._thread
+        if thread is not None:
+            self._schedule.wake()
+            thread.join(_LAST_ROUND_S)
+        self._schedule.close(is_waiting=thread is not None and thread.is_alive())
+
+    def _start(self) -> None:
+        """Under the lock."""
+        if self._is_running:
             return
+        self._is_running = True
+        self._turn += 1
+        self._thread = threading.Thread(target=self._run, args=(self._turn,), name=_NAME, daemon=True)
+        self._thread.start()
+        if not self._is_guarded:
+            self._is_guarded = True
+            threading.Thread(target=self._guard, name="energy-guard", daemon=True).start()
 
-    def _run(self) -> None:
-        """A sleep is the cheapest way to wait. A meter that breaks is alone in that, and is read no more."""
-        while self._pollers or self._goes_on():
-            is_quiet = True
-            with self._reading:
-                for poller in self._pollers:
-                    try:
-                        poller.poll()
-                    except Exception as error:
-                        self.remove(poller)
-                        poller.fail(error)
-                    self.num_reads += 1
-                    is_quiet = is_quiet and poller.is_quiet
-            self._sleep(self._quiet_s if is_quiet else self._poll_s)
+    def _run(self, turn: int) -> None:
+        while self._goes_on(turn):
+            pollers = _without(self._pollers, *self._hung) if self._hung else self._pollers
+            due = self._schedule.wait(pollers)
+            for poller in due if self._host is None else self._with_host(self._host, due):
+                if not self._call(poller, poller.poll, turn):
+                    return
 
-    def _goes_on(self) -> bool:
-        """Whether a poller was added meanwhile; if not, the next one gets a thread of its own."""
+    def _goes_on(self, turn: int) -> bool:
+        """Close what has ended. False if none is left to read: the next poller gets a thread of its own."""
+        while self._ended or self._hung or not self._pollers:
+            with self._changing:
+                if turn != self._turn:
+                    return False
+                closable = _without(self._ended, *self._hung)
+                if not closable:
+                    self._is_running = bool(_without(self._pollers, *self._hung))
+                    return self._is_running
+                poller = closable[0]
+                self._ended = _without(self._ended, poller)
+            if not self._call(poller, poller.close, turn):
+                return False
+        return True
+
+    def _with_host(self, host: HostMeter, due: Sequence[MeterPoller]) -> Sequence[MeterPoller | HostMeter]:
+        is_due = host not in self._hung and any(poller.has_seat for poller in due)
+        return (host, *due) if is_due else due
+
+    def _call(self, poller: MeterPoller | HostMeter, call: Callable[[], None], turn: int) -> bool:
+        """False: it took too long, and others read by now. A meter that breaks is alone in that."""
+        self._called = poller
+        try:
+            call()
+        except Exception as error:
+            with self._changing:
+                self._pollers = _without(self._pollers, poller)
+            poller.fail(error)
         with self._changing:
-            self._is_running = bool(self._pollers)
-            return self._is_running
+            self.num_reads += 1
+            if turn == self._turn:
+                self._called = None
+                return True
+            self._take_back(poller)
+            return False
+
+    def _guard(self) -> None:
+        """Twice the same call at two looks: it hangs."""
+        seen: tuple[object, int] | None = None
+        while True:
+            time.sleep(self._hang_s)
+            with self._changing:
+                if not self._is_running:
+                    self._is_guarded = False
+                    return
+                called, last = self._called, seen
+                seen = (called, self.num_reads)
+                if called is not None and seen == last:
+                    self._set_aside(called)
+
+    def _set_aside(self, poller: MeterPoller | HostMeter) -> None:
+        """Under the lock."""
+        _LOG.error("energy_agent.read_hangs", extra={"group": poller.group})
+        self._hung = (*self._hung, poller)
+        self._called = None
+        poller.set_hangs(True)
+        self._is_running = False
+        self._start()
+
+    def _take_back(self, poller: MeterPoller | HostMeter) -> None:
+        """Under the lock: the call into it has returned after all."""
+        _LOG.warning("energy_agent.read_returned", extra={"group": poller.group})
+        self._hung = _without(self._hung, poller)
+        poller.set_hangs(False)
+        self._start()
+        self._schedule.wake()
+
+
+def _without(pollers: tuple[T, ...], *gone: object) -> tuple[T, ...]:
+    return tuple(one for one in pollers if one not in gone)

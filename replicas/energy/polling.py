@@ -1,6 +1,6 @@
-"""One meter, polled once for all who watch it. Keeps edges only.
+"""One meter, read once for all who watch it. Keeps edges only.
 
-Owned by the agent, polled by its `poll_thread.py`. Watchers that read slowly get wider windows, never wrong
+Owned by the agent, read by its `poll_thread.py`. Watchers that read slowly get wider windows, never wrong
 ones.
 """
 
@@ -13,35 +13,31 @@ from dataclasses import replace
 
 from replicas.energy.edge_pipe import EdgePipe
 from replicas.energy.host_meter import HostSeat
-from replicas.energy.meter import Meter, MeterHealth, MeterScope, Reading
+from replicas.energy.meter import Meter, MeterHealth, MeterScope, MeterState, Reading
 
 _EDGES_KEPT = 256
 _POWER_NS = 500_000_000
-_ROUNDING_MJ = 1
+_HANGS = MeterHealth(state=MeterState.LOST)
 
 
 class Subscriber:
     """Edges on their way to one watcher. Made in the event loop that takes them.
 
-    With a `pipe` the watcher reads them there, and `take` has nothing to give but the end.
+    With a `pipe` the watcher reads them there, and `take` has nothing to give but what is told and the end.
     """
 
     def __init__(self, pipe: EdgePipe | None = None) -> None:
-        self._pipe = pipe
+        self.put = self._keep if pipe is None else pipe.write
+        """Give it an edge. From any thread."""
         self._edges: deque[Reading] = deque()
+        self._told: MeterState | None = None
         self._event = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._failure: BaseException | None = None
 
-    def put(self, edge: Reading) -> None:
-        """From any thread."""
-        if self._pipe is not None:
-            self._pipe.write(edge)
-            return
-        self._edges.append(edge)
-        if len(self._edges) > _EDGES_KEPT:
-            dropped = self._edges.popleft()
-            self._edges[0] = replace(self._edges[0], gap=self._edges[0].gap or dropped.gap)
+    def tell(self, state: MeterState) -> None:
+        """No edges come, or they come again. From any thread."""
+        self._told = state
         self._loop.call_soon_threadsafe(self._event.set)
 
     def fail(self, failure: BaseException) -> None:
@@ -49,33 +45,49 @@ class Subscriber:
         self._failure = failure
         self._loop.call_soon_threadsafe(self._event.set)
 
-    async def take(self) -> list[Reading]:
-        """All edges there are; waits for one. Safe to cancel. Raises what ended the polling."""
+    async def take(self) -> list[Reading] | MeterState:
+        """All edges there are, or what is told; waits for one. Safe to cancel.
+
+        Raises what ended the polling.
+        """
         await self._event.wait()
         if self._failure is not None:
             raise RuntimeError("the meter's polling ended") from self._failure
-        self._event.clear()
+        told, self._told = self._told, None
+        if told is None or not self._edges:
+            self._event.clear()
+        if told is not None:
+            return told
         return [self._edges.popleft() for _ in range(len(self._edges))]
+
+    def _keep(self, edge: Reading) -> None:
+        self._edges.append(edge)
+        if len(self._edges) > _EDGES_KEPT:
+            dropped = self._edges.popleft()
+            self._edges[0] = replace(self._edges[0], gap=self._edges[0].gap or dropped.gap)
+        self._loop.call_soon_threadsafe(self._event.set)
 
 
 class MeterPoller:
     """Reads `meter` when the poll thread says so, and hands each edge to the subscribers.
 
-    `energy_mj` counts since its making. `is_quiet`: the meter can tell, and says that nothing ran before its
-    last edge.
+    `energy_mj` counts since its making.
     """
 
     def __init__(self, meter: Meter, *, group: str, seat: HostSeat | None = None) -> None:
         """`seat`: where its part of the host's own energy is known, if anywhere."""
         self.group = group
         self.last: Reading | None = None
-        self.is_quiet = False
+        self.has_seat = seat is not None
         self._first: Reading | None = None
         self._marks: tuple[Reading, Reading] | None = None
         self._meter = meter
+        self.edges = meter.edges
+        """When to read it, where its counter moves by itself."""
         self._seat = seat
         self._subscribers: tuple[Subscriber, ...] = ()
         self._failure: Exception | None = None
+        self._hangs = False
         self._lock = threading.Lock()
 
     @property
@@ -84,7 +96,7 @@ class MeterPoller:
 
     @property
     def health(self) -> MeterHealth:
-        return self._meter.health()
+        return _HANGS if self._hangs else self._meter.health()
 
     @property
     def energy_mj(self) -> int:
@@ -111,6 +123,8 @@ class MeterPoller:
             if self.last is not None:
                 subscriber.put(self.last)
             self._subscribers = (*self._subscribers, subscriber)
+            if self._hangs:
+                subscriber.tell(self.health.state)
             if self._failure is not None:
                 subscriber.fail(self._failure)
         return subscriber
@@ -126,7 +140,6 @@ class MeterPoller:
         last = self.last
         if reading is None or (last is not None and reading.t_ns <= last.t_ns):
             return
-        self.is_quiet = last is not None and _is_quiet(last, reading)
         if self._marks is None:
             self._first = reading
             self._marks = (reading, reading)
@@ -138,6 +151,13 @@ class MeterPoller:
             self.last = reading
             for subscriber in self._subscribers:
                 subscriber.put(reading)
+
+    def set_hangs(self, hangs: bool) -> None:
+        """A read of it does not return, or has returned; its watchers are told."""
+        with self._lock:
+            self._hangs = hangs
+            for subscriber in self._subscribers:
+                subscriber.tell(self.health.state)
 
     def fail(self, error: Exception) -> None:
         """It is not polled any more; whatever ended that is said to the watchers, also to later ones."""
@@ -151,10 +171,3 @@ class MeterPoller:
             return None
         since = self._marks[0]
         return (reading.energy_mj - since.energy_mj) * 1e6 / (reading.t_ns - since.t_ns)
-
-
-def _is_quiet(last: Reading, reading: Reading) -> bool:
-    """All that was drawn between them is static, but for rounding; False where the meter cannot tell."""
-    if reading.static_mj is None or last.static_mj is None:
-        return False
-    return reading.energy_mj - last.energy_mj <= reading.static_mj - last.static_mj + _ROUNDING_MJ

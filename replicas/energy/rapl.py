@@ -66,6 +66,7 @@ class RaplMeter:
     counters stay open: to open one costs several times what reading it does.
     """
 
+    edges = None
     scope = MeterScope.HOST
 
     def __init__(self, root: Path = POWERCAP_DIR, *, clock: Callable[[], int] = time.monotonic_ns) -> None:

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TextIO
 
+from replicas.energy.edge_lock import EdgeLock
 from replicas.energy.meter import HEALTHY, MeterHealth, MeterScope, Reading, Source
 
 _PJ_PER_MJ = 1_000_000_000
@@ -29,6 +30,7 @@ class StepPowerMeter:
     0.005 * 400 + 0.995 * 80 = 81.6 J.
     """
 
+    edges = None
     scope = MeterScope.DEVICE
 
     def __init__(
@@ -125,6 +127,7 @@ class FakeMeter:
         self._clock = clock
         self._start_ns = clock()
         self._edge_ns = edge_ns
+        self.edges = EdgeLock(poll_ns=edge_ns // 2, now_ns=self._start_ns)
         self._noise = noise
         self._random = random.Random(seed)
         self._faults = faults
@@ -137,7 +140,13 @@ class FakeMeter:
 
     def read(self) -> Reading | None:
         """The last edge, with its own time. Across a reset `energy_mj` stands, and there is a gap."""
-        now_ns = self._clock() - self._start_ns
+        read_ns = self._clock()
+        now_ns, last = read_ns - self._start_ns, self._last
+        reading = self._read(now_ns)
+        self.edges.note(read_ns, has_moved=reading is not last)
+        return reading
+
+    def _read(self, now_ns: int) -> Reading | None:
         if self._is("lost", now_ns):
             self._was_lost = True
             return None
@@ -195,6 +204,7 @@ def energy_pj(power: Sequence[tuple[int, int]], start_ns: int, end_ns: int) -> i
 class ReplayMeter:
     """Plays a recording at the speed of its clock, as if it began now. After its end the count stands."""
 
+    edges = None
     scope = MeterScope.DEVICE
 
     def __init__(self, readings: Sequence[Reading], *, clock: Callable[[], int] = time.monotonic_ns) -> None:

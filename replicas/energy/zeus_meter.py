@@ -24,6 +24,8 @@ class ZeusMeter:
     unknown until it can, and then there is a gap. `devices` None: those Zeus finds.
     """
 
+    edges = None
+
     def __init__(
         self, devices: ZeusDevices | None = None, *, clock: Callable[[], int] = time.monotonic_ns
     ) -> None:

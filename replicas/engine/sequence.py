@@ -183,8 +183,10 @@ class Sequence:
         self.preemptions += 1
 
     def finish(self) -> None:
-        """What is still under way buys nothing from here on."""
+        """What is still under way buys nothing from here on, and nobody is waited for: a leader that waited
+        itself would keep all leaders before it."""
         self.state = SequenceState.FINISHED
+        self.waits_for = None
         self.wasted_tokens += self.num_useful_in_flight
         self.num_useful_in_flight = 0
 

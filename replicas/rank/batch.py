@@ -109,17 +109,24 @@ class Rows:
         self._num_blocks = [0] * max_sequences
         self._sampling: list[SamplingParams | None] = [None] * max_sequences
         self._last_ids = torch.zeros(max_sequences, dtype=torch.int64, device=device)
+        self._doubtful: set[int] = set()
+        """Rows whose cache may hold what is not finite. Torch multiplies what it masks, so whoever gets their
+        blocks next must not find it there."""
 
     def apply(self, plan: StepPlan) -> None:
         """Free rows, set new ones, append blocks: all of a plan but its tokens."""
         for row in plan.freed_rows:
             assert self._sampling[row] is not None, f"step {plan.step} frees row {row}, which is free"
             self._sampling[row] = None
+            # Torch reads a row's table up to the longest of its group: beyond its own it finds scratch.
+            self._tables[row, : self._num_blocks[row]] = 0
             self._num_blocks[row] = 0
         for new in plan.new_rows:
             assert self._sampling[new.row] is None, f"step {plan.step} sets row {new.row}, which is taken"
             self._sampling[new.row] = new.sampling
         for planned in plan.rows:
+            if not planned.samples and self._has_spans:
+                self._doubtful.add(planned.row)
             if planned.new_blocks:
                 held = self._num_blocks[planned.row]
                 self._num_blocks[planned.row] = held + len(planned.new_blocks)
@@ -130,6 +137,25 @@ class Rows:
 
     def blocks_of(self, row: int) -> list[int]:
         return [int(block) for block in self._tables[row, : self._num_blocks[row]]]
+
+    @property
+    def has_doubts(self) -> bool:
+        """Whether any finite logits are worth a note."""
+        return bool(self._doubtful)
+
+    def note_logits(self, row: int, *, are_finite: bool) -> None:
+        """They come of all that the row has in the cache, and prove it, or not."""
+        (self._doubtful.discard if are_finite else self._doubtful.add)(row)
+
+    def take_doubtful_blocks(self, freed_rows: tuple[int, ...]) -> list[int]:
+        """To be scrubbed before these rows are freed. What others share is theirs: it fails them, too."""
+        left = self._doubtful.intersection(freed_rows)
+        if not left:
+            return []
+        self._doubtful -= left
+        staying = set(range(len(self._num_blocks))).difference(freed_rows)
+        kept = {block for row in staying for block in self.blocks_of(row)}
+        return sorted({block for row in left for block in self.blocks_of(row)} - kept)
 
     def remember(self, draws: tuple[Draw, ...], ids_S: torch.Tensor) -> None:
         """Keep the sampled ids, for rows whose next token is still a placeholder in the next plan."""

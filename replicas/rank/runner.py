@@ -131,7 +131,6 @@ class ModelRunner:
         max_blocks = -(-self.context_tokens // limits.block_tokens)
         self._rows = self._new_rows(max_blocks, dtype)
         self._edits = LogitEdits(max_sequences=limits.max_sequences, shard=shard, device=self._device)
-        self._broken_rows: set[int] = set()
         counted = (experts.tally_LX, experts.routes)
         self.decoder = Decoder(
             spec, shard, weights, kv, collectives, self._kernels, *counted, device_layers=device_layers
@@ -183,11 +182,11 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run a step, or enqueue it. Block tables change here; what was sampled is in the result."""
-        for row in self._broken_rows.intersection(plan.freed_rows):
-            self._scrub(row)
         self.experts.before_step(plan.step, self._store)
         lane = None if self._lanes is None else self._lanes.split(plan)
         own = plan if lane is None else lane.plan
+        if blocks := self._rows.take_doubtful_blocks(own.freed_rows):
+            self._scrub(blocks)
         self._rows.apply(own)
         for new in own.new_rows:
             self._edits.set_row(new)
@@ -210,11 +209,15 @@ class ModelRunner:
         logprobs: torch.Tensor | None,
         scores: torch.Tensor | None,
     ) -> StepOutcome:
-        """From the words a step leaves: ids, then the experts hit. Notes rows that must be scrubbed."""
+        """From the words a step leaves: ids, then the experts hit. Notes whose logits are finite."""
         *ids, experts_hit = words
+        has_doubts = self._rows.has_doubts
         for draw, token_id in zip(drawn.draws, ids, strict=True):
-            if token_id == NOT_FINITE and (self._lanes is None or draw.row in self._lanes.own_rows):
-                self._broken_rows.add(draw.row)
+            is_finite = token_id != NOT_FINITE
+            if is_finite and not has_doubts:
+                continue
+            if self._lanes is None or draw.row in self._lanes.own_rows:
+                self._rows.note_logits(draw.row % self._limits.max_sequences, are_finite=is_finite)
         return StepOutcome(
             sampled_ids=tuple(ids),
             experts_hit=experts_hit,
@@ -286,7 +289,7 @@ class ModelRunner:
             block_tokens=self._limits.block_tokens,
             device=self._device,
             dtype=dtype,
-            has_spans=self._kernels is None,
+            has_spans=self._kernels is None and self._has_spans,
         )
 
     def _device_steps(self, support: DeviceSupport, max_blocks: int) -> DeviceSteps:
@@ -341,13 +344,12 @@ class ModelRunner:
         self.num_blocks = int(every_rank.min())
         self._kv.resize(self.num_blocks)
 
-    def _scrub(self, row: int) -> None:
-        """Before others get the blocks of a row whose numbers broke."""
+    def _scrub(self, blocks: list[int]) -> None:
+        """Before others get the blocks of a row whose numbers broke, or may have."""
         upload = Upload(None if self._support is None else self._support.transfer)
-        blocks = upload.integers(sorted(set(self._rows.blocks_of(row % self._limits.max_sequences))))
+        index = upload.integers(blocks)
         upload.send()
-        self._kv.scrub(blocks.tensor)
-        self._broken_rows.remove(row)
+        self._kv.scrub(index.tensor)
 
     def _run_chunk(self, num_tokens: int) -> None:
         """A prefill into scratch."""

@@ -29,7 +29,8 @@ MAX_VOCAB = 2**24
 _NUCLEUS_CANDIDATES = 1024
 """Top-p looks at this many best tokens first; only a flatter distribution sorts the whole vocabulary."""
 _MASK64 = 2**64 - 1
-_UNIT = 2.0**-31
+_UNIT = 2.0**-31 * (1.0 - 2.0**-24)
+"""Just below 2**-31: the largest hashes round up to 2**31, and no noise may be minus infinity."""
 
 
 class Peaks(Protocol):

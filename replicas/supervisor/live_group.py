@@ -17,7 +17,7 @@ from replicas.energy.weights import coefficients_for
 from replicas.errors import MeterUnavailable, RankLost
 from replicas.expert_heat import heat_of
 from replicas.expert_loads import ExpertLoads
-from replicas.frames import EngineFailure, Event
+from replicas.frames import Command, EngineFailure, Event, Submit
 from replicas.link.links import LinkPool
 from replicas.link.messages import ReplicaCard
 from replicas.step_report import StepReport
@@ -79,7 +79,7 @@ class LiveGroup:
                 lookahead=card.config.limits.lookahead,
             )
             self._energy = EnergyAccount(ledger, clock=time.monotonic_ns)
-        self.dispatcher = Dispatcher(card=card, send=socket.send, energy=self._energy)
+        self.dispatcher = Dispatcher(card=card, send=self._send, energy=self._energy)
         self._links = LinkPool(
             addresses=card.config.routers,
             handler=self.dispatcher,
@@ -138,6 +138,15 @@ class LiveGroup:
                 if self._feed is not None:
                     self._feed.note_step(record)
             self.dispatcher.on_step(event)
+            if self._feed is not None and any(delta.finish is not None for delta in event.deltas):
+                self._feed.want_edge()
+
+    def _send(self, command: Command) -> None:
+        """To the engine. What was drawn before the first request is not this one's, so a window ends here."""
+        is_first = isinstance(command, Submit) and self.dispatcher.num_in_flight == 1
+        if self._feed is not None and is_first:
+            self._feed.want_edge()
+        self._socket.send(command)
 
     async def _watch_death(self) -> None:
         raise RankLost(await self._ranks.wait_death())

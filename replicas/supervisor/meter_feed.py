@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from replicas.config import ReplicaConfig
 from replicas.energy.agent_client import watch_readings
+from replicas.energy.ask_pipe import Asker
 from replicas.energy.meter import Reading
 from replicas.energy.replay import StepPowerMeter
 from replicas.request import StepRecord
@@ -15,6 +17,8 @@ from replicas.supervisor.rank_group import RankProcess
 
 FAKE_POLL_S = 0.03
 GPU_UUID_PREFIX = "GPU-"
+
+logger = logging.getLogger(__name__)
 
 
 class MeterFeed(Protocol):
@@ -27,6 +31,9 @@ class MeterFeed(Protocol):
 
     def note_step(self, record: StepRecord) -> None:
         """A forward pass ran."""
+
+    def want_edge(self) -> None:
+        """A request begins or has ended: a reading is wanted soon."""
 
     def readings(self) -> AsyncGenerator[Reading, None]:
         """Yields until closed. Raises MeterUnavailable when there is no such meter."""
@@ -42,6 +49,9 @@ class FakeFeed:
 
     def note_step(self, record: StepRecord) -> None:
         self._meter.note_step(record.start_ns, record.end_ns)
+
+    def want_edge(self) -> None:
+        """They come often enough."""
 
     async def readings(self) -> AsyncGenerator[Reading, None]:
         while True:
@@ -59,9 +69,14 @@ class AgentFeed:
         self._gpu_uuids = [rank.device for rank in ranks if rank.device.startswith(GPU_UUID_PREFIX)]
         self._pids = [rank.pid for rank in ranks]
         self._meter = meter
+        self._asker = Asker()
 
     def note_step(self, record: StepRecord) -> None:
-        """Real meters see the step themselves."""
+        """Real meters see the step themselves, and are read more often while there are any."""
+        self._asker.note_running()
+
+    def want_edge(self) -> None:
+        self._asker.ask()
 
     def readings(self) -> AsyncGenerator[Reading, None]:
         return watch_readings(
@@ -70,11 +85,17 @@ class AgentFeed:
             gpu_uuids=self._gpu_uuids,
             pids=self._pids,
             meter=self._meter,
+            asker=self._asker,
             on_metrics_address=self._note_metrics_address,
+            on_state=self._note_state,
         )
 
     def _note_metrics_address(self, address: str) -> None:
         self.metrics_address = address
+
+    def _note_state(self, state: str) -> None:
+        """While its reads hang, bills stay open; requests are told provisional figures."""
+        logger.warning("meter_state group=%s state=%s", self._group, state)
 
 
 def make_feed(config: ReplicaConfig, *, group: str, ranks: Sequence[RankProcess]) -> MeterFeed | None:

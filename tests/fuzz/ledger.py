@@ -15,32 +15,22 @@ from cluster.ledger.otlp import to_otlp
 from cluster.ledger.report import Group, Site, make_report
 from cluster.ledger.wire import (
     replica_from_wire,
+    replica_to_wire,
     request_from_wire,
     request_to_wire,
     summary_from_wire,
     summary_to_wire,
 )
 from protos import wattline_ledger_pb2 as pb
+from tests.ledger_entries import make_entry, make_replica_sums
 
 RECORD = pb.RecordRequest(
     router_id="r",
     requests=[
-        pb.ClosedRequestEntry(
-            request_id="a",
-            trace_id="t",
-            tenant="acme",
-            model="m",
-            outcome="stop",
-            ended_s=1e9,
-            prompt_tokens=5,
-            output_tokens=7,
-            ttft_ms=1.5,
-            total_ms=2.5,
-            energy=pb.EnergyEntry(prefill_mj=5, decode_mj=6, source="counter", confidence_factor=1.05),
-        ),
-        pb.ClosedRequestEntry(request_id="b", tenant="acme", model="m", outcome="cancelled", ended_s=1e9),
+        request_to_wire(make_entry("a")),
+        request_to_wire(make_entry("b", outcome="cancelled", energy=None)),
     ],
-    replicas=[pb.ReplicaSumsEntry(replica_id="x", epoch=7, model="m", source="tdp", at_s=1e9, meter_mj=9)],
+    replicas=[replica_to_wire(make_replica_sums(source="tdp"))],
 )
 SUMMARY = pb.SummarizeResponse(
     requests=[pb.RequestSums(tenant="acme", model="m", source="counter", num_requests=1, output_tokens=7)],

@@ -1,4 +1,4 @@
-"""The device draws the tokens that the torch sampler draws: same noise, same floor, same ties, same NaN."""
+"""The device draws the tokens that the torch sampler draws: same noise, same ties, same NaN."""
 
 from __future__ import annotations
 
@@ -62,17 +62,3 @@ def test_greedy_and_warm_rows_draw_what_the_torch_sampler_draws(device: torch.de
     drawn = index.long().masked_fill(score.isnan(), NOT_FINITE)
     assert drawn.tolist() == expected.tolist()
     assert drawn[4] == NOT_FINITE
-
-
-def test_tokens_below_the_floor_are_left_out(device: torch.device) -> None:
-    logits = make_logits(2, device)
-    floors = logits[:, :VALID].topk(1, dim=1).values[:, 0]
-    _, index = best_tokens(
-        logits,
-        num_valid=VALID,
-        first_id=0,
-        keys_S2=torch.ones((2, 2), dtype=torch.int32, device=device),
-        temperatures_S=torch.full((2,), 100.0, device=device),
-        floors_S=floors,
-    )
-    assert index.tolist() == logits[:, :VALID].argmax(1).tolist()

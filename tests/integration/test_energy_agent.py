@@ -18,10 +18,12 @@ from grpc import aio
 
 from protos import wattline_energy_pb2 as wire
 from protos.wattline_energy_pb2_grpc import EnergyAgentStub
-from replicas.energy.agent import EnergyAgent, WatchKey
+from replicas.energy.agent import EnergyAgent
 from replicas.energy.agent_client import watch_readings
 from replicas.energy.meter import MeterScope, Reading, Source
+from replicas.energy.open_meter import MeterSettings
 from replicas.energy.replay import FakeMeter
+from replicas.energy.watch_key import WatchKey
 from replicas.errors import MeterUnavailable
 
 WAIT_S = 100.0
@@ -187,12 +189,12 @@ async def test_an_edge_tells_what_the_host_drew_beside_the_devices(
 async def test_the_cpus_of_a_module_are_not_counted_twice(
     socket_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def make_meter(_: EnergyAgent, key: WatchKey) -> FakeMeter:
+    def make_meter(key: WatchKey, _: MeterSettings) -> FakeMeter:
         meter = FakeMeter(((0, 100.0),))
         meter.scope = MeterScope.HOST if key.meter == "rapl" else MeterScope.MODULE
         return meter
 
-    monkeypatch.setattr(EnergyAgent, "_make_meter", make_meter)
+    monkeypatch.setattr("replicas.energy.agent.open_meter", make_meter)
     async with (
         asyncio.timeout(WAIT_S),
         running_agent(socket_address),

@@ -19,12 +19,13 @@ import yaml
 
 from cluster.config import load_config
 from cluster.ledger.database import Database
-from cluster.ledger.entries import BilledEnergy, RequestEntry
+from cluster.ledger.entries import RequestEntry
 from cluster.ledger.location import ledger_address
 from cluster.ledger.reading import StoreReader
 from cluster.ledger.recorder import LedgerRecorder
 from protos import wattline_ledger_pb2 as pb
 from protos import wattline_ledger_pb2_grpc as pb_grpc
+from tests.ledger_entries import make_entry
 from tests.router_fixture import MODEL, collect, make_config, make_request, run_test_router
 
 pytestmark = pytest.mark.processes
@@ -38,34 +39,8 @@ def short_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-ENERGY = BilledEnergy(
-    prefill_mj=100,
-    decode_mj=200,
-    static_mj=50,
-    wasted_mj=0,
-    source="counter",
-    method="step-ledger/1",
-    confidence_factor=1.05,
-    is_final=True,
-)
-
-
 def entry(number: int) -> RequestEntry:
-    return RequestEntry(
-        request_id=f"r{number}",
-        trace_id="t",
-        tenant="a",
-        model="m",
-        outcome="stop",
-        ended_s=time.time(),
-        prompt_tokens=1,
-        cached_tokens=0,
-        output_tokens=2,
-        wasted_tokens=0,
-        ttft_ms=1.0,
-        total_ms=2.0,
-        energy=ENERGY,
-    )
+    return make_entry(f"r{number}", ended_s=time.time())
 
 
 @asynccontextmanager
@@ -119,7 +94,7 @@ async def test_what_was_confirmed_survives_a_kill_and_the_rest_is_sent_again(sho
         listed = await asyncio.to_thread(lambda: list(reader.list_requests(since_s=0.0, until_s=1e11)))
         reader.close()
     assert sums.num_requests == len(listed) == 3000
-    assert sums.energy_mj == 3000 * 300
+    assert sums.energy_mj == 3000 * 4000
     assert recorder.num_dropped == 0
 
 

@@ -214,9 +214,14 @@ async def test_a_token_that_does_not_fit_is_refused(tmp_path: Path) -> None:
             )
             return again
 
-        async with second.replica() as new:
+        async with second.replica(cached_tokens=9) as new:
             resumed = await collect(second.inference.Generate(rest()))
+            usage = resumed.final.usage
+            assert (usage.prompt_tokens, usage.cached_tokens) == (5, 5), "of the caller's own prompt"
             assert answered.token_ids[:5] + resumed.token_ids == answered.token_ids
+            queue = second.router._streams._gates[MODEL]._queue
+            tenant = second.router._tenants.account("default").tenant
+            assert queue.counter(tenant) == 2.0 * len(answered.token_ids), "it counts as any other"
             (begun,), (gone_on,) = old.received("submit"), new.received("submit")
             assert gone_on.submit.sampling.seed == begun.submit.sampling.seed
             assert gone_on.submit.first_offset == 5

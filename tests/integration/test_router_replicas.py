@@ -193,6 +193,20 @@ async def test_status_shows_what_was_done(router: TestRouter) -> None:
     assert (demand.requests_total, demand.output_tokens_total, demand.energy_mj_total) == (1, 8, 3000)
 
 
+async def test_what_waits_in_the_router_is_shown_as_waiting(router: TestRouter) -> None:
+    async with router.replica(max_sequences=1) as replica:
+        replica.running.clear()
+        calls = [router.inference.Generate(make_request()) for _ in range(6)]
+        while router.num_queued < 4:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        status = await router.cluster.Status(pb.StatusRequest())
+        signals = await anext(aiter(router.cluster.WatchSignals(pb.WatchSignalsRequest())))
+        shown = router.router._snapshot()["models"][0]
+        for call in calls:
+            call.cancel()
+    assert status.models[0].waiting_requests == signals.models[0].requests_waiting == shown["waiting"] == 4
+
+
 async def test_a_stop_lets_streams_end_and_refuses_new_ones() -> None:
     async with run_test_router() as running, running.replica() as replica:
         replica.running.clear()

@@ -14,7 +14,9 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import grpc
+import numpy as np
 import pytest
+from tritonclient.grpc.aio import InferenceServerClient, InferInput
 
 from cluster.access import Access
 from cluster.client import CallError, Client
@@ -110,6 +112,28 @@ async def test_a_key_that_is_taken_out_stops_and_streams_under_way_go_on(keys: K
         refused = await fail(router.inference.ListModels(pb.ListModelsRequest(), metadata=key))
         assert refused.code() is grpc.StatusCode.UNAUTHENTICATED
         assert len((await collect(call)).token_ids) == 200
+
+
+async def test_a_key_that_is_taken_out_begins_nothing_more_on_an_open_stream(
+    keys: Keys, at_once: None
+) -> None:
+    ((name, value),) = keys.add("acme")
+    text = InferInput("text_input", [1], "BYTES")
+    text.set_data_from_numpy(np.array([b"hello"], dtype=np.object_))
+    answered = asyncio.Event()
+
+    async def requests() -> AsyncIterator[dict[str, Any]]:
+        yield {"model_name": MODEL, "inputs": [text]}
+        await answered.wait()
+        keys.path.write_text("# nobody\n")
+        yield {"model_name": MODEL, "inputs": [text]}
+
+    async with asking_router(keys) as router, InferenceServerClient(router.addresses.grpc) as client:
+        errors = []
+        async for _, error in client.stream_infer(requests(), headers={name: value}):
+            errors.append(error and str(error))
+            answered.set()
+    assert errors == [None, "the API key is not known here, or its time is over; ask for a new one"]
 
 
 async def test_a_tenant_uses_and_sees_its_models_alone(keys: Keys) -> None:

@@ -6,7 +6,7 @@ a second kernel the best of the tiles; a captured graph may hold both.
 
     logits_SV       float32, any row stride; the first `num_valid` columns are tokens
     keys_S2         int32: low and high word of the row's key
-    temperatures_S  float32, 0: greedy; floors_S float32: lower logits are left out
+    temperatures_S  float32, 0: greedy
 
 Shape letters: S rows, V local vocabulary, P tiles of it.
 """
@@ -29,7 +29,6 @@ def best_tokens(
     first_id: int,
     keys_S2: torch.Tensor,
     temperatures_S: torch.Tensor,
-    floors_S: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 score [S], NaN where a logit is not finite, and int32 index [S] of the first best column.
 
@@ -45,13 +44,11 @@ def best_tokens(
         logits_SV,
         keys_S2,
         temperatures_S,
-        temperatures_S if floors_S is None else floors_S,
         tile_scores_SP,
         tile_best_SP,
         logits_SV.stride(0),
         num_valid,
         first_id,
-        HAS_FLOOR=floors_S is not None,
         TILE_V=_TILE_V,
         num_warps=8,
     )
@@ -84,7 +81,8 @@ def _log1p(x):
 @triton.jit
 def _gumbel(token, low, high):
     hashed = _mix32(_mix32(_mix32(token) ^ low) + high) & 0x7FFFFFFF
-    uniform = (hashed.to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10
+    # The unit of `sampler.py`, just below 2**-31: never 1.
+    uniform = (hashed.to(tl.int32).to(tl.float32) + 0.5) * 4.6566125955216364e-10
     return -tl.log(-_log1p(-uniform))
 
 
@@ -93,13 +91,11 @@ def _best_of_tiles(
     logits_ptr,
     keys_ptr,
     temperatures_ptr,
-    floors_ptr,
     scores_ptr,
     best_ptr,
     stride,
     num_valid,
     first_id,
-    HAS_FLOOR: tl.constexpr,
     TILE_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -115,8 +111,6 @@ def _best_of_tiles(
         high = tl.load(keys_ptr + row * 2 + 1).to(tl.uint32, bitcast=True)
         token = (first_id + column).to(tl.uint32)
         score = logit + temperature * _gumbel(token, low, high)
-    if HAS_FLOOR:
-        score = tl.where(logit < tl.load(floors_ptr + row), float("-inf"), score)
     score = tl.where(is_token, score, float("-inf"))
     best = tl.max(score, 0)
     at = tile * TILE_V + tl.argmax(score, 0, tie_break_left=True)

@@ -86,6 +86,7 @@ def test_our_own_rules_speak_for_themselves() -> None:
         ({"limits": {"context_tokens": 4}}, "got 4; allowed: 16 or more, or 0 for what fits"),
         ({"name": "a b"}, "models[0].name: got 'a b'; allowed: letters, digits and . _ / -"),
         ({"limits": 3}, "models[0].limits: got 3; allowed: keys with values"),
+        ({"kernels": False}, "allowed: 'auto', 'float32' or 'off'; put the word in quotes"),
     ],
     ids=str,
 )
@@ -112,6 +113,14 @@ def test_a_file_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "w.yaml"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("content", ["models: []\nmodels: []", "models: [{name: a, limits: {}, limits: {}}]"])
+def test_a_key_that_is_there_twice_is_a_mistake(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "w.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"key '(models|limits)' is there twice; remove one"):
         load_config(path)
 
 

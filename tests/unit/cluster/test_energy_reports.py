@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from cluster.commands.energy_screen import render_report
 from cluster.ledger.database import Database, LedgerFileError
-from cluster.ledger.entries import BilledEnergy, ModelSums, RequestEntry, RequestSums, Summary
+from cluster.ledger.entries import ModelSums, RequestSums, Summary
 from cluster.ledger.formats import report_to_csv, to_mlperf
 from cluster.ledger.otlp import to_otlp
 from cluster.ledger.report import Group, Site, make_report
+from tests.ledger_entries import make_entry
 
 
 def sums(
@@ -168,32 +169,7 @@ def test_a_collector_can_read_the_otlp_export() -> None:
 def test_the_command_reads_the_file_of_a_store(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     database = Database(path)
-    energy = BilledEnergy(
-        prefill_mj=1000,
-        decode_mj=3000,
-        static_mj=0,
-        wasted_mj=0,
-        source="counter",
-        method="step-ledger/1",
-        confidence_factor=1.05,
-        is_final=True,
-    )
-    entry = RequestEntry(
-        request_id="r",
-        trace_id="t",
-        tenant="acme",
-        model="m",
-        outcome="stop",
-        ended_s=1e9,
-        prompt_tokens=4,
-        cached_tokens=0,
-        output_tokens=8,
-        wasted_tokens=0,
-        ttft_ms=1.0,
-        total_ms=2.0,
-        energy=energy,
-    )
-    database.record([entry], [])
+    database.record([make_entry()], [])
     run = CliRunner().invoke
     table = run(app, ["energy", "report", "--since", "all", "--by", "tenant", "--db", str(path)])
     assert table.exit_code == 0

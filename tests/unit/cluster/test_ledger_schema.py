@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.ledger.database import Database, LedgerFileError
-from cluster.ledger.entries import BilledEnergy, ModelSums, ReplicaSums, RequestEntry
+from cluster.ledger.entries import ModelSums
+from tests.ledger_entries import ENERGY, make_entry, make_replica_sums
 
 FORMAT_1 = """
 CREATE TABLE requests (
@@ -67,34 +69,6 @@ def version_of(path: Path) -> int:
     return int(version)
 
 
-def make_entry(request_id: str, *, host_mj: int | None) -> RequestEntry:
-    return RequestEntry(
-        request_id=request_id,
-        trace_id="t",
-        tenant="a",
-        model="m",
-        outcome="stop",
-        ended_s=7400.0,
-        prompt_tokens=10,
-        cached_tokens=0,
-        output_tokens=20,
-        wasted_tokens=0,
-        ttft_ms=1.0,
-        total_ms=2.0,
-        energy=BilledEnergy(
-            prefill_mj=1000,
-            decode_mj=3000,
-            static_mj=500,
-            wasted_mj=0,
-            source="counter",
-            method="step",
-            confidence_factor=1.05,
-            is_final=True,
-            host_mj=host_mj,
-        ),
-    )
-
-
 OLD = ModelSums(model="m", source="counter", meter_mj=5000, request_mj=4000, idle_mj=900, unattributed_mj=100)
 
 
@@ -114,20 +88,12 @@ def test_an_old_file_is_read_as_it_is(old_file: Path) -> None:
 def test_an_old_file_goes_on_with_what_it_lacked(old_file: Path) -> None:
     for _ in range(2):  # The second time it is of the new format.
         database = Database(old_file)
-        new = ReplicaSums(
-            replica_id="r",
-            epoch=2,
-            model="m",
-            source="counter",
-            at_s=7400.0,
-            meter_mj=50,
-            request_mj=40,
-            idle_mj=10,
-            unattributed_mj=0,
-            host_meter_mj=70,
-            host_request_mj=60,
+        new = make_replica_sums(replica_id="r", epoch=2, at_s=7400.0, host_meter_mj=700, host_request_mj=600)
+        known, unknown = (
+            make_entry(name, tenant="a", ended_s=7400.0, energy=replace(ENERGY, host_mj=host_mj))
+            for name, host_mj in (("known", 700), ("unknown", None))
         )
-        database.record([make_entry("known", host_mj=700), make_entry("unknown", host_mj=None)], [new])
+        database.record([known, unknown], [new])
         summary = database.summarize(since_s=0.0, until_s=1e6)
         listed = list(database.list_requests(since_s=0.0, until_s=1e6))
         database.close()
@@ -136,7 +102,7 @@ def test_an_old_file_goes_on_with_what_it_lacked(old_file: Path) -> None:
     hosts_mj = {entry.request_id: entry.energy.host_mj for entry in listed if entry.energy}
     assert hosts_mj == {"old": None, "known": 700, "unknown": None}
     (models,) = summary.models
-    assert (models.meter_mj, models.host_meter_mj, models.host_rest_mj) == (5050, 70, 10)
+    assert (models.meter_mj, models.host_meter_mj, models.host_rest_mj) == (10_000, 700, 100)
     assert version_of(old_file) == 2
 
 

@@ -81,6 +81,12 @@ def test_state_of_an_earlier_process_with_the_same_number_is_ignored(path: Path)
     assert read_state(path) is None
 
 
+def test_state_that_others_could_have_written_is_none(path: Path) -> None:
+    RunFolder(path).write_state(make_state())
+    path.chmod(0o777)
+    assert read_state(path) is None
+
+
 def test_broken_state_is_no_state(path: Path) -> None:
     (path / "up.json").write_text("{")
     assert read_state(path) is None

@@ -75,6 +75,14 @@ def test_a_folder_without_tokenizer_is_a_sentence(tmp_path: Path) -> None:
         load_tokenizer(ModelSection(name="m", source=str(tmp_path)))
 
 
+@pytest.mark.parametrize("is_later", [True, False], ids=["of-a-later-version", "of-no-version"])
+def test_a_tokenizer_that_cannot_be_read_is_a_sentence(tmp_path: Path, is_later: bool) -> None:
+    file = write_tokenizer(tmp_path) / "tokenizer.json"
+    file.write_text(file.read_text().replace('"BPE"', '"Later"') if is_later else "[]")
+    with pytest.raises(ConfigError, match="holds no tokenizer that can be read"):
+        load_tokenizer(ModelSection(name="m", source=str(tmp_path)))
+
+
 def test_a_source_that_is_nowhere_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CommandError, match="nobody/nothing"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from replicas.energy.cpu_model import CpuModelMeter
-from replicas.energy.host_meter import HostMeter, open_host_meter
+from replicas.energy.host_meter import HostMeter, HostSeat, open_host_meter
 from replicas.energy.meter import Meter
 from replicas.energy.rapl import RaplMeter
 from replicas.energy.replay import FakeMeter
@@ -31,6 +31,11 @@ class Host:
         self.rapl = RaplMeter(root, clock=lambda: self.now_ns)
         self.meter = HostMeter(self.rapl)
 
+    def take(self, seat: HostSeat, power_w: float) -> int | None:
+        """The host is read, then the devices have an edge."""
+        self.meter.poll()
+        return seat.take_mj(power_w)
+
     def draw(self, energy_mj: int) -> None:
         self.now_ns += 100 * MS
         self.energy_mj += energy_mj
@@ -44,37 +49,37 @@ def host(tmp_path: Path) -> Host:
 
 def test_a_lone_group_has_all_that_the_host_draws(host: Host) -> None:
     seat = host.meter.seat(GPU)
-    assert seat.take_mj(100.0) is None
+    assert host.take(seat, 100.0) is None
     host.draw(7_000)
-    assert seat.take_mj(100.0) == 7_000
-    assert seat.take_mj(100.0) == 7_000
+    assert host.take(seat, 100.0) == 7_000
+    assert host.take(seat, 100.0) == 7_000
     host.draw(1)
-    assert seat.take_mj(100.0) == 7_001
+    assert host.take(seat, 100.0) == 7_001
 
 
 def test_two_groups_have_it_by_their_power_and_nothing_is_lost(host: Host) -> None:
     one, other = host.meter.seat(GPU), host.meter.seat(GPU)
     for seat, power_w in ((one, 300.0), (other, 100.0)):
-        seat.take_mj(power_w)
-    other.take_mj(100.0)
+        host.take(seat, power_w)
+    host.take(other, 100.0)
     for _ in range(40):
         host.draw(101)
-        one.take_mj(300.0)
-    ones_mj, others_mj = one.take_mj(300.0), other.take_mj(100.0)
+        host.take(one, 300.0)
+    ones_mj, others_mj = host.take(one, 300.0), host.take(other, 100.0)
     assert (ones_mj, others_mj) == (3 * 1_010, 1_010)
 
 
 def test_a_host_that_cannot_be_read_for_a_while_counts_anew(host: Host) -> None:
     seat = host.meter.seat(GPU)
-    seat.take_mj(1.0)
+    host.take(seat, 1.0)
     host.draw(5)
     (host.folder / "energy_uj").write_text("")
-    assert seat.take_mj(1.0) is None
+    assert host.take(seat, 1.0) is None
     host.draw(5)
     host.now_ns += 2_000 * MS
-    assert seat.take_mj(1.0) is None
+    assert host.take(seat, 1.0) is None
     host.draw(9)
-    assert seat.take_mj(1.0) == 9
+    assert host.take(seat, 1.0) == 9
 
 
 @pytest.mark.parametrize("kind", ["rapl", "cpu-model"])
@@ -83,12 +88,12 @@ def test_beside_a_meter_that_counts_cpus_itself_nobody_has_a_share(host: Host, k
     seat, blocker = host.meter.seat(GPU), host.meter.seat(own)
     for _ in range(3):
         host.draw(10)
-        assert seat.take_mj(1.0) is None
-        assert blocker.take_mj(1.0) is None
+        assert host.take(seat, 1.0) is None
+        assert host.take(blocker, 1.0) is None
     blocker.leave()
-    seat.take_mj(1.0)
+    host.take(seat, 1.0)
     host.draw(10)
-    assert seat.take_mj(1.0) == 10
+    assert host.take(seat, 1.0) == 10
 
 
 def test_a_host_without_rapl_or_with_it_off_has_no_meter(host: Host, tmp_path: Path) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import queue
-import threading
-
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from replicas.energy.agent_metrics import MeterSeries
 from replicas.energy.host_meter import HostMeter
 from replicas.energy.meter import HEALTHY, MeterHealth, MeterScope, MeterState, Reading, Source
-from replicas.energy.poll_thread import PollThread
 from replicas.energy.polling import MeterPoller, Subscriber
 
 MS = 1_000_000
@@ -21,6 +16,7 @@ MS = 1_000_000
 class ScriptedMeter:
     """Gives the readings it was made with, one per read, the last one again and again."""
 
+    edges = None
     scope = MeterScope.DEVICE
 
     def __init__(self, *readings: Reading | None) -> None:
@@ -36,27 +32,6 @@ class ScriptedMeter:
 
     def close(self) -> None:
         self.is_closed = True
-
-
-class BrokenMeter(ScriptedMeter):
-    def read(self) -> Reading | None:
-        raise OSError("the bus is gone")
-
-
-class CountingMeter(ScriptedMeter):
-    """An edge a read, and a number of them to wait for."""
-
-    def __init__(self, *, awaited: int) -> None:
-        super().__init__(None)
-        self.num_reads = 0
-        self.was_read = threading.Event()
-        self.awaited = awaited
-
-    def read(self) -> Reading | None:
-        self.num_reads += 1
-        if self.num_reads >= self.awaited:
-            self.was_read.set()
-        return make_reading(self.num_reads, self.num_reads)
 
 
 def make_reading(t_ms: int, energy_mj: int, *, gap: bool = False, static_mj: int | None = None) -> Reading:
@@ -107,75 +82,6 @@ async def test_a_slow_watcher_gets_wider_windows_and_keeps_the_gap() -> None:
     assert edges[-1] == make_reading(999, 9990)
 
 
-@pytest.fixture
-def thread() -> PollThread:
-    return PollThread(poll_s=0.001)
-
-
-async def test_a_meter_that_breaks_ends_its_own_watches_with_its_error(thread: PollThread) -> None:
-    broken, sound = make_poller(BrokenMeter(None)), make_poller(CountingMeter(awaited=2))
-    watchers = broken.subscribe(), sound.subscribe()
-    thread.add(broken)
-    thread.add(sound)
-    for watcher in (watchers[0], broken.subscribe()):
-        with pytest.raises(RuntimeError, match="polling ended") as caught:
-            await asyncio.wait_for(watcher.take(), 60)
-        assert isinstance(caught.value.__cause__, OSError)
-    assert await asyncio.wait_for(watchers[1].take(), 60)
-    thread.remove(sound)
-
-
-def test_a_meter_is_not_read_any_more_once_it_is_removed(thread: PollThread) -> None:
-    removed, kept = CountingMeter(awaited=2), CountingMeter(awaited=10_000)
-    pollers = make_poller(removed), make_poller(kept)
-    for poller in pollers:
-        thread.add(poller)
-    assert removed.was_read.wait(60)
-    thread.remove(pollers[0])
-    thread.wait_round()
-    num_reads = removed.num_reads
-    kept.awaited = kept.num_reads + 5
-    assert kept.was_read.wait(60)
-    thread.remove(pollers[1])
-    assert removed.num_reads == num_reads
-
-
-def test_meters_are_read_again_after_all_were_removed(thread: PollThread) -> None:
-    for _ in range(2):
-        meter = CountingMeter(awaited=2)
-        poller = make_poller(meter)
-        thread.add(poller)
-        assert meter.was_read.wait(60)
-        thread.remove(poller)
-
-
-def test_while_a_meter_says_that_nothing_runs_it_is_read_less_often() -> None:
-    waits_s: queue.Queue[float] = queue.Queue()
-    goes_on = threading.Semaphore(0)
-
-    def sleep(wait_s: float) -> None:
-        waits_s.put(wait_s)
-        goes_on.acquire()
-
-    thread = PollThread(poll_s=0.05, sleep=sleep)
-    poller = make_poller(
-        ScriptedMeter(
-            make_reading(0, 0, static_mj=0),
-            make_reading(50, 501, static_mj=500),
-            make_reading(150, 1900, static_mj=1500),
-            make_reading(200, 2400),
-        )
-    )
-    thread.add(poller)
-    told = []
-    for _ in range(4):
-        told.append(waits_s.get(timeout=60))
-        goes_on.release()
-    thread.remove(poller)
-    goes_on.release()
-    assert told == [0.05, 0.1, 0.05, 0.05]
-
-
 def test_series_carry_their_source_and_go_on_when_a_watch_is_opened_again() -> None:
     pollers: list[MeterPoller] = []
     series = MeterSeries(lambda: pollers)
@@ -216,8 +122,8 @@ def test_the_hosts_own_meter_has_a_series_of_its_own() -> None:
     )
     registry = CollectorRegistry()
     registry.register(MeterSeries(lambda: [poller], host=host))
-    poller.poll()
-    poller.poll()
+    for one in (host, poller, host, poller):
+        one.poll()
     text = generate_latest(registry).decode()
     assert 'wattline_host_meter_joules_total{source="shared"} 2.0' in text
     assert 'hw_energy_joules_total{hw_id="llama-0",hw_type="gpu",source="counter"} 4.0' in text

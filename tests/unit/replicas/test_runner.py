@@ -99,6 +99,47 @@ def test_a_broken_row_fails_alone_and_its_blocks_can_be_used_again(llama: Path, 
     assert decode(runner, (0, 5, wanted[0]), (3, 9, wanted[1])) == wanted_next
 
 
+@pytest.mark.parametrize("kernels", ["off", "auto"])
+def test_a_broken_prompt_under_way_spoils_nobody_whose_row_had_its_blocks(llama: Path, kernels: str) -> None:
+    """Block 5 was the last of row 1, which then holds a shorter sequence and decodes beside a longer one."""
+    short, long = (3, 4, 5, 6, 8), tuple(range(10, 19))
+    runner = build(replace(make_config(llama), kernels=kernels))
+    wanted = run_new(runner, start(0, short, (1, 2)), start(1, long, (3, 4, 5)))
+    wanted_next = decode(runner, (0, 5, wanted[0]), (1, 9, wanted[1]))
+    run_new(runner, start(1, short, (1, 2)), start(0, long, (8, 9, 10)), freed=(0, 1))
+    with torch.inference_mode():
+        runner.decoder._embedding_VH[7] = torch.nan
+    run_new(runner, replace(start(2, (7,) * 4, (5,)), samples=False))
+    assert decode(runner, (1, 5, wanted[0]), (0, 9, wanted[1])) == wanted_next
+
+
+@pytest.mark.parametrize("kernels", ["off", "auto"])
+def test_the_blocks_of_a_broken_prompt_that_never_sampled_can_be_used_again(
+    llama: Path, kernels: str
+) -> None:
+    """As after a cancel: the next owner decodes beside a longer row, whose padding covers what was left."""
+    short, long = (3, 4, 5, 6, 8), tuple(range(10, 19))
+    runner = build(replace(make_config(llama), kernels=kernels))
+    wanted = run_new(runner, start(0, short, (1, 2)), start(1, long, (3, 4, 5)))
+    wanted_next = decode(runner, (0, 5, wanted[0]), (1, 9, wanted[1]))
+    with torch.inference_mode():
+        runner.decoder._embedding_VH[7] = torch.nan
+    broken = replace(start(2, (7,) * 8, (6, 7)), samples=False)
+    assert run_new(runner, broken, start(3, long, (8, 9, 10)), freed=(0, 1)) == wanted[1:]
+    assert run_new(runner, start(0, short, (7, 6)), freed=(2,)) == wanted[:1]
+    assert decode(runner, (0, 5, wanted[0]), (3, 9, wanted[1])) == wanted_next
+
+
+def test_who_shares_a_broken_block_fails_though_its_first_owner_is_gone(llama: Path) -> None:
+    runner = build(replace(make_config(llama), kernels="off"))
+    with torch.inference_mode():
+        runner.decoder._embedding_VH[7] = torch.nan
+    run_new(runner, replace(start(2, (7,) * 8, (6, 7)), samples=False))
+    run_new(runner, replace(start(0, (3,), (6, 8)), start_pos=4, samples=False))
+    runner.launch(StepPlan(step=1, freed_rows=(2,), new_rows=(), rows=())).result()
+    assert decode(runner, (0, 5, 4)) == (-1,)
+
+
 def test_a_chunk_that_does_not_sample_gives_no_id(llama: Path) -> None:
     runner = build(make_config(llama))
     whole = run_new(runner, start(0, (3, 4, 5, 6, 8), (1, 2)))

@@ -137,6 +137,15 @@ def test_the_noise_is_gumbel() -> None:
     assert float((correlation - torch.eye(10)).abs().max()) < 0.06
 
 
+def test_a_token_that_stands_alone_is_drawn_whatever_its_noise() -> None:
+    """Its hash is one of the 32 of 2**31 that round up: had it noise of minus infinity, 0 were drawn."""
+    params = SamplingParams(temperature=1.0, top_k=1, seed=42)
+    logits = torch.zeros(1, 58150)
+    logits[0, 58149] = 9.0
+    assert noise_of(make_draws(params, range(1)), 58149, 1).isfinite().all()
+    assert sample_solo(logits, make_draws(params, range(1))) == [58149]
+
+
 @pytest.mark.parametrize(
     ("params", "probabilities"),
     [

@@ -110,3 +110,11 @@ def test_a_sequence_that_never_ran_only_queued() -> None:
     timing = make_sequence().last_delta((), FinishReason.CANCELLED, now_ns=9_000).timing
     assert timing is not None
     assert (timing.queue_us, timing.prefill_us, timing.decode_us) == (8, 0, 0)
+
+
+def test_at_its_end_it_lets_go_of_whom_it_waited_for() -> None:
+    """Each may have led the next: the last of a chain would keep the prompts of all before it."""
+    leader, follower = make_sequence(), make_sequence()
+    follower.waits_for = leader
+    follower.finish()
+    assert follower.waits_for is None

@@ -1,0 +1,159 @@
+"""Reads a counter that moves by itself just when it moves: learns its period and phase. Pure: time comes in.
+
+A driver moves the counter of a GPU every 20 to 100 ms, and nobody is told. Blind reads each 50 ms know an
+edge to half of that, and every second one finds nothing. Locked, one read per edge is nearly enough, made
+where the edge is expected. If the counter has moved by then, the next edge is expected a little sooner; if
+not, it is read again a little later, and expected there. So the expectation stays within a few milliseconds
+of the edge, on either side of it in turn.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+_MS = 1_000_000
+_SCAN_STEP_NS = 3 * _MS
+_SCAN_LASTS_NS = 520 * _MS
+"""Two edges of the slowest counter lie in it."""
+_SHARP_NS = 3 * _SCAN_STEP_NS
+"""Edges known no better than this teach nothing."""
+_SHORTEST_NS = 4 * _SCAN_STEP_NS
+_LONGEST_NS = 250 * _MS
+_AGAIN_NS = 4 * _MS
+_MOST_AGAIN = 3
+"""Reads at 4, 12 and 28 ms behind the expectation; then the lock is lost."""
+_SOONER_NS = _MS // 2
+_CALM_SOONER = 6
+_MOST_SOONER = 13
+"""So often in a row the counter has moved already: from 6 on we look for the edge in steps that double."""
+_PERIOD_GAIN = 0.2
+_NEAR = 0.9
+_ROUNDING = 1e-6
+_FIRST_REST_NS = 2_000 * _MS
+_LONGEST_REST_NS = 32_000 * _MS
+_PROVEN_NS = 10_000 * _MS
+
+
+class EdgeLock:
+    """Says when to read next (`due_ns`), and where the edge was that a read found (`edge_ns`).
+
+    Blind, it reads every `poll_ns`. After rests of 2 to 32 s it scans 520 ms in steps of 3 ms; two sharp
+    edges in there lock it. A lock that finds no edge within 28 ms of where it should be, or again and again
+    one that was early, is lost: then it is blind again, and notices an edge within `poll_ns`. Of a counter
+    that moves every `poll_ns` or faster the period is all it needs: a read at any time finds a young edge.
+    """
+
+    def __init__(self, *, poll_ns: int, now_ns: int) -> None:
+        self._poll_ns = poll_ns
+        self._read_ns = now_ns
+        self._edge_ns = now_ns
+        self._is_sharp = False
+        self._period_ns: float | None = None
+        """Known: it is locked."""
+        self._locked_ns = now_ns
+        self._target_ns: int | None = None
+        """The edge that the next reads are to find; None where any one will do."""
+        self._num_again = self._num_sooner = 0
+        self._rest_ns = _FIRST_REST_NS
+        self._scan_ns = now_ns
+        """It scans from then on."""
+
+    @property
+    def period_ns(self) -> int | None:
+        """None: not locked."""
+        return None if self._period_ns is None else round(self._period_ns)
+
+    def due_ns(self, now_ns: int, *, gap_ns: int) -> int:
+        """When to read next; edges less than about `gap_ns` apart are not needed."""
+        period_ns = self._period_ns
+        if period_ns is None:
+            return self._read_ns + (_SCAN_STEP_NS if self._read_ns >= self._scan_ns else self._poll_ns)
+        if period_ns <= self._poll_ns:
+            return self._read_ns + max(gap_ns, self._poll_ns)
+        if self._num_again:
+            return self._read_ns + (_AGAIN_NS << self._num_again - 1)
+        since_ns = max(_NEAR * gap_ns, now_ns - self._edge_ns)
+        target_ns = self._edge_ns + round(ceil(since_ns / period_ns - _ROUNDING) * period_ns)
+        if self._target_ns is None or target_ns < self._target_ns:
+            self._target_ns = target_ns
+        return self._target_ns if self._is_armed else self._target_ns - round(period_ns / 2)
+
+    def edge_ns(self, now_ns: int) -> int:
+        """Where the last edge is that a read now finds: as expected, else halfway from the last read."""
+        period_ns = self._period_ns
+        if period_ns is None or self._num_again or now_ns <= self._edge_ns:
+            return (self._read_ns + now_ns) // 2
+        if self._target_ns is None:
+            return max(self._read_ns, now_ns - round(period_ns / 2))
+        periods = (now_ns - self._edge_ns) / period_ns + _ROUNDING
+        expected_ns = self._edge_ns + round(int(periods) * period_ns)
+        return min(max(expected_ns, self._read_ns), now_ns)
+
+    def note(self, now_ns: int, *, has_moved: bool) -> None:
+        """After each read."""
+        if self._period_ns is None:
+            self._learn(now_ns, has_moved=has_moved)
+        elif has_moved:
+            self._follow(now_ns, self._period_ns)
+        else:
+            self._miss(now_ns, self._period_ns)
+        self._read_ns = now_ns
+
+    @property
+    def _is_armed(self) -> bool:
+        """Whether the edge before the target was seen: else the counter has moved by then in any case."""
+        if self._target_ns is None or self._period_ns is None:
+            return False
+        return self._target_ns - self._edge_ns < 1.5 * self._period_ns
+
+    def _learn(self, now_ns: int, *, has_moved: bool) -> None:
+        """Lock on two sharp edges; rest when a scan did not find them."""
+        if has_moved:
+            edge_ns, is_sharp = self.edge_ns(now_ns), now_ns - self._read_ns <= _SHARP_NS
+            period_ns = edge_ns - self._edge_ns
+            if is_sharp and self._is_sharp and _SHORTEST_NS <= period_ns <= _LONGEST_NS:
+                self._period_ns, self._locked_ns = float(period_ns), now_ns
+            self._edge_ns, self._is_sharp = edge_ns, is_sharp
+        if self._period_ns is None and now_ns >= self._scan_ns + _SCAN_LASTS_NS:
+            self._rest(now_ns)
+
+    def _follow(self, now_ns: int, period_ns: float) -> None:
+        """An edge was found: correct phase and period by where it was."""
+        edge_ns = self.edge_ns(now_ns)
+        target_ns, is_armed, was_late = self._target_ns, self._is_armed, self._num_again > 0
+        self._edge_ns, self._num_again = edge_ns, 0
+        if target_ns is None or not is_armed or now_ns - target_ns > period_ns / 2:
+            self._target_ns = target_ns if target_ns is not None and target_ns > now_ns else None
+            return
+        self._target_ns = None
+        if was_late:
+            error_ns, self._num_sooner = edge_ns - target_ns, 0
+        else:
+            self._num_sooner += 1
+            error_ns = -_SOONER_NS << max(0, self._num_sooner - _CALM_SOONER)
+            self._edge_ns += error_ns
+        self._period_ns = period_ns + _PERIOD_GAIN * min(max(error_ns, -_AGAIN_NS), _AGAIN_NS)
+        if self._num_sooner > _MOST_SOONER or not _SHORTEST_NS <= self._period_ns <= _LONGEST_NS:
+            self._lose(now_ns)
+
+    def _miss(self, now_ns: int, period_ns: float) -> None:
+        """The counter stood still: the edge comes later than expected, or not at all."""
+        if self._is_armed:
+            self._num_again += self._target_ns is not None and now_ns >= self._target_ns
+            if self._num_again > _MOST_AGAIN:
+                self._lose(now_ns)
+        elif now_ns - self._read_ns > 1.5 * period_ns:
+            self._lose(now_ns)
+
+    def _lose(self, now_ns: int) -> None:
+        if now_ns - self._locked_ns >= _PROVEN_NS:
+            self._rest_ns = _FIRST_REST_NS
+        self._period_ns = self._target_ns = None
+        self._num_again = self._num_sooner = 0
+        self._rest(now_ns)
+
+    def _rest(self, now_ns: int) -> None:
+        """Blind for a while, each time twice as long."""
+        self._is_sharp = False
+        self._scan_ns = now_ns + self._rest_ns
+        self._rest_ns = min(2 * self._rest_ns, _LONGEST_REST_NS)
