@@ -58,8 +58,7 @@ class DeviceLayers:
             (spec.num_layers, spec.num_experts), device=weights.embedding_VH.device, dtype=torch.int32
         )
         """Pairs of every expert in the last step, per layer."""
-        is_whole = not (shard.is_attention_split or shard.is_ffn_split or shard.is_dispatched)
-        self._one_token = OneToken(spec, weights) if fuses_one_token and is_whole else None
+        self._one_token = OneToken(spec, weights) if fuses_one_token and shard.is_whole else None
 
     def begin(self, rotation: Rotation, slots_T: torch.Tensor, sequences: DeviceSequences) -> None:
         """Where the tokens of the next calls are: angles, slots to write, pages to read."""
