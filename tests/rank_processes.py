@@ -1,4 +1,4 @@
-"""Ranks as real processes. Children import no model classes of transformers; they stay in the parent."""
+"""Ranks as real processes. A child imports the module of what it runs: this one loads no transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from replicas.errors import RankLost
 from replicas.parallel.collectives import make_collectives
 from replicas.parallel.one_shot import SmallSum
 from replicas.parallel.process_group import ProcessGroupCollectives, open_store
-from tests.scripted_rank import make_scripts, run_script
 
 Report = tuple[int, str, object]
 """(rank, what, value) from a child."""
@@ -40,16 +39,6 @@ def spawn_ranks(target: object, arguments: list[tuple[object, ...]]) -> tuple[li
     while not queue.empty():
         reports.append(queue.get())
     return [child.exitcode if child.exitcode is not None else -1 for child in children], reports
-
-
-def follow_scripts(queue: Queue[Report], configs: list[RankConfig]) -> None:
-    """One rank of several groups in turn: token ids and experts hit of each."""
-    torch.set_num_threads(1)
-    for config in configs:
-        collectives = make_collectives(config)
-        result = run_script(config, collectives, make_scripts(seed=0, vocab_size=500))
-        queue.put((config.rank, config.group, (result.token_ids, result.experts_hit)))
-        collectives.close()
 
 
 def lose_a_peer(queue: Queue[Report], config: RankConfig, folder: Path) -> None:

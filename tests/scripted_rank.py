@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
 
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.models.decoder import Decoder
-from replicas.parallel.collectives import Collectives, SoloCollectives
+from replicas.parallel.collectives import Collectives, SoloCollectives, make_collectives
 from replicas.plan import LAST_SAMPLED, NewRow, PlannedRow, StepPlan
 from replicas.rank.batch import Batch
 from replicas.rank.runner import ModelRunner
 from replicas.request import SamplingParams
+from tests.rank_processes import Report
 from tests.rank_threads import make_rank_config
 
 LIMITS = EngineLimits(max_sequences=6, step_tokens=64, block_tokens=8, num_blocks=64, context_tokens=256)
@@ -199,3 +201,13 @@ def make_script_configs(
         )
         for rank in range(parallel.num_ranks)
     ]
+
+
+def follow_scripts(queue: Queue[Report], configs: list[RankConfig]) -> None:
+    """One rank of several groups in turn: token ids and experts hit of each."""
+    torch.set_num_threads(1)
+    for config in configs:
+        collectives = make_collectives(config)
+        result = run_script(config, collectives, make_scripts(seed=0, vocab_size=500))
+        queue.put((config.rank, config.group, (result.token_ids, result.experts_hit)))
+        collectives.close()

@@ -9,14 +9,9 @@ import pytest
 
 from replicas.config import ParallelConfig, RankConfig
 from tests.checkpoints import make_granite_moe, make_llama
-from tests.rank_processes import (
-    choose_small_sums,
-    follow_scripts,
-    lose_a_peer,
-    spawn_ranks,
-)
+from tests.rank_processes import choose_small_sums, lose_a_peer, spawn_ranks
 from tests.rank_threads import make_rank_config, run_rank_threads
-from tests.scripted_rank import ScriptedResult, make_script_configs, make_scripts, run_script
+from tests.scripted_rank import ScriptedResult, follow_scripts, make_script_configs, make_scripts, run_script
 
 pytestmark = pytest.mark.processes
 
