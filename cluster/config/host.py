@@ -48,7 +48,10 @@ class EnergySection(Section):
         description="CPUs and memory beside the GPUs, apart from their joules; auto: RAPL where readable",
     )
     poll_ms: float = Field(
-        50.0, ge=5.0, le=1000.0, description="between two reads of a meter; 20 to 50 suit a GPU's counter"
+        50.0,
+        ge=5.0,
+        le=1000.0,
+        description="a counter is read each until its edges are known, others at most every second",
     )
     cpu_static_w: float = Field(10.0, ge=0.0, description="cpu-model: drawn whatever the work")
     pue: float = Field(

@@ -87,7 +87,7 @@ class MeterPoller:
         self._seat = seat
         self._subscribers: tuple[Subscriber, ...] = ()
         self._failure: Exception | None = None
-        self._hangs = False
+        self._hangs = self._owes_gap = False
         self._lock = threading.Lock()
 
     @property
@@ -140,6 +140,11 @@ class MeterPoller:
         last = self.last
         if reading is None or (last is not None and reading.t_ns <= last.t_ns):
             return
+        if self._hangs:  # It is dated from before it hung, and counts what was drawn since.
+            self._owes_gap = self._owes_gap or reading.gap
+            return
+        if self._owes_gap:
+            reading, self._owes_gap = replace(reading, gap=True), False
         if self._marks is None:
             self._first = reading
             self._marks = (reading, reading)

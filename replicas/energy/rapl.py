@@ -61,9 +61,9 @@ class RaplMeter:
     """Sum of all zones' counters: the whole host's CPUs and memory, whoever uses them.
 
     Hence its source `shared`: exact for the host, and an upper bound for one group of processes on it. A wrap
-    is undone; it must be read once per wrap (minutes). A counter that moves faster than any CPU draws is a
-    reset: that reading has `gap`. A zone that cannot be read gives None until it can, and then a gap. The
-    counters stay open: to open one costs several times what reading it does.
+    is undone; after so long without a read that there may have been several (minutes), the reading has `gap`.
+    So it has where a counter moves faster than any CPU draws: a reset. A zone that cannot be read gives None
+    until it can, and then a gap. The counters stay open: to open one costs several times what reading does.
     """
 
     edges = None
@@ -129,7 +129,8 @@ class RaplMeter:
             (count_uj - last_uj) % zone.range_uj
             for zone, count_uj, last_uj in zip(self._zones, counts_uj, self._counts_uj, strict=True)
         ]
-        if max(deltas_uj) > most_uj:
+        may_have_wrapped = most_uj >= min(zone.range_uj for zone in self._zones)
+        if may_have_wrapped or max(deltas_uj) > most_uj:
             self._reset_until_ns = now_ns + _RESET_SHOWN_NS
             return True
         self._energy_uj += sum(deltas_uj)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
 from replicas.config import ReplicaConfig
@@ -78,8 +79,8 @@ class AgentFeed:
     def want_edge(self) -> None:
         self._asker.ask()
 
-    def readings(self) -> AsyncGenerator[Reading, None]:
-        return watch_readings(
+    async def readings(self) -> AsyncGenerator[Reading, None]:
+        watch = watch_readings(
             self._address,
             group=self._group,
             gpu_uuids=self._gpu_uuids,
@@ -89,6 +90,12 @@ class AgentFeed:
             on_metrics_address=self._note_metrics_address,
             on_state=self._note_state,
         )
+        try:
+            async with aclosing(watch) as readings:
+                async for reading in readings:
+                    yield reading
+        finally:
+            self._asker.close()
 
     def _note_metrics_address(self, address: str) -> None:
         self.metrics_address = address

@@ -72,6 +72,19 @@ async def test_an_edge_without_energy_is_an_edge() -> None:
     assert await watcher.take() == [make_reading(0, 500), make_reading(100, 500)]
 
 
+async def test_a_reading_dated_from_before_its_meter_hung_is_left_out_and_its_gap_kept() -> None:
+    meter = ScriptedMeter(make_reading(0, 0), make_reading(100, 900, gap=True), make_reading(300, 900))
+    poller = make_poller(meter)
+    watcher = poller.subscribe()
+    poller.poll()
+    poller.set_hangs(True)
+    poller.poll()
+    poller.set_hangs(False)
+    poller.poll()
+    assert await watcher.take() is MeterState.OK
+    assert await watcher.take() == [make_reading(0, 0), make_reading(300, 900, gap=True)]
+
+
 async def test_a_slow_watcher_gets_wider_windows_and_keeps_the_gap() -> None:
     watcher = Subscriber()
     for number in range(1000):

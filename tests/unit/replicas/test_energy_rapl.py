@@ -72,6 +72,15 @@ def test_a_wrap_is_undone(host: Host) -> None:
     assert (reading.energy_mj, reading.gap, meter.health().state) == (3_000, False, MeterState.OK)
 
 
+def test_after_so_long_that_a_counter_may_have_wrapped_twice_there_is_a_gap(host: Host) -> None:
+    meter = RaplMeter(host.root, clock=host.clock)
+    before = read_after(host, meter, 100)
+    host.set("intel-rapl:0", 5_000_000)
+    after = read_after(host, meter, RANGE_UJ // 2_000_000)
+    assert (after.energy_mj, after.gap) == (before.energy_mj, True)
+    assert not read_after(host, meter, 100).gap
+
+
 def test_a_counter_that_begins_anew_is_a_gap_and_not_counted(host: Host) -> None:
     host.set("intel-rapl:0", 200_000_000_000)
     meter = RaplMeter(host.root, clock=host.clock)

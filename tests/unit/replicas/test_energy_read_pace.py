@@ -51,6 +51,12 @@ def test_while_it_is_asked_all_the_time_it_need_not_listen_until_the_next_read(p
     assert pace.due_ns() == pace.deaf_until_ns
 
 
+def test_a_long_poll_is_the_shortest_wait_of_all() -> None:
+    pace = ReadPace(poll_ns=SECOND_NS, now_ns=0)
+    pace.note_read(0)
+    assert pace.due_ns() == 2 * SECOND_NS
+
+
 def test_for_a_watcher_that_cannot_ask_a_read_comes_every_tenth_of_a_second(pace: ReadPace) -> None:
     pace.is_silent = True
     pace.note_read(0)
