@@ -69,7 +69,7 @@ class _OnceEachLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise ConstructorError(
                     problem=f"key {key.value!r} is there twice; remove one", problem_mark=key.start_mark

@@ -24,7 +24,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Where the time went. The first three are the engine's, the last two the router's."""
+    """Where the time went: waiting here and in the engine, then the engine's, then by the router's clock."""
 
     queue_ms: float
     prefill_ms: float

@@ -21,7 +21,7 @@ from cluster.admission.tenant import Tenant
 from cluster.balancing.lane_view import LaneView
 from cluster.balancing.prediction import prefill_rate
 from cluster.link.replica_pool import ReplicaPool
-from cluster.request.errors import NoReplica, RouterError
+from cluster.request.errors import DeadlinePassed, NoReplica, RouterError
 from cluster.router.refusal import Refusals
 from cluster.router.route_finder import Errand, Place, RouteFinder
 from cluster.served_model import ServedModel
@@ -96,7 +96,8 @@ class Gate:
         """A place for the request, held for it inside the block; submit it there.
 
         `asked` is told what is known where it cannot begin at once, whatever is decided then.
-        Raises Overloaded where waiting would be in vain, NoReplica where there is nothing to wait for.
+        Raises Overloaded where waiting would be in vain, NoReplica where there is nothing to wait for,
+        DeadlinePassed where the wait took all the time there was.
         """
         cost = _cost_of(errand)
         held = None if self._queue else self._hold(errand, tenant)
@@ -163,11 +164,14 @@ class Gate:
         self._queue.push(waiting)
         self._keep_ticking()
         max_queue_s = self._model.section.limits.max_queue_s
+        is_urgent = deadline_s is not None and deadline_s < max_queue_s
         held: Held | None = None
         try:
-            async with asyncio.timeout(max_queue_s):
+            async with asyncio.timeout(deadline_s if is_urgent else max_queue_s):
                 held = await waiting.item.place
         except TimeoutError:
+            if is_urgent:
+                raise DeadlinePassed from None
             raise self._refusals.overloaded(
                 f"no replica was free for {max_queue_s:g} s", retry_after_ms=TURNED_OUT_RETRY_MS
             ) from None

@@ -17,7 +17,8 @@ from cluster.servers.http_guard import PEER_NAMES
 MAX_HEAD_BYTES = 64 * 2**10
 """Of a request line and its headers; what one read brings is looked at as a whole."""
 HEAD_S = 30.0
-"""From a new connection, or from the end of an answer, to the end of the next head."""
+"""From a new connection, or from the end of an answer, to the end of the next head. And how long one that is
+closed may take none of what is left for it, or twice that."""
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -27,17 +28,19 @@ class HttpConnection(HttpToolsProtocol):
     _head_bytes = 0
     """Read since the last request was complete."""
     _is_in_head = True
-    _giving_up: asyncio.TimerHandle | None = None
+    _left_bytes = -1
+    """Not yet taken at the last look."""
+    _looking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         names = _names(transport.get_extra_info("peercert") or {})
         if names:
             self.app: ASGIApp = _with_names(self.app, names)
-        self._await_head()
+        self._look_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._stop_looking()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -50,7 +53,6 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
-        self._stop_waiting()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -59,24 +61,31 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._await_head()
+        self._look_later()
 
     @property
     def _is_idle(self) -> bool:
         """No answer is under way."""
         return self.cycle is None or self.cycle.response_complete
 
-    def _await_head(self) -> None:
-        self._stop_waiting()
-        self._giving_up = self.loop.call_later(HEAD_S, self._give_up)
+    def _look_later(self) -> None:
+        self._stop_looking()
+        self._looking = self.loop.call_later(HEAD_S, self._look)
 
-    def _stop_waiting(self) -> None:
-        if self._giving_up is not None:
-            self._giving_up.cancel()
+    def _stop_looking(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
 
-    def _give_up(self) -> None:
-        if self._is_idle:
-            self.transport.close()
+    def _look(self) -> None:
+        """Nobody is waited for without end: not for a request, and not until an answer is read."""
+        left_bytes = self.transport.get_write_buffer_size()
+        if not self.transport.is_closing():
+            if self._is_idle:
+                self.transport.close()
+        elif left_bytes == self._left_bytes:
+            self.transport.abort()
+        self._left_bytes = left_bytes
+        self._look_later()
 
 
 def _with_names(app: ASGIApp, names: tuple[str, ...]) -> ASGIApp:

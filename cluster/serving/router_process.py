@@ -79,6 +79,7 @@ class RouterProcess:
 
     def start(self) -> None:
         """Start the child; `poll_addresses` tells when it listens."""
+        self._started_s = self._clock()
         self._addresses_path.unlink(missing_ok=True)
         config_path = self._folder.path / f"{file_stem(self._index)}.yaml"
         config_path.write_text(yaml.safe_dump(self._config.model_dump(mode="json")), encoding="utf-8")
@@ -92,7 +93,6 @@ class RouterProcess:
             self._child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        self._started_s = self._clock()
         self._restart_at_s = None
 
     def poll_addresses(self) -> RouterAddresses | None:
@@ -121,7 +121,7 @@ class RouterProcess:
         now_s = self._clock()
         if self._restart_at_s is not None:
             if now_s >= self._restart_at_s:
-                self.start()
+                self._start_again(now_s)
             return
         code = self._child.poll()
         if code is None:
@@ -129,17 +129,9 @@ class RouterProcess:
                 self._leaving_pid = None
             return
         if self._child.pid == self._leaving_pid:
-            self.start()
+            self._start_again(now_s)
             return
-        self._num_deaths = 1 if now_s - self._started_s > STEADY_S else self._num_deaths + 1
-        if self._num_deaths > MAX_DEATHS:
-            raise CommandError(
-                f"the router died {self._num_deaths} times in a row: "
-                f"{last_words(self._folder.router_log_path)}; log: {self._folder.router_log_path}"
-            )
-        delay_s = min(FIRST_DELAY_S * 2 ** (self._num_deaths - 1), MAX_DELAY_S)
-        logger.warning("router_died code=%d deaths=%d restart_in_s=%.1f", code, self._num_deaths, delay_s)
-        self._restart_at_s = now_s + delay_s
+        self._note_death(now_s, f"code={code}")
 
     def restart(self) -> None:
         """Let the child finish its streams and end; `tend` starts the next one. Of one that is dead, too."""
@@ -166,6 +158,24 @@ class RouterProcess:
                 logger.warning(
                     "router_lingers pid=%d signal=%s after_s=%g", child.pid, number.name, STOP_TIMEOUT_S
                 )
+
+    def _start_again(self, now_s: float) -> None:
+        """A disk or a process table that is full now is one more death: other routers serve meanwhile."""
+        try:
+            self.start()
+        except OSError as error:
+            self._note_death(now_s, f"error={error}")
+
+    def _note_death(self, now_s: float, why: str) -> None:
+        self._num_deaths = 1 if now_s - self._started_s > STEADY_S else self._num_deaths + 1
+        if self._num_deaths > MAX_DEATHS:
+            raise CommandError(
+                f"the router died {self._num_deaths} times in a row: "
+                f"{last_words(self._folder.router_log_path)}; log: {self._folder.router_log_path}"
+            )
+        delay_s = min(FIRST_DELAY_S * 2 ** (self._num_deaths - 1), MAX_DELAY_S)
+        logger.warning("router_died %s deaths=%d restart_in_s=%.1f", why, self._num_deaths, delay_s)
+        self._restart_at_s = now_s + delay_s
 
     def _pin_ports(self, addresses: RouterAddresses) -> None:
         """A restart must listen where replicas and clients look for it, also where the port was 0."""

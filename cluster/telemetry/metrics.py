@@ -62,7 +62,7 @@ class RouterMetrics:
             "wattline_request_duration_seconds", "Arrival to last token.", DURATION_BUCKETS
         )
         self._refusal = histogram("wattline_refusal_seconds", "Arrival to refusal.", TTFT_BUCKETS)
-        self._queue = histogram("wattline_queue_seconds", "Waiting in the engine's queue.", TTFT_BUCKETS)
+        self._queue = histogram("wattline_queue_seconds", "Waiting, here and in the engine.", TTFT_BUCKETS)
 
     def add_gauges(self, read: Callable[[], Iterable[Metric]]) -> None:
         """Gauges that are read off when they are asked for."""

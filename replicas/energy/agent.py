@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import logging
 import signal
-import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import suppress
@@ -35,6 +34,7 @@ from replicas.energy.poll_thread import PollThread
 from replicas.energy.polling import MeterPoller
 from replicas.energy.rapl import POWERCAP_DIR
 from replicas.energy.read_schedule import ReadSchedule
+from replicas.energy.socket_path import check_socket_path
 from replicas.energy.survey import survey_meters
 from replicas.energy.watch_key import WatchKey, watch_key
 from replicas.errors import MeterUnavailable
@@ -45,16 +45,15 @@ _LOG = logging.getLogger(__name__)
 _MAX_GROUP_CHARS = 256
 _MAX_WATCHES = 256
 _MAX_HUNG = 8
-_SOCKET_PATH_BYTES = 107
 _STOP_GRACE_S = 0.1
 _PIPE_INFIX = ".edges-"
+_ASKS_SUFFIX = ".asks"
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     # A watch that reads a pipe hears nothing on its stream, and asks every 20 s whether we are there. gRPC
     # takes more than two such questions in five minutes for an attack, unless told, and ends the watch.
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
 )
-_ASKS_SUFFIX = ".asks"
 
 
 class EnergyAgent:
@@ -260,7 +259,7 @@ class EnergyAgent:
     def _bind(self, server: aio.Server, address: str) -> str:
         if address.startswith("unix:"):
             path = Path(address.removeprefix("unix:"))
-            _check_socket_path(path)
+            check_socket_path(path)
             self._socket_paths.append(path)
         try:
             port = server.add_insecure_port(address)
@@ -354,23 +353,6 @@ def _describe_meters() -> list[wire.MeterDescription]:
         )
         for one in survey_meters()
     ]
-
-
-def _check_socket_path(path: Path) -> None:
-    """gRPC takes a socket file over in silence, also from a living agent; and it cuts long paths."""
-    if len(bytes(path)) > _SOCKET_PATH_BYTES:
-        raise ValueError(
-            f"socket path {path} is longer than {_SOCKET_PATH_BYTES} bytes; use a shorter folder"
-        )
-    if not path.exists():
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return
-    raise OSError(f"an energy agent already listens on {path}; use it, or give --listen another path")
 
 
 async def _serve(options: argparse.Namespace) -> None:

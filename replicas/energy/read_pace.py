@@ -17,9 +17,9 @@ _CREDIT_POLLS = 20
 class ReadPace:
     """In units of `poll_ns` (50 ms by default): a read every 10 while requests run, every 20 while none do.
 
-    A read that is asked for comes at once, but at least 1 after the last one, and on average at most one in
-    2: reads that were not needed are saved up, ten of them. A watcher that cannot ask (`is_silent`) gets one
-    every 2, always.
+    A read that is asked for comes at once, but half of one after the last at the earliest, and on average at
+    most one in 2: reads that were not needed are saved up, ten of them. A watcher that cannot ask
+    (`is_silent`) gets one every 2, always.
     """
 
     def __init__(self, *, poll_ns: int, now_ns: int) -> None:
@@ -64,4 +64,4 @@ class ReadPace:
         return self._last_ns + (_USUAL_POLLS if is_running else _IDLE_POLLS) * self._poll_ns
 
     def _soonest_ns(self) -> int:
-        return max(self._last_ns + self._poll_ns, self._paid_ns - _CREDIT_POLLS * self._poll_ns)
+        return max(self._last_ns + self._poll_ns // 2, self._paid_ns - _CREDIT_POLLS * self._poll_ns)

@@ -84,7 +84,10 @@ class SoloCollectives:
 
 
 def make_collectives(config: RankConfig) -> Collectives:
-    """Attach to the group; blocks until all ranks are here, at most `attach_timeout_s`, else RankLost."""
+    """Attach to the group; blocks until all ranks are here, at most `attach_timeout_s`, else RankLost.
+
+    Operations are as patient until `set_timeout`, which a rank calls when it is warm.
+    """
     if config.num_ranks == 1:
         return SoloCollectives()
     path = Path(config.shared_dir) / f"{config.group}.{config.epoch}.collectives"
@@ -93,7 +96,7 @@ def make_collectives(config: RankConfig) -> Collectives:
             path,
             rank=config.rank,
             size=config.num_ranks,
-            timeout_s=config.collective_timeout_s,
+            timeout_s=config.attach_timeout_s,
             attach_timeout_s=config.attach_timeout_s,
         )
     store = open_store(

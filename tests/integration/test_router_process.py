@@ -112,6 +112,28 @@ def test_a_dead_router_comes_back_on_the_same_ports(
     assert router.addresses.pid == router.pid
 
 
+def test_a_router_that_cannot_be_started_again_is_tried_again(
+    make_router: Callable[[str], RouterProcess], clock: FakeClock, folder: RunFolder
+) -> None:
+    router = make_router(STAND_IN)
+    router.start()
+    wait_addresses(router)
+    first = router.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    away = folder.path.rename(folder.path.with_name(f"{folder.path.name}-away"))
+    try:
+        for _ in range(3):
+            router.tend()
+            clock.now_s += 10.0
+    finally:
+        away.rename(folder.path)
+    assert router.pid == first
+    router.tend()
+    assert router.pid != first
+
+
 def test_a_dead_router_is_replaced_before_a_roll_goes_on(make_router: Callable[[str], RouterProcess]) -> None:
     router = make_router(STAND_IN)
     router.start()

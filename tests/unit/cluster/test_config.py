@@ -124,6 +124,13 @@ def test_a_key_that_is_there_twice_is_a_mistake(tmp_path: Path, content: str) ->
         load_config(path)
 
 
+def test_what_only_calls_itself_a_mapping_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "w.yaml"
+    path.write_text("models: !!map [a]")
+    with pytest.raises(ConfigError, match="is not YAML: expected a mapping node"):
+        load_config(path)
+
+
 def test_paths_are_relative_to_the_file_that_names_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@ here; `tests/integration/test_rank_processes.py` has the real ones."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,18 @@ def test_a_peer_that_is_too_late_is_named(tmp_path: Path) -> None:
     results = run_rank_threads(make_configs(tmp_path, 2), work)
     assert isinstance(results[0], RankLost)
     assert str(results[0]) == "rank 1 kept rank 0 waiting for 0.01 s"
+
+
+def test_who_still_loads_may_keep_others_waiting_until_the_group_is_warm(tmp_path: Path) -> None:
+    configs = [replace(config, collective_timeout_s=0.01) for config in make_configs(tmp_path, 2)]
+
+    def work(config: RankConfig, collectives: Collectives) -> float:
+        if config.rank == 1:
+            time.sleep(0.1)  # Longer than a warm group waits.
+        collectives.barrier()
+        return collectives.all_reduce(torch.ones(1)).item()
+
+    assert run_rank_threads(configs, work) == [2.0, 2.0]
 
 
 def test_a_group_of_one_needs_nobody(tmp_path: Path) -> None:
