@@ -61,6 +61,8 @@ class RouteFinder:
         self._turns: dict[str, int] = {}
         self._last: dict[str, str] = {}
         """By model, the replica chosen last."""
+        self._hashed: dict[str, tuple[Errand, int, list[bytes]]] = {}
+        """By model, for whom and with which block size hashes were made: the head of a queue asks often."""
 
     def find(
         self,
@@ -83,7 +85,7 @@ class RouteFinder:
         if not ready:
             return None
         policy = Policy(section.balancing)
-        cached = self._cached_tokens(ready, errand) if policy.uses_cache else {}
+        cached = self._cached_tokens(section.name, ready, errand) if policy.uses_cache else {}
         owner = _session_owner(errand.session_id, ready)
         candidates = tuple(
             [
@@ -132,7 +134,9 @@ class RouteFinder:
         wanted.add(self._last.get(model))
         return sample + [one for one in ready if one.replica_id in wanted - names]
 
-    def _cached_tokens(self, ready: Iterable[ReplicaConnection], errand: Errand) -> dict[LaneKey, int]:
+    def _cached_tokens(
+        self, model: str, ready: Iterable[ReplicaConnection], errand: Errand
+    ) -> dict[LaneKey, int]:
         """Tokens of the prompt believed to be cached, by lane; at least its last one is computed."""
         index = self._pool.prefixes
         hashed: dict[int, dict[LaneKey, int]] = {}
@@ -142,10 +146,7 @@ class RouteFinder:
             if not block_tokens or not index:
                 continue
             if block_tokens not in hashed:
-                hashes: list[bytes] = []
-                tokens = list(errand.prompt_ids[: min(len(errand.prompt_ids) - 1, MAX_HASHED_TOKENS)])
-                extend_hashes(hashes, tokens, block_tokens=block_tokens, salt=errand.cache_salt)
-                hashed[block_tokens] = index.match(hashes)
+                hashed[block_tokens] = index.match(self._hashes(model, errand, block_tokens))
             matches = hashed[block_tokens]
             if not matches:
                 continue
@@ -154,6 +155,15 @@ class RouteFinder:
                 if count:
                     found[connection.replica_id, lane] = count * block_tokens
         return found
+
+    def _hashes(self, model: str, errand: Errand, block_tokens: int) -> list[bytes]:
+        of, size, hashes = self._hashed.get(model, (None, 0, []))
+        if of is not errand or size != block_tokens:
+            hashes = []
+            tokens = list(errand.prompt_ids[: min(len(errand.prompt_ids) - 1, MAX_HASHED_TOKENS)])
+            extend_hashes(hashes, tokens, block_tokens=block_tokens, salt=errand.cache_salt)
+            self._hashed[model] = (errand, block_tokens, hashes)
+        return hashes
 
 
 def target_of(section: ModelSection) -> Target:
