@@ -17,6 +17,8 @@ from protos import wattline_inference_pb2_grpc as pb_grpc
 STREAMS_PER_CHANNEL = 64
 START_TIMEOUT_S = 60.0
 SETTLE_S = 0.5
+CALM_CORES = 0.1
+CALM_TIMEOUT_S = 60.0
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 
 
@@ -138,6 +140,20 @@ def make_request(flood: Flood, index: int) -> pb.GenerateRequest:
         limits=pb.Limits(max_tokens=flood.output_tokens, ignore_eos=True),
         energy_wait_ms=0,
     )
+
+
+async def until_calm(pids: Mapping[str, int]) -> None:
+    """Return when these processes rest, or after a minute.
+
+    A system may work off what it queued for long after its callers have left, at the cost of the next one.
+    """
+    give_up_s = time.monotonic() + CALM_TIMEOUT_S
+    used_s = sum(cpu_by_role(pids).values())
+    while time.monotonic() < give_up_s:
+        await asyncio.sleep(SETTLE_S)
+        before_s, used_s = used_s, sum(cpu_by_role(pids).values())
+        if used_s - before_s < CALM_CORES * SETTLE_S:
+            break
 
 
 def cpu_by_role(pids: Mapping[str, int]) -> dict[str, float]:

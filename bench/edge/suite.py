@@ -25,7 +25,7 @@ from bench.edge.first_tokens import (
     time_questions,
     ttft_row,
 )
-from bench.edge.flood import Counts, Flood, flowing, watch_flood
+from bench.edge.flood import Counts, Flood, flowing, until_calm, watch_flood
 from bench.edge.line import Line, NullModel, running_line
 from bench.edge.stalled import StalledRound, resident_bytes, stalled_readers, stalled_row
 from bench.edge.targets import ECHO, OURS, RAY_SERVE, RELAY, goals, median_rows, throughput_ratios
@@ -151,6 +151,7 @@ async def _measure_floods(plan: EdgePlan, systems: list[System]) -> list[dict[st
         for streams in plan.streams:
             for system in systems:
                 watched = await watch_flood(plan.flood(system.addresses, streams), system.pids)
+                await until_calm(system.pids)
                 rows.append({"system": system.name} | watched.row())
                 console.print(rows[-1])
     return rows

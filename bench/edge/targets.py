@@ -34,7 +34,8 @@ def median_rows(rows: Iterable[Row]) -> list[dict[str, object]]:
 def throughput_ratios(rows: Sequence[Row]) -> list[dict[str, object]]:
     """By system of ours and number of streams, over those beside it: the median of the rounds' ratios.
 
-    Rounds are told apart by their order, so that what slows the machine for a while slows both.
+    Rounds are told apart by their order, so that what slows the machine for a while slows both. None where
+    the other stood still in a round.
     """
     rates: dict[tuple[object, object], list[float]] = {}
     for row in rows:
@@ -42,15 +43,20 @@ def throughput_ratios(rows: Sequence[Row]) -> list[dict[str, object]]:
     return [
         {"system": system, "streams": streams}
         | {
-            f"over_{other}": round(
-                statistics.median(a / b for a, b in zip(own, rates[other, streams], strict=True)), 3
-            )
+            f"over_{other}": _over(own, rates[other, streams])
             for other in (ECHO, RELAY, RAY_SERVE)
             if (other, streams) in rates
         }
         for (system, streams), own in rates.items()
         if system in OURS
     ]
+
+
+def _over(own: Sequence[float], others: Sequence[float]) -> float | None:
+    """None: the other stood still in one of the rounds."""
+    if not all(others):
+        return None
+    return round(statistics.median(a / b for a, b in zip(own, others, strict=True)), 3)
 
 
 def goals(
@@ -65,8 +71,9 @@ def goals(
     ):
         for row in one:
             if f"over_{other}" in row:
-                reached = _number(row[f"over_{other}"])
-                found.append(_goal(f"{name} at {row['streams']}", reached, f">= {least}", reached >= least))
+                reached = row[f"over_{other}"]
+                is_met = reached is None or _number(reached) >= least
+                found.append(_goal(f"{name} at {row['streams']}", reached, f">= {least}", is_met))
     for row in ttft:
         added = _number(row["added_ttft_ms_p50"])
         label = f"added TTFT p50 in ms at {row['streams']}"

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from bench.edge.child import Child, ServerFailed
-from bench.edge.flood import Flood, watch_flood
+from bench.edge.flood import Flood, until_calm, watch_flood
 from bench.edge.line import NullModel, running_line
 
 pytestmark = pytest.mark.processes
@@ -25,6 +25,7 @@ async def test_echo_and_relay_stream_and_end_with_the_bench() -> None:
             watched = await watch_flood(make_flood(server.address), server.pids)
             assert len(watched.tokens) == 3
             assert sum(watched.tokens) == watched.num_messages
+        await until_calm(echo.pids)
     assert not any(map(psutil.pid_exists, (echo.pids["server"], relay.pids["relay"])))
 
 

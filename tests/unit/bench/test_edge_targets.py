@@ -33,6 +33,16 @@ def test_a_ratio_is_of_one_round_whatever_slows_the_machine_between_rounds() -> 
     assert ratio == {"system": "wattline-1", "streams": 8, "over_echo": 0.9, "over_ray-serve": 9.0}
 
 
+def test_a_system_that_stood_still_has_no_ratio_and_is_no_goal_missed() -> None:
+    rows = [
+        make_row(system, rate) for system, rate in (("wattline-1", 9.0), ("echo", 1.0), ("ray-serve", 0.0))
+    ]
+    (ratio,) = throughput_ratios(rows)
+    assert (ratio["over_echo"], ratio["over_ray-serve"]) == (9.0, None)
+    reached = goals([ratio], [], [], {"mib_per_reader": 0.5, "share_kept": 1.0})
+    assert [(goal["reached"], goal["is_met"]) for goal in reached[:2]] == [(None, True), (9.0, True)]
+
+
 def test_a_median_row_has_the_median_of_every_field_and_of_every_process() -> None:
     first = median_rows(ROWS)[0]
     assert first == make_row("wattline-1", 450.0, rounds=3)
