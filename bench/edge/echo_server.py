@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
-from importlib.metadata import version
 
 import grpc
 
-from bench.edge.child import Listening, keep_stdout, serve_until_told
+from bench.edge.bare import serve_bare
+from bench.edge.child import keep_stdout
 from bench.edge.made_up import token_message
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc
@@ -30,15 +29,7 @@ class EchoServicer(pb_grpc.InferenceServicer):
 
 async def main() -> None:
     out_fd = keep_stdout()
-    server = grpc.aio.server()
-    pb_grpc.add_InferenceServicer_to_server(EchoServicer(), server)  # type: ignore[abstract]
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    listening = Listening(
-        address=f"127.0.0.1:{port}", pids={"server": os.getpid()}, version=f"grpcio {version('grpcio')}"
-    )
-    await serve_until_told(listening, out_fd)
-    await server.stop(None)
+    await serve_bare(EchoServicer(), role="server", out_fd=out_fd)  # type: ignore[abstract]
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import AsyncIterator
-from importlib.metadata import version
 
 import grpc
 
-from bench.edge.child import Listening, keep_stdout, serve_until_told
+from bench.edge.bare import serve_bare
+from bench.edge.child import keep_stdout
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_inference_pb2_grpc as pb_grpc
 
@@ -34,16 +33,8 @@ class RelayServicer(pb_grpc.InferenceServicer):
 async def main() -> None:
     out_fd = keep_stdout()
     async with grpc.aio.insecure_channel(sys.argv[1]) as channel:
-        server = grpc.aio.server()
         relay = RelayServicer(pb_grpc.InferenceStub(channel))  # type: ignore[abstract]
-        pb_grpc.add_InferenceServicer_to_server(relay, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        listening = Listening(
-            address=f"127.0.0.1:{port}", pids={"relay": os.getpid()}, version=f"grpcio {version('grpcio')}"
-        )
-        await serve_until_told(listening, out_fd)
-        await server.stop(None)
+        await serve_bare(relay, role="relay", out_fd=out_fd)
 
 
 if __name__ == "__main__":

@@ -112,16 +112,22 @@ def test_a_dead_router_comes_back_on_the_same_ports(
     assert router.addresses.pid == router.pid
 
 
+def kill(router: RouterProcess) -> int:
+    """Returns the pid of what is dead then, and not reaped."""
+    pid = router.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+
+
 def test_a_router_that_cannot_be_started_again_is_tried_again(
     make_router: Callable[[str], RouterProcess], clock: FakeClock, folder: RunFolder
 ) -> None:
     router = make_router(STAND_IN)
     router.start()
     wait_addresses(router)
-    first = router.pid
-    assert first is not None
-    os.kill(first, signal.SIGKILL)
-    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    first = kill(router)
     away = folder.path.rename(folder.path.with_name(f"{folder.path.name}-away"))
     try:
         for _ in range(3):
@@ -138,10 +144,7 @@ def test_a_dead_router_is_replaced_before_a_roll_goes_on(make_router: Callable[[
     router = make_router(STAND_IN)
     router.start()
     wait_addresses(router)
-    first = router.pid
-    assert first is not None
-    os.kill(first, signal.SIGKILL)
-    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    first = kill(router)
     router.restart()
     assert router.is_restarting
     end_s = time.monotonic() + 120
