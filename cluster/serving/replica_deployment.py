@@ -15,6 +15,7 @@ from pathlib import Path
 from ray import serve
 
 from cluster.config import Config, LinkTlsSection, ModelSection
+from cluster.serving.ending_report import ask_why_it_ends
 from cluster.serving.energy_agent import energy_agent_address, keep_energy_agent, metrics_access
 from cluster.serving.loading_note import LoadingNote
 from cluster.serving.placement import place
@@ -48,6 +49,7 @@ class ReplicaDeployment:
         if not section.is_null:
             source = str(await asyncio.to_thread(resolve_source, source, revision=section.revision))
         told = replica_config(config, section, folder, source=source, device=device)
+        self._application = serve.get_replica_context().app_name
         self._agent = asyncio.create_task(_keep_agent(config, told, folder))
         self._supervisor = Supervisor(
             told,
@@ -73,7 +75,7 @@ class ReplicaDeployment:
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is None:
             return
-        await supervisor.drain()
+        await supervisor.drain(await ask_why_it_ends(self._application))
         await supervisor.stop()
         self._agent.cancel()
 
