@@ -241,7 +241,8 @@ class ReplicaConfig:
     """All one supervisor needs to run a replica of `model`.
 
     `routers` are `host:port` link addresses; a DNS name is resolved again at each dial.
-    `energy_agent` is a gRPC target (`unix:/path` or `host:port`) of the host's energy agent.
+    `energy_agent` is a gRPC target (`unix:/path` or `host:port`) of the host's energy agent; those of other
+    hosts where the group has ranks are at `energy_agent_port`.
     """
 
     model: str
@@ -262,6 +263,7 @@ class ReplicaConfig:
     runtime_dir: str = "/tmp"
     shared_dir: str = "/dev/shm"
     energy_agent: str = ""
+    energy_agent_port: int = 0
     meter: str = "auto"
     metrics: MetricsAccess = field(default_factory=MetricsAccess)
     drain_s: float = 30.0
