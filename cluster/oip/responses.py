@@ -94,7 +94,7 @@ class Choices:
                 str(each): {"logprob": logprob, "rank": rank, "decoded_token": self._decode((each,))}
                 for each, (rank, logprob) in entries.items()
             }
-            # One call for all of them would keep the interpreter, and so the event loop, for tenths of a second.
+            # One call for all of them would keep the event loop waiting for the interpreter to its end.
             tokens.append(json.dumps(entry))
         return f"[{', '.join(tokens)}]"
 
