@@ -225,6 +225,29 @@ def test_tcp_turns_away_a_follower_of_another_life(pool: ThreadPoolExecutor) -> 
     leader.result().close()
 
 
+def test_a_host_that_vanishes_ends_both_sides_of_a_connection(pool: ThreadPoolExecutor) -> None:
+    """Without a packet from it nothing else would: the kernel is told to probe, and to give up."""
+    leader, (follower,) = open_tcp(pool)
+    for connection in (*leader._connections, follower._connection):
+        options = {
+            name: connection.getsockopt(level, getattr(socket, name))
+            for level, name in (
+                (socket.SOL_SOCKET, "SO_KEEPALIVE"),
+                (socket.IPPROTO_TCP, "TCP_KEEPIDLE"),
+                (socket.IPPROTO_TCP, "TCP_KEEPINTVL"),
+                (socket.IPPROTO_TCP, "TCP_KEEPCNT"),
+                (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT"),
+            )
+        }
+        assert options == {
+            "SO_KEEPALIVE": 1,
+            "TCP_KEEPIDLE": 2,
+            "TCP_KEEPINTVL": 2,
+            "TCP_KEEPCNT": 3,
+            "TCP_USER_TIMEOUT": 8000,
+        }
+
+
 def test_an_idle_follower_uses_no_processor(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     leader, (follower,) = open_ring(tmp_path, pool)
     used_s: list[float] = []
