@@ -1,4 +1,4 @@
-"""One Serve replica: a supervisor with its ranks, in one placement group on one node.
+"""One Serve replica: a supervisor with its ranks, in one placement group.
 
 Serve calls the constructor, `check_health` and `__del__`, all on the event loop that gRPC uses. The group is
 one failure domain: when it is lost this process leaves at once, and Serve makes a new replica.
@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ray import serve
@@ -44,14 +45,13 @@ class ReplicaDeployment:
         folder = RunFolder(Path(config.runtime_dir))
         folder.prepare()
         folder.prepare_shared()
-        source = section.source
-        if not section.is_null:
-            source = str(await asyncio.to_thread(resolve_source, source, revision=section.revision))
+        find_source = partial(resolve_source, section.source, revision=section.revision)
+        source = section.source if section.is_null else str(await asyncio.to_thread(find_source))
         told = replica_config(config, section, folder, source=source, device=device)
         self._agent = asyncio.create_task(_keep_agent(config, told, folder))
         self._supervisor = Supervisor(
             told,
-            RayRankGroup(place(section, device=device)),
+            RayRankGroup(place(section, device=device), find_source=None if section.is_null else find_source),
             leave,
         )
         spare_the_collector()
