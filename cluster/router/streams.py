@@ -188,7 +188,7 @@ class Streams:
         model, caller = way_in.model, way_in.caller
         with caller.span.stage(semconv.TOKENIZE):
             prompt_ids = await self.tokenize(model, completion.prompt)
-        self._resumption.admit(model.name, prompt_ids)
+        self._resumption.check(model.name, prompt_ids)
         return self._continuations.recall(completion, prompt_ids, tenant=caller.tenant), prompt_ids
 
     @contextmanager
@@ -202,6 +202,7 @@ class Streams:
             raise
         if is_last:
             self._books.count_admission(way_in.model, tenant=tenant)
+            self._resumption.count_admission()
 
     def _admit(self, way_in: WayIn, account: TenantAccount) -> None:
         """Refuse what need not be tokenised to know that it cannot be served now."""

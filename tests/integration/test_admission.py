@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from cluster.request.failover import FailoverBudget
 from cluster.router import service
 from cluster.router.caller import Caller
 from protos import wattline_cluster_pb2 as cluster_pb
@@ -216,3 +217,20 @@ async def test_every_arrival_is_counted_once_whatever_becomes_of_it(monkeypatch:
             ("tiny", "default", "admitted"): 2.0,
         }
         assert router.router._models["tiny"].refused_total == 4
+
+
+async def test_only_who_is_admitted_earns_a_resumption(monkeypatch: Any) -> None:
+    earned: list[None] = []
+    monkeypatch.setattr(FailoverBudget, "earn", lambda _: earned.append(None))
+    async with router_of(limits={"max_queued": 1}) as router, router.replica(max_sequences=1) as replica:
+        held = await hold_line(router, replica, 2)
+        held.append(router.inference.Generate(make_request()))
+        while not router.num_queued:  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+        error = await fail(router.inference.Generate(make_request()))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert len(earned) == 2
+        replica.running.set()
+        for call in held:
+            await collect(call)
+        assert len(earned) == 3
