@@ -183,7 +183,8 @@ async def test_every_arrival_is_counted_once_whatever_becomes_of_it(monkeypatch:
         async with router.replica(max_sequences=1, context_tokens=64) as replica:
             router.router._streams._resumption._quarantine.add("tiny", poison, now_s=monotonic())
             for ids in (poison, [1] * 64):
-                request = make_request(text=None, tokens=pb.TokenIds(ids=ids))
+                request = make_request()
+                request.tokens.CopyFrom(pb.TokenIds(ids=ids))
                 ends.append(await fail(router.inference.Generate(request)))
             given["time_remaining_s"] = lambda: 0.0
             ends.append(await fail(router.inference.Generate(make_request())))
