@@ -364,7 +364,7 @@ class Ledger:
     def _open_weights(self, account: Account) -> tuple[float, float]:
         """Prefill and decode weight of `account` in steps that are not fully billed, of the newest ones."""
         shares = [
-            Share(step, step.end_ns - max(step.start_ns, self._closed_until_ns), 0, 0)
+            Share(step, max(0, step.end_ns - max(step.start_ns, self._closed_until_ns)), 0, 0)
             for step in self._steps[-_STEPS_ESTIMATED:]
             if account.request_id in step.rows.ids.tolist()
         ]
