@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from cluster.openai.failures import Failure, failure_of, internal_failure, plain_failure
+from cluster.openai.json_writer import JsonWriter
 from cluster.openai.reply import Reply
 from cluster.request.errors import RouterError
 from cluster.router.caller import Caller
@@ -38,7 +39,9 @@ class BodyTooLarge(Exception):
 class Exchange:
     """A request under way. `model` is set once it is known to be a configured one."""
 
-    def __init__(self, request: Request, *, request_id: str, span: RpcSpan, send: Send) -> None:
+    def __init__(
+        self, request: Request, *, request_id: str, span: RpcSpan, send: Send, writer: JsonWriter
+    ) -> None:
         self.request = request
         self.request_id = request_id
         self.span = span
@@ -52,6 +55,7 @@ class Exchange:
                 f"x-{semconv.TRAILER_REQUEST_ID}": self.request_id,
                 f"x-{semconv.TRAILER_TRACE_ID}": span.trace_id,
             },
+            writer,
         )
 
     @property
@@ -96,6 +100,7 @@ class ExchangeGuard:
         self._telemetry = telemetry
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
+        self._writer = JsonWriter()
 
     def endpoint(self, route: str, handle: Handler, *, is_inference: bool = False) -> Endpoint:
         """An ASGI application for one route."""
@@ -106,7 +111,7 @@ class ExchangeGuard:
     ) -> None:
         request = Request(scope, receive)
         span = self._telemetry.start_http(request.method, route, request.headers.items())
-        exchange = Exchange(request, request_id=self._draw_id(), span=span, send=send)
+        exchange = Exchange(request, request_id=self._draw_id(), span=span, send=send, writer=self._writer)
         code = "CANCELLED"
         try:
             content = await self._read_body(request)

@@ -33,11 +33,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankProcess:
-    """One running rank. `device` is `cpu`, or the UUID of its GPU (`GPU-...`), which the meters go by."""
+    """One running rank. `device` is `cpu`, or the UUID of its GPU (`GPU-...`), which the meters go by.
+
+    `node` and `address` say where a rank is that is not on the supervisor's host; else both are empty.
+    """
 
     rank: int
     pid: int
     device: str
+    node: str = ""
+    address: str = ""
 
 
 class RankGroup(Protocol):
