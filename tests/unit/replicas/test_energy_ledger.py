@@ -491,3 +491,18 @@ def test_a_step_that_ended_within_another_one_owes_nothing_of_what_is_open() -> 
     billed = bill.total_mj
     ledger.end_request(2, 10 * MS)
     assert total_mj(ledger.take_closed()) == {2: billed}
+
+
+def test_the_gap_of_a_reading_that_came_too_late_is_not_lost() -> None:
+    """As of another host's agent that was dialled again, and whose clock is now thought to be behind."""
+    ledger = make_ledger()
+    ledger.add_reading(make_reading(0, 0))
+    ledger.add_reading(make_reading(50, 5000))
+    ledger.add_step(make_step(1, 0, 100, (1,)))
+    ledger.add_reading(make_reading(49, 5000, gap=True))
+    ledger.add_reading(make_reading(100, 6000))
+    ledger.end_request(1, 100 * MS)
+    ledger.advance(100 * MS)
+    assert (ledger.totals().requests_mj, ledger.totals().unattributed_mj) == (5000, 1000)
+    (bill,) = ledger.take_closed()
+    assert bill.confidence_factor > 2.0, "half of its step is not on the bill"
