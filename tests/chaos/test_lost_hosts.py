@@ -73,7 +73,7 @@ def until_whole(running: Running) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_of_the_other_host_is_lost(running: Running, how: signal.Signals) -> None:
-    """Cases 1 and 3. Promise: no stream notices, none of the group's processes is left, a new one is placed."""
+    """Cases 1 and 3. Promise: no stream notices, none of the group's processes is left, a new one comes."""
     lost = running.model(MODEL).replicas[0]
     family = processes_of(lost)
     with Streaming(running.client, MODEL) as streaming:
