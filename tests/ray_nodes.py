@@ -52,7 +52,7 @@ class RayNodes:
         self.address = self._read()
 
     def tell(self, command: str) -> None:
-        """`add [ADDRESS]`; `lose PID`: the node of this process; `stop-gcs`; `start-gcs`. Returns at its end."""
+        """`add [ADDRESS]`; `lose PID`: the node of this process; `stop-gcs`; `start-gcs`. Returns after."""
         self.process.stdin.write(f"{command}\n")
         self.process.stdin.flush()
         assert self._read() == "done"
