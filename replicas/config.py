@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from replicas.attention_choice import check_attention
 from replicas.errors import BadParallelism
+from replicas.models.spec import ModelSpec
 
 LAYOUTS = ("shared", "dispatch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -178,7 +179,8 @@ class Rendezvous:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
-    """All one rank process needs. `source` is a checkpoint folder, or the word `null`.
+    """All one rank process needs. `source` is a checkpoint folder and `spec` what its config says, or
+    `source` is the word `null` and `spec` None.
 
     `socket_path` (rank 0 only) is where the supervisor listens. `shared_dir` is on the shared-memory file
     system; every file there is named by `group` and `epoch` and unlinked once all ranks are attached.
@@ -200,6 +202,7 @@ class RankConfig:
     quantization: str = "none"
     socket_path: str = ""
     shared_dir: str = "/dev/shm"
+    spec: ModelSpec | None = None
     rendezvous: Rendezvous | None = None
     null: NullEngineConfig = field(default_factory=NullEngineConfig)
     attach_timeout_s: float = 60.0
@@ -276,7 +279,8 @@ class ReplicaConfig:
     """All one supervisor needs to run a replica of `model`.
 
     `routers` are `host:port` link addresses; a DNS name is resolved again at each dial.
-    `energy_agent` is a gRPC target (`unix:/path` or `host:port`) of the host's energy agent.
+    `energy_agent` is a gRPC target (`unix:/path` or `host:port`) of the host's energy agent; those of other
+    hosts where the group has ranks are at `energy_agent_port`.
     """
 
     model: str
@@ -297,6 +301,7 @@ class ReplicaConfig:
     runtime_dir: str = "/tmp"
     shared_dir: str = "/dev/shm"
     energy_agent: str = ""
+    energy_agent_port: int = 0
     meter: str = "auto"
     metrics: MetricsAccess = field(default_factory=MetricsAccess)
     drain_s: float = 30.0
@@ -316,6 +321,7 @@ def rank_config_from_json(text: str) -> RankConfig:
     fields["parallel"] = ParallelConfig(**fields["parallel"])
     fields["limits"] = EngineLimits(**fields["limits"])
     fields["null"] = NullEngineConfig(**fields["null"])
+    fields["spec"] = fields["spec"] and ModelSpec.from_fields(fields["spec"])
     if fields.get("rendezvous"):
         fields["rendezvous"] = Rendezvous(**fields["rendezvous"])
     return RankConfig(**fields)

@@ -19,6 +19,14 @@ from replicas.request import EngineReady, FinishReason, SequenceDelta
 from replicas.step_report import StepReport
 
 TIMEOUT_S = 150.0
+NEEDLESS = ("transformers", "tokenizers", "huggingface_hub")
+"""Seconds of a rank's start if it imported them: no rank here can."""
+RUN_RANK = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv.pop(1).split()))
+from replicas.rank.main import main
+main(sys.argv[1:])
+"""
 
 
 @dataclass(slots=True)
@@ -128,8 +136,9 @@ async def spawn(config: RankConfig) -> Process:
     listeners = (config.rendezvous.plan_fd, config.rendezvous.store_fd) if config.rendezvous else ()
     return await asyncio.create_subprocess_exec(
         sys.executable,
-        "-m",
-        "replicas.rank.main",
+        "-c",
+        RUN_RANK,
+        " ".join(NEEDLESS),
         "--config",
         rank_config_to_json(config),
         stdin=DEVNULL,

@@ -61,6 +61,7 @@ PROTOBUF_EDGES = {
     "replicas/wire/loads.py",
     "replicas/wire/requests.py",
     "replicas/wire/steps.py",
+    "replicas/wire/trails.py",
 }
 
 

@@ -37,10 +37,13 @@ class Resumption:
         self._budget = FailoverBudget(ratio=section.budget_ratio, burst=section.burst)
         self._quarantine = Quarantine()
 
-    def admit(self, model: str, prompt_ids: tuple[int, ...]) -> None:
-        """A request came in. Raises Quarantined for one that replicas died of."""
+    def check(self, model: str, prompt_ids: tuple[int, ...]) -> None:
+        """Raises Quarantined for a prompt that replicas died of."""
         if self._quarantine.holds(model, prompt_ids, now_s=self._clock_s()):
             raise Quarantined
+
+    def count_admission(self) -> None:
+        """A request went to a replica."""
         self._budget.earn()
 
     def lose(self, run: Run, error: RouterError) -> None:

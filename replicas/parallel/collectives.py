@@ -97,6 +97,7 @@ def make_collectives(config: RankConfig) -> Collectives:
             path,
             rank=config.rank,
             size=config.num_ranks,
+            epoch=config.epoch,
             timeout_s=config.attach_timeout_s,
             attach_timeout_s=config.attach_timeout_s,
         )

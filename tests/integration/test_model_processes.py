@@ -1,5 +1,6 @@
 """Real models in real rank processes, scheduled by the engine: the tokens are those of transformers.
 
+The ranks themselves cannot import transformers (`live_ranks.py`): what they know of a model, they are told.
 The pool is too small for all requests at once, so some are preempted and computed again on the way.
 """
 
@@ -12,6 +13,7 @@ import pytest
 
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.frames import Shutdown, Submit
+from replicas.models.config_file import read_spec
 from replicas.rank.process import GOLDEN_PROMPT_TOKENS, GOLDEN_TOKENS
 from replicas.request import FinishReason, GenerationRequest
 from tests.checkpoints import make_granite_moe, make_llama, reference_logits
@@ -63,6 +65,7 @@ async def test_a_group_answers_like_transformers(
         limits=limits,
         socket_path=str(tmp_path / "rank0.sock"),
         shared_dir=str(tmp_path),
+        spec=read_spec(source),
     )
     async with open_group(config) as group:
         ready = await group.read_ready()

@@ -18,6 +18,8 @@ from replicas.config import (
     rank_config_to_json,
 )
 from replicas.errors import BadKernels
+from replicas.models.config_file import read_spec
+from tests.demo_corpus import EXAMPLES_DIR
 
 CONFIG = RankConfig(
     group="llama-0",
@@ -33,6 +35,12 @@ CONFIG = RankConfig(
 
 def test_survives_the_round_trip() -> None:
     assert rank_config_from_json(rank_config_to_json(CONFIG)) == CONFIG
+
+
+def test_a_spec_survives_it_too() -> None:
+    spec = read_spec(EXAMPLES_DIR / "models" / "granite-moe-demo")
+    config = replace(CONFIG, source="granite-moe-demo", spec=spec)
+    assert rank_config_from_json(rank_config_to_json(config)) == config
 
 
 def test_a_rank_over_hosts_survives_it_and_only_rank_0_has_the_listeners() -> None:

@@ -16,7 +16,7 @@ import pytest
 from replicas.errors import RankLost
 from replicas.parallel.channel import PlanFollower, PlanLeader, StepReply
 from replicas.parallel.ring import REPLY_SLOTS, RingFollower, RingLeader, _Layout
-from replicas.parallel.shared_file import HEADER_BYTES, _create
+from replicas.parallel.shared_file import HEADER_BYTES, _make
 from replicas.parallel.tcp import TcpFollower, TcpLeader
 
 RING_BYTES = 1024
@@ -205,7 +205,7 @@ def test_a_rank_that_never_attaches_is_named(tmp_path: Path) -> None:
 def test_what_a_dead_group_left_behind_is_replaced(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     stale = tmp_path / "group.plans"
     layout = _Layout(1, RING_BYTES)
-    _create(stale, HEADER_BYTES + layout.num_bytes, size=2, epoch=7)
+    _make(stale, HEADER_BYTES + layout.num_bytes, size=2, epoch=7)
     leader, (follower,) = open_ring(tmp_path, pool)
     leader.publish(b"new life")
     assert follower.receive() == b"new life"
