@@ -5,6 +5,7 @@ A number alone may belong to another process by now, or to another machine: its 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -12,6 +13,7 @@ import psutil
 
 SAME_START_S = 2.0
 """The system tells when a process started through its clock, which may be set."""
+POLL_S = 0.01
 
 Started = tuple[int, float]
 """A process: its number, and when it started, seconds since 1970."""
@@ -28,8 +30,18 @@ def end_families(heads: Sequence[Started], timeout_s: float) -> list[int]:
     for member in family:
         with suppress(psutil.NoSuchProcess):
             member.kill()
-    _, alive = psutil.wait_procs(family, timeout_s)
-    return [member.pid for member in alive]
+    end_s = time.monotonic() + timeout_s
+    while (alive := [member.pid for member in family if _lives(member)]) and time.monotonic() < end_s:
+        time.sleep(POLL_S)
+    return alive
+
+
+def _lives(process: psutil.Process) -> bool:
+    """What nobody has waited for yet does nothing any more, and stays where process 1 reaps none."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _family(head: Started) -> list[psutil.Process]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -22,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster.serving.placement import Placement
 from cluster.serving.process_families import end_families
 from cluster.serving.rank_host import Introduction, RankHost
-from cluster.sources import SourceError
+from cluster.serving.spread_ranks import FindSource, spread
 from replicas.config import RankConfig, rank_config_to_json
 from replicas.errors import RankLost
 from replicas.supervisor.rank_group import RankProcess
@@ -32,9 +31,6 @@ START_TIMEOUT_S = 120.0
 GONE_TIMEOUT_S = 10.0
 FAREWELL_S = 1.0
 """How long a rank of another node may take to notice that its group has ended, before it is ended there."""
-
-FindSource = Callable[[], Path]
-"""The folder of the checkpoint on the node where it is called; sent to every other node."""
 
 logger = logging.getLogger(__name__)
 
@@ -98,39 +94,12 @@ class RayRankGroup:
         if self._on_placed:
             self._on_placed(processes)
         if self._placement.num_hosts > 1:
-            configs = await self._spread(configs, met)
+            configs = await spread(self._actors, configs, met, self._find_source)
         for config, actor, one in zip(configs, self._actors, met, strict=True):
             host_gpus = tuple(other.gpu for other in met if other.gpu and other.node == one.node)
             end = asyncio.ensure_future(_until_end(actor.run.remote(rank_config_to_json(config), host_gpus)))
             self._ranks.append(RunningRank(rank=config.rank, met=one, is_near=one.node == here, end=end))
         return processes
-
-    async def _spread(
-        self, configs: Sequence[RankConfig], met: Sequence[Introduction]
-    ) -> Sequence[RankConfig]:
-        """What ranks over hosts are told besides: where they meet, and where the checkpoint is there."""
-        rendezvous = await self._actors[0].open_rendezvous.remote()
-        firsts = range(0, len(configs), configs[0].parallel.ranks_per_host)
-        sources = await asyncio.gather(*(self._source(configs[rank], met[rank]) for rank in firsts))
-        return [
-            replace(
-                config,
-                rendezvous=rendezvous.told_to(config.rank),
-                source=sources[config.rank // config.parallel.ranks_per_host],
-            )
-            for config in configs
-        ]
-
-    async def _source(self, config: RankConfig, met: Introduction) -> str:
-        """Of the host of this rank. The supervisor found that of its own before the ranks started."""
-        if config.rank == 0 or self._find_source is None:
-            return config.source
-        try:
-            return str(await self._actors[config.rank].find_source.remote(self._find_source))
-        except RayTaskError as error:
-            if not isinstance(error.cause, SourceError):
-                raise
-            raise SourceError(f"on node {met.address}: {error.cause}") from error
 
     def _create(self, rank: int) -> Any:
         placement = self._placement
@@ -156,9 +125,20 @@ class RayRankGroup:
         return "; ".join(sorted(_death_reason(ends[end]) for end in done))
 
     async def kill(self) -> None:
-        await asyncio.gather(self._end_near(), self._end_far())
+        """All of them, with all their children; return when they are gone, or it is said which may not be.
+
+        Ranks of other nodes end by themselves when rank 0 does. Those that do not are ended there.
+        """
+        far = [rank for rank in self._ranks if not rank.is_near]
+        await self._end_near()
+        if far:
+            await asyncio.wait([rank.end for rank in far], timeout=FAREWELL_S)
+        # Before Ray is told: it calls an actor dead at once then, and lets a stopped process live for 5 s.
+        hung = [rank for rank in far if not _has_ended(rank.end)]
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
+        nodes = {rank.met.node for rank in hung}
+        await asyncio.gather(*(_end_there(node, [r for r in hung if r.met.node == node]) for node in nodes))
         if self._ranks:
             await asyncio.wait([rank.end for rank in self._ranks], timeout=GONE_TIMEOUT_S)
 
@@ -166,20 +146,6 @@ class RayRankGroup:
         heads = [rank.met.process for rank in self._ranks if rank.is_near]
         for pid in await asyncio.to_thread(end_families, heads, GONE_TIMEOUT_S):
             logger.error("rank_not_gone pid=%d after_s=%g", pid, GONE_TIMEOUT_S)
-
-    async def _end_far(self) -> None:
-        """Ranks of other nodes end by themselves when rank 0 does; those that do not are ended on their node.
-
-        Not left to `ray.kill`: it calls an actor dead at once, and a stopped process lives on for 5 s.
-        """
-        far = [rank for rank in self._ranks if not rank.is_near]
-        if far:
-            await asyncio.wait([rank.end for rank in far], timeout=FAREWELL_S)
-        nodes: dict[str, list[RunningRank]] = {}
-        for rank in far:
-            if not _has_ended(rank.end):
-                nodes.setdefault(rank.met.node, []).append(rank)
-        await asyncio.gather(*(_end_there(node, ranks) for node, ranks in nodes.items()))
 
 
 async def meet(actors: Sequence[Any], *, timeout_s: float) -> list[Introduction]:
@@ -201,7 +167,7 @@ async def _until_end(reference: Any) -> Any:
 
 
 async def _end_there(node: str, ranks: Sequence[RunningRank]) -> None:
-    """Kill them by a process of their node, and say what is not known to be gone."""
+    """Kill them by a process of their node, which sees that they are gone; say what is not known."""
     end_them = ray.remote(end_families).options(
         num_cpus=0,
         max_retries=0,

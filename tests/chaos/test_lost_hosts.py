@@ -1,13 +1,13 @@
-"""Groups over two hosts that lose a rank of the other host, or a host. Cases 1, 3 and 10 over hosts.
+"""A group over two hosts that loses a rank of the other host, or a host. Cases 1, 3 and 10 over hosts.
 
-Two nodes on this machine, and two replicas that both need both. The tests share them and run in order.
+Two nodes on this machine, and one replica that needs both. The tests share them and run in order.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,7 +27,6 @@ pytestmark = [
 
 MODEL = "wide"
 NUM_HOSTS = 2
-NUM_REPLICAS = 2
 WAIT_S = 120.0
 
 
@@ -46,8 +45,6 @@ def running(nodes: RayNodes) -> Iterator[Running]:
             "name": MODEL,
             "source": "null",
             "parallel": {"tensor": NUM_HOSTS, "hosts": NUM_HOSTS},
-            "replicas": {"min": NUM_REPLICAS, "max": NUM_REPLICAS},
-            "balancing": "least_loaded",
             "null_engine": {"step_ms": 10},
             "cpus_per_rank": 0.5,
         }
@@ -63,37 +60,47 @@ def running(nodes: RayNodes) -> Iterator[Running]:
         yield up
 
 
-def processes_of(replica: ReplicaState) -> list[psutil.Process]:
+def family_of(replica: ReplicaState) -> list[psutil.Process]:
     return [psutil.Process(pid) for pid in (replica.supervisor_pid, *(rank.pid for rank in replica.ranks))]
 
 
-def until_whole(running: Running) -> None:
-    wait_until(lambda: running.num_ready(MODEL) == NUM_REPLICAS, WAIT_S, "all replicas")
+def until_ready(running: Running) -> None:
+    wait_until(lambda: running.num_ready(MODEL) == 1, WAIT_S, "another group")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_of_the_other_host_is_lost(running: Running, how: signal.Signals) -> None:
-    """Cases 1 and 3. Promise: no stream notices, none of the group's processes is left, a new one comes."""
-    lost = running.model(MODEL).replicas[0]
-    family = processes_of(lost)
+    """Promise: nothing is left of its group on any host; streams wait for the next one, and lose nothing."""
+    lost = running.replica(MODEL)
+    family = family_of(lost)
     with Streaming(running.client, MODEL) as streaming:
+        streaming.wait_for_new()
         os.kill(lost.ranks[1].pid, how)
         wait_gone(family)
-        until_whole(running)
+        until_ready(running)
         streaming.wait_for_new()
     assert streaming.failures == []
 
 
-def test_a_host_of_every_group_is_lost(running: Running, nodes: RayNodes) -> None:
-    """Case 10. Promise: what other hosts have of the groups ends too; streams go on once there is a host."""
-    lost = running.model(MODEL).replicas
-    family = [process for replica in lost for process in processes_of(replica)]
+def supervisor_of(replica: ReplicaState) -> int:
+    return replica.supervisor_pid
+
+
+def far_rank_of(replica: ReplicaState) -> int:
+    return replica.ranks[1].pid
+
+
+@pytest.mark.parametrize("process_of", [far_rank_of, supervisor_of])
+def test_a_host_is_lost(running: Running, nodes: RayNodes, process_of: Callable[[ReplicaState], int]) -> None:
+    """Promise: what the other host has of the group ends too; what is missing is said; streams go on."""
+    lost = running.replica(MODEL)
+    family = family_of(lost)
     with Streaming(running.client, MODEL) as streaming:
-        nodes.tell(f"lose {lost[0].ranks[1].pid}")
+        nodes.tell(f"lose {process_of(lost)}")
         wait_gone(family)
         reason = "Ray has no room yet: a replica needs 1.5 CPU on one node, 0.5 CPU on another"
         wait_until(lambda: reason in running.log, WAIT_S, "a reason")
         nodes.tell("add")
-        until_whole(running)
+        until_ready(running)
         streaming.wait_for_new()
     assert streaming.failures == []
