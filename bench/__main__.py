@@ -319,12 +319,13 @@ def agent(
 def shapley(
     requests: Annotated[int, typer.Option(min=2, help="requests of each mix")] = 300,
     orders: Annotated[int, typer.Option(min=2, help="orders of arrival sampled per step")] = 256,
+    windows: Annotated[str, typer.Option(help="seconds between meter edges, comma separated")] = "0.1",
     json: JsonOption = None,
 ) -> None:
     """The ledger's bills against Shapley values, over six simulated mixes: joules on the wrong request."""
     from bench.shapley_mixes import run_shapley
 
-    run_shapley(requests, orders, json)
+    run_shapley(requests, orders, [float(one) for one in windows.split(",")], json)
 
 
 if __name__ == "__main__":

@@ -115,14 +115,18 @@ class Database:
             yield _entry_of(row)
 
     def prune(self, *, now_s: float, request_days: float, sums_days: float, max_requests: int) -> int:
-        """Drop what is too old or too much, by whole hours; returns how many requests went."""
+        """Drop what is too old or too much, by whole hours; returns how many requests went.
+
+        The present hour and the one before stay: requests of them are still to come, which could not be told
+        from those that went. So does what comes after a clock that was ahead was set right.
+        """
         from_s = int(now_s - request_days * DAY_S) // HOUR_S * HOUR_S
         beyond = self._connection.execute(
             "SELECT ended_s FROM requests ORDER BY ended_s DESC LIMIT 1 OFFSET ?", (max_requests,)
         ).fetchone()
         if beyond is not None:
             from_s = max(from_s, (int(beyond[0]) // HOUR_S + 1) * HOUR_S)
-        from_s = max(from_s, self._kept_from_s())
+        from_s = min(max(from_s, self._kept_from_s()), (int(now_s) // HOUR_S - 1) * HOUR_S)
         sums_from_s = now_s - sums_days * DAY_S
         with self._connection as transaction:
             gone = transaction.execute("DELETE FROM requests WHERE ended_s < ?", (from_s,)).rowcount

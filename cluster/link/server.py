@@ -188,7 +188,7 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
     def _book_ledger(self, connection: ReplicaConnection, message: link.FromReplica) -> None:
         ledger = parse_ledger(message, replica_id=connection.replica_id)
         if ledger is not None:
-            connection.agent_metrics_address = message.agent_metrics_address
+            connection.agent_metrics_addresses = tuple(message.agent_metrics_addresses)
             self._models[connection.hello.model].ledger.add(ledger, now_s=monotonic())
 
     def _note_cache(self, connection: ReplicaConnection, message: link.FromReplica) -> None:

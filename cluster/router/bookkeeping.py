@@ -148,6 +148,7 @@ class Books:
         )
         run.span.finish(
             replica_id=run.attempt.connection.replica_id,
+            epoch=run.attempt.connection.epoch,
             usage=usage,
             timing=run.attempt.timing,
             resumed_at=run.resumed_at,

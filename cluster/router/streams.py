@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from time import monotonic
 
@@ -340,13 +340,9 @@ async def _await_end(attempt: Attempt) -> None:
     """The answer is complete: the engine ends the sequence, if it has not, and says what it took."""
     attempt.is_over = True
     attempt.connection.stop(attempt.stream)
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(STOP_WAIT_S):
-            end = await attempt.stream.wait_end()
-    except TimeoutError:
-        return
-    if isinstance(end, Finished):
-        attempt.timing = end.timing
+            await attempt.stream.wait_end()
 
 
 def _energy_wait_s(completion: Completion, caller: Caller, *, now_s: float) -> float:

@@ -87,7 +87,7 @@ def add_ledger(message: link_pb2.FromReplica, ledger: LedgerState | None) -> Non
     """One entry per source; none while no meter spoke."""
     if ledger is None:
         return
-    message.agent_metrics_address = ledger.agent_metrics_address
+    message.agent_metrics_addresses.extend(ledger.agent_metrics_addresses)
     message.ledger.extend(
         link_pb2.LedgerTotals(
             until_ns=ledger.until_ns,

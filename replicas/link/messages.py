@@ -55,8 +55,8 @@ class LedgerState:
 
     until_ns: int
     sums: Mapping[Source, EnergySums] = field(default_factory=dict)
-    agent_metrics_address: str = ""
-    """Of the energy agent that reads the meter; empty: it shows none."""
+    agent_metrics_addresses: tuple[str, ...] = ()
+    """Of the energy agents that read the meter, this host's first; an empty one shows none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
