@@ -883,6 +883,7 @@ class StoryLeg(_message.Message):
     DECODE_MS_FIELD_NUMBER: _builtins.int
     ENERGY_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    TRAIL_FIELD_NUMBER: _builtins.int
     choice_index: _builtins.int
     replica_id: _builtins.str
     epoch: _builtins.int
@@ -909,6 +910,10 @@ class StoryLeg(_message.Message):
     def choice(self) -> Global___StoryChoice:
         """Unset where the balancer was not asked: another choice of the same request was there."""
 
+    @_builtins.property
+    def trail(self) -> _wattline_link_pb2.StepTrail:
+        """In which of the engine's steps it was; unset where the engine did not say."""
+
     def __init__(
         self,
         *,
@@ -929,10 +934,11 @@ class StoryLeg(_message.Message):
         decode_ms: _builtins.float | None = ...,
         energy: Global___PhaseEnergy | None = ...,
         choice: Global___StoryChoice | None = ...,
+        trail: _wattline_link_pb2.StepTrail | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_engine_queue_ms", b"_engine_queue_ms", "_first_token_ms", b"_first_token_ms", "_last_token_ms", b"_last_token_ms", "_prefill_ms", b"_prefill_ms", "batches", b"batches", "choice", b"choice", "decode_ms", b"decode_ms", "energy", b"energy", "engine_queue_ms", b"engine_queue_ms", "first_token_ms", b"first_token_ms", "last_token_ms", b"last_token_ms", "prefill_ms", b"prefill_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_engine_queue_ms", b"_engine_queue_ms", "_first_token_ms", b"_first_token_ms", "_last_token_ms", b"_last_token_ms", "_prefill_ms", b"_prefill_ms", "batches", b"batches", "choice", b"choice", "decode_ms", b"decode_ms", "energy", b"energy", "engine_queue_ms", b"engine_queue_ms", "first_token_ms", b"first_token_ms", "last_token_ms", b"last_token_ms", "prefill_ms", b"prefill_ms", "trail", b"trail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_engine_queue_ms", b"_engine_queue_ms", "_first_token_ms", b"_first_token_ms", "_last_token_ms", b"_last_token_ms", "_prefill_ms", b"_prefill_ms", "batches", b"batches", "choice", b"choice", "choice_index", b"choice_index", "decode_ms", b"decode_ms", "energy", b"energy", "engine_queue_ms", b"engine_queue_ms", "epoch", b"epoch", "first_offset", b"first_offset", "first_token_ms", b"first_token_ms", "lane", b"lane", "last_token_ms", b"last_token_ms", "loss", b"loss", "output_tokens", b"output_tokens", "prefill_ms", b"prefill_ms", "replica_id", b"replica_id", "submitted_ms", b"submitted_ms", "wasted_tokens", b"wasted_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_engine_queue_ms", b"_engine_queue_ms", "_first_token_ms", b"_first_token_ms", "_last_token_ms", b"_last_token_ms", "_prefill_ms", b"_prefill_ms", "batches", b"batches", "choice", b"choice", "choice_index", b"choice_index", "decode_ms", b"decode_ms", "energy", b"energy", "engine_queue_ms", b"engine_queue_ms", "epoch", b"epoch", "first_offset", b"first_offset", "first_token_ms", b"first_token_ms", "lane", b"lane", "last_token_ms", b"last_token_ms", "loss", b"loss", "output_tokens", b"output_tokens", "prefill_ms", b"prefill_ms", "replica_id", b"replica_id", "submitted_ms", b"submitted_ms", "trail", b"trail", "wasted_tokens", b"wasted_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decode_ms: _TypeAlias = _typing.Literal["decode_ms"]  # noqa: Y015
     _WhichOneofArgType__decode_ms: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms"]  # noqa: Y015

@@ -63,11 +63,9 @@ class FromReplica(_message.Message):
     LEDGER_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
-    AGENT_METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    AGENT_METRICS_ADDRESSES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts the lives of this replica's rank group; set on every message."""
-    agent_metrics_address: _builtins.str
-    """Where the energy agent of the replica's host shows its /metrics. Along with `ledger`; empty: nowhere."""
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -98,6 +96,12 @@ class FromReplica(_message.Message):
         and only when there is news.
         """
 
+    @_builtins.property
+    def agent_metrics_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where the energy agents of the replica's hosts show their /metrics, its own host's first; an empty one
+        shows none. Along with `ledger`.
+        """
+
     def __init__(
         self,
         *,
@@ -111,11 +115,11 @@ class FromReplica(_message.Message):
         ledger: _abc.Iterable[Global___LedgerTotals] | None = ...,
         cache: _abc.Iterable[Global___CacheChange] | None = ...,
         experts: Global___ExpertHeat | None = ...,
-        agent_metrics_address: _builtins.str = ...,
+        agent_metrics_addresses: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "energy", b"energy", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metrics_address", b"agent_metrics_address", "cache", b"cache", "draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metrics_addresses", b"agent_metrics_addresses", "cache", b"cache", "draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "step", "heartbeat", "energy", "draining", "goodbye"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
@@ -781,6 +785,7 @@ class SequenceTiming(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     WASTED_TOKENS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    TRAIL_FIELD_NUMBER: _builtins.int
     queue_us: _builtins.int
     prefill_us: _builtins.int
     decode_us: _builtins.int
@@ -789,6 +794,10 @@ class SequenceTiming(_message.Message):
     wasted_tokens: _builtins.int
     """Tokens computed twice (preemption) or past the end."""
     preemptions: _builtins.int
+    @_builtins.property
+    def trail(self) -> Global___StepTrail:
+        """Unset where it was in no step, and by engines that do not say."""
+
     def __init__(
         self,
         *,
@@ -798,14 +807,84 @@ class SequenceTiming(_message.Message):
         cached_tokens: _builtins.int = ...,
         wasted_tokens: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        trail: Global___StepTrail | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["trail", b"trail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_us", b"decode_us", "preemptions", b"preemptions", "prefill_us", b"prefill_us", "queue_us", b"queue_us", "wasted_tokens", b"wasted_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_us", b"decode_us", "preemptions", b"preemptions", "prefill_us", b"prefill_us", "queue_us", b"queue_us", "trail", b"trail", "wasted_tokens", b"wasted_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SequenceTiming: _TypeAlias = SequenceTiming  # noqa: Y015
+
+@_typing.final
+class StepTrail(_message.Message):
+    """In which of its engine's steps a sequence was. Steps count from 1, for the whole life of an engine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_STEP_FIELD_NUMBER: _builtins.int
+    LAST_STEP_FIELD_NUMBER: _builtins.int
+    PREFILL_STEPS_FIELD_NUMBER: _builtins.int
+    DECODE_STEPS_FIELD_NUMBER: _builtins.int
+    LONGEST_GAP_FIELD_NUMBER: _builtins.int
+    first_step: _builtins.int
+    first_token_step: _builtins.int
+    """0: none came."""
+    last_step: _builtins.int
+    prefill_steps: _builtins.int
+    """Up to its first token, each with a chunk of its prompt; and all others. It may be left out of steps
+    between its first and its last.
+    """
+    decode_steps: _builtins.int
+    @_builtins.property
+    def longest_gap(self) -> Global___TokenGap:
+        """The longest between two of its tokens; unset where there were fewer."""
+
+    def __init__(
+        self,
+        *,
+        first_step: _builtins.int = ...,
+        first_token_step: _builtins.int = ...,
+        last_step: _builtins.int = ...,
+        prefill_steps: _builtins.int = ...,
+        decode_steps: _builtins.int = ...,
+        longest_gap: Global___TokenGap | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["longest_gap", b"longest_gap"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_steps", b"decode_steps", "first_step", b"first_step", "first_token_step", b"first_token_step", "last_step", b"last_step", "longest_gap", b"longest_gap", "prefill_steps", b"prefill_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepTrail: _TypeAlias = StepTrail  # noqa: Y015
+
+@_typing.final
+class TokenGap(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DURATION_US_FIELD_NUMBER: _builtins.int
+    END_US_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    duration_us: _builtins.int
+    end_us: _builtins.int
+    """Its end, behind the first token, and the step that gave the token it ended with."""
+    step: _builtins.int
+    def __init__(
+        self,
+        *,
+        duration_us: _builtins.int = ...,
+        end_us: _builtins.int = ...,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_us", b"duration_us", "end_us", b"end_us", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenGap: _TypeAlias = TokenGap  # noqa: Y015
 
 @_typing.final
 class SequenceError(_message.Message):

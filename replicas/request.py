@@ -12,6 +12,7 @@ from struct import pack
 from typing import NamedTuple
 
 from replicas.record import record
+from replicas.step_trail import StepTrail
 
 ROW_BYTES = 8
 """Of an integer in a column of `StepRows`."""
@@ -106,7 +107,8 @@ class GenerationRequest:
 class SequenceTiming:
     """Where the time of one sequence went, and what it cost beyond its tokens.
 
-    `cached_tokens` of its prompt were found in the prefix cache when it was first admitted.
+    `cached_tokens` of its prompt were found in the prefix cache when it was first admitted. `trail` None: it
+    was in no step, or comes from an engine that does not say.
     """
 
     queue_us: int
@@ -115,6 +117,7 @@ class SequenceTiming:
     cached_tokens: int
     wasted_tokens: int
     preemptions: int
+    trail: StepTrail | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
 from replicas.config import LinkCredentials
 from replicas.link.dial import dial
-from replicas.link.messages import PROTOCOL_VERSION
+from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.step_report import TokenColumns
 from replicas.wire.steps import columns_to_wire
 
@@ -70,6 +70,7 @@ class Sequence:
     ends_at_s: float | None
     num_tokens: int = 0
     """Of this attempt."""
+    first_step: int = 0
 
     @property
     def next_offset(self) -> int:
@@ -97,6 +98,8 @@ class FakeReplica:
     scores_prompts: bool = True
     cached_tokens: int = 0
     """Of every prompt, as it says."""
+    tells_trail: bool = True
+    """Older engines do not."""
     fate: Fate | None = None
     """What happens when it has made `fate_after` tokens, over all answers."""
     fate_after: int = 0
@@ -117,6 +120,7 @@ class FakeReplica:
     _channel: grpc.aio.Channel | None = None
     _call: grpc.aio.StreamStreamCall[link.FromReplica, link.ToReplica] | None = None
     _step: int = 0
+    _has_divided: bool = False
 
     async def __aenter__(self) -> Self:
         await self.attach()
@@ -194,8 +198,12 @@ class FakeReplica:
         await self.send(link.FromReplica(draining=link.Draining(reason="test")))
 
     async def report_ledger(self, *totals: link.LedgerTotals) -> None:
-        """What its energy ledger has divided so far."""
+        """What its energy ledger has divided so far; before the first time, that it had divided nothing."""
         heartbeat = link.Heartbeat(load=self.load())
+        if not self._has_divided:
+            self._has_divided = True
+            nothing = [link.LedgerTotals(source=each.source) for each in totals]
+            await self.send(link.FromReplica(heartbeat=heartbeat, ledger=nothing))
         await self.send(link.FromReplica(heartbeat=heartbeat, ledger=totals))
 
     async def refuse(self, request_id: int, error: link.SequenceError) -> None:
@@ -276,6 +284,7 @@ class FakeReplica:
 
     def _advance(self, sequence: Sequence) -> link.SequenceDelta:
         submit = sequence.submit
+        sequence.first_step = sequence.first_step or self._step
         first_offset = sequence.next_offset
         token_ids: list[int] = []
         finish = link.ENGINE_FINISH_NONE
@@ -307,6 +316,22 @@ class FakeReplica:
             decode_us=1000 * sequence.num_tokens,
             cached_tokens=self.cached_tokens,
             wasted_tokens=0,
+            trail=self._trail(sequence) if self.tells_trail else None,
+        )
+
+    def _trail(self, sequence: Sequence) -> link.StepTrail | None:
+        """It is in every step from its first on; the last of its gaps counts as the longest."""
+        first, last = sequence.first_step, self._step
+        if not first:
+            return None
+        gap = link.TokenGap(duration_us=1000, end_us=1000 * sequence.num_tokens, step=last)
+        return link.StepTrail(
+            first_step=first,
+            first_token_step=first,
+            last_step=last,
+            prefill_steps=1,
+            decode_steps=last - first,
+            longest_gap=gap if last > first else None,
         )
 
     def _is_first(self, sequence: Sequence, token_ids: list[int]) -> bool:

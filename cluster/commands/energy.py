@@ -78,7 +78,7 @@ def report(
     """Joules, kWh, g CO2e, cost and joules per token of what was served.
 
     J is what the requests drew, J idle what the model's devices drew for nobody, which is no tenant's. kWh
-    is both at the building's meter (times PUE), SCI the g CO2e per 1,000 output tokens.
+    is all joules of a row at the building's meter (times PUE), SCI the g CO2e per 1,000 output tokens.
 
     Measured (counter) and estimated (tdp, model_*) joules are never added up: each source has rows of its
     own.

@@ -33,11 +33,13 @@ _SERVED: tuple[Column, ...] = (
 
 
 def _joules(report: Report) -> tuple[Column, ...]:
-    """Those of the hosts beside the devices where any are known; idle ones where they are somebody's."""
+    """Idle and unbilled ones where they are somebody's, those of the hosts where any are known."""
     has_idle = report.by is Group.MODEL
     columns: tuple[Column, ...] = (("J", lambda row: _tenths(row.energy_j)),)
     if has_idle:
         columns += (("J idle", lambda row: _tenths(row.idle_j)),)
+    if any(row.unbilled_j for row in report.rows):
+        columns += (("J unbilled", lambda row: _tenths(row.unbilled_j)),)
     if any(row.host_j is not None or row.host_rest_j is not None for row in report.rows):
         columns += (("J host", lambda row: _tenths(row.host_j)),)
         if has_idle:
@@ -87,6 +89,10 @@ def _notes(report: Report) -> list[str]:
     num_host = sum(row.num_host_requests for row in report.rows)
     if 0 < num_host < num_requests:
         lines.append(f"J host: of {num_host:,} of {num_requests:,} requests; of the others it is unknown")
+    if any(row.unbilled_j for row in report.rows):
+        lines.append(
+            "J unbilled: of requests still open or lost with a router; below 0: of bills from before"
+        )
     return lines
 
 

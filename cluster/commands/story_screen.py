@@ -7,6 +7,7 @@ from rich.text import Text
 
 from cluster.commands.status_screen import new_table, show_number
 from protos import wattline_cluster_pb2 as pb
+from protos.wattline_link_pb2 import StepTrail
 
 GOOD_OUTCOMES = {"stop", "length"}
 REASONS = {
@@ -118,7 +119,21 @@ def _leg(leg: pb.StoryLeg) -> list[Text]:
     if leg.HasField("energy"):
         energy = leg.energy
         lines[-1] += f"; {show_number(energy.prefill_j)} J prefill, {show_number(energy.decode_j)} J decode"
+    if leg.HasField("trail"):
+        lines += _trail(leg.trail)
     return [headline, *(Text(f"  {line}") for line in lines)]
+
+
+def _trail(trail: StepTrail) -> list[str]:
+    """By the numbers that the replica's log has, too."""
+    lines = [
+        f"steps {trail.first_step} to {trail.last_step} of its engine: "
+        f"{trail.prefill_steps} of prefill, {trail.decode_steps} of decode"
+    ]
+    if trail.HasField("longest_gap"):
+        gap = trail.longest_gap
+        lines.append(f"longest gap between tokens {gap.duration_us / 1e3:.1f} ms, ended by step {gap.step}")
+    return lines
 
 
 def _why_chosen(leg: pb.StoryLeg) -> str:

@@ -11,7 +11,7 @@ from cluster.request.failover import LossReason
 from protos import wattline_link_pb2 as link
 from replicas.expert_heat import ExpertHeat
 from replicas.request import GenerationRequest
-from replicas.wire.deltas import FINISH_FROM_WIRE, timing_from_wire
+from replicas.wire.deltas import FINISH_FROM_WIRE
 from replicas.wire.requests import request_to_wire
 
 
@@ -42,7 +42,7 @@ def parse_end(delta: link.SequenceDelta) -> End:
     """How a sequence ended. A cancel that this router did not ask for means that the replica gave it up."""
     match delta.finish:
         case link.ENGINE_FINISH_STOP | link.ENGINE_FINISH_LENGTH:
-            return Finished(reason=FINISH_FROM_WIRE[delta.finish], timing=timing_from_wire(delta))
+            return Finished(reason=FINISH_FROM_WIRE[delta.finish])
         case link.ENGINE_FINISH_DEADLINE:
             return DeadlinePassed()
         case link.ENGINE_FINISH_CANCELLED:

@@ -20,6 +20,9 @@ MAX_REQUEST_MJ = 2**40
 MAX_LIFE_MJ = 2**50
 """Of one life of a replica: 4 years at 8 kW. Eight thousand such lives add up to 63 bits."""
 MAX_RATE = 1e12
+MAX_SEQUENCE_US = 2**44
+"""200 days. A span's times and numbers are 64 bits of nanoseconds, and an exporter fails on more."""
+MAX_STEP = 2**53
 MAX_TENANTS = 256
 _SOURCES = frozenset(source.value for source in Source)
 
@@ -33,6 +36,8 @@ def strike_untrue(message: link.FromReplica) -> list[str]:
         if problem := load_problem(said.load):
             said.ClearField("load")
             problems.append(problem)
+        timed = (delta for delta in message.step.deltas if delta.HasField("timing"))
+        problems += filter(None, map(_strike_timing, timed))
     elif event == "energy":
         for index in reversed(range(len(message.energy.requests))):
             if problem := _energy_problem(message.energy.requests[index]):
@@ -60,6 +65,33 @@ def load_problem(load: link.LoadSnapshot) -> str:
             _unreal("load.active_power_w", load.active_power_w),
         )
     )
+
+
+def _strike_timing(delta: link.SequenceDelta) -> str:
+    """Takes out the times, or the trail alone, if it cannot be true; returns what is wrong."""
+    timing = delta.timing
+    longest_us = max(timing.queue_us, timing.prefill_us, timing.decode_us)
+    if problem := _over("timing", longest_us, MAX_SEQUENCE_US):
+        delta.ClearField("timing")
+    elif timing.HasField("trail") and (problem := _trail_problem(timing.trail, timing.decode_us)):
+        timing.ClearField("trail")
+    return problem
+
+
+def _trail_problem(trail: link.StepTrail, decode_us: int) -> str:
+    """Steps are counted from 1. Without a first token there is nothing behind it."""
+    gap, has_gap = trail.longest_gap, trail.HasField("longest_gap")
+    first, first_token, last = trail.first_step, trail.first_token_step, trail.last_step
+    num_steps = trail.prefill_steps + trail.decode_steps
+    is_true = (
+        1 <= first <= (first_token or first) <= last <= MAX_STEP
+        and 1 <= trail.prefill_steps <= num_steps <= last - first + 1
+        and (first_token > 0 or not (trail.decode_steps or has_gap))
+        and (not has_gap or first_token < gap.step <= last)
+        and gap.duration_us <= gap.end_us <= decode_us
+    )
+    said = f"{num_steps} steps from {first} to {last}, the first token in {first_token}"
+    return "" if is_true else f"timing.trail contradicts itself: {said}, gap {str(gap).split()}"
 
 
 def _energy_problem(entry: link.RequestEnergy) -> str:

@@ -26,7 +26,7 @@ from protos import wattline_link_pb2 as link
 from replicas.expert_heat import ExpertHeat
 from replicas.strict_messages import MalformedMessage
 from replicas.supervisor.step_watch import StepWatch
-from replicas.wire.deltas import logprobs_from_wire
+from replicas.wire.deltas import logprobs_from_wire, timing_from_wire
 from replicas.wire.steps import columns_from_wire
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,8 @@ class ReplicaConnection:
         clock_s: Callable[[], float],
     ) -> None:
         self.hello = hello
-        self.agent_metrics_address = ""
-        """Of the energy agent of its host; empty: none is shown, or not known yet."""
+        self.agent_metrics_addresses: tuple[str, ...] = ()
+        """Of the energy agents of its hosts, its own host's first; an empty one shows none."""
         self.epoch = epoch
         self.load = hello.load
         self.experts: ExpertHeat | None = None
@@ -267,6 +267,7 @@ class ReplicaConnection:
             if delta.prompt_logprobs:
                 stream.prompt_logprobs = logprobs_from_wire(delta.prompt_logprobs)
             logprobs = logprobs_from_wire(delta.logprobs) if delta.logprobs else ()
+            stream.timing = timing_from_wire(delta)
             end = parse_end(delta) if delta.finish else None
             news = (tuple(delta.token_ids), logprobs, end)
             entries += self._take(stream, delta.first_offset, news, batch_size)

@@ -28,7 +28,6 @@ class Finished:
     """The engine ended the sequence in good order."""
 
     reason: FinishReason
-    timing: SequenceTiming | None
 
 
 End = Finished | RouterError
@@ -74,6 +73,8 @@ class TokenStream:
         """Set by the link before the first tokens are."""
         self.batches = BatchSizes()
         """Filled by the link."""
+        self.timing: SequenceTiming | None = None
+        """Set by the link with the end, good or bad, of an engine that gives one."""
         self.submitted_s = clock_s()
         self.wasted_tokens = 0
         self.first_token_s: float | None = None

@@ -22,7 +22,7 @@ NOBODY = "none"
 """The tenant of joules that are no tenant's."""
 ENERGY_HELP = (
     "Metered energy of the attached replicas by what it was for, as their ledgers divided it; the rows "
-    "of a source add up to its meter. Each router a replica dials shows the same: do not sum routers."
+    "of a source add up to its meter. Each router counts from where a replica dialled it: do not sum routers."
 )
 
 

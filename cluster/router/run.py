@@ -22,7 +22,7 @@ from replicas.request import FinishReason, SequenceTiming
 
 @dataclass(slots=True, kw_only=True)
 class Attempt:
-    """What one replica does for an answer. `timing` None: the engine gave none (yet).
+    """What one replica does for an answer.
 
     `decision`: the balancer's, that led there. None: it was not asked.
     """
@@ -34,7 +34,6 @@ class Attempt:
     first_offset: int
     prompt_tokens: int
     decision: RecordedDecision | None = None
-    timing: SequenceTiming | None = None
     is_over: bool = False
     """The request is not there any more: it ended, or went on elsewhere."""
 
@@ -42,6 +41,11 @@ class Attempt:
     def num_tokens(self) -> int:
         """Given by this replica, read or not."""
         return self.stream.next_offset - self.first_offset
+
+    @property
+    def timing(self) -> SequenceTiming | None:
+        """None: the engine gave none (yet)."""
+        return self.stream.timing
 
     @property
     def wasted_tokens(self) -> int:

@@ -7,6 +7,7 @@ from cluster.balancing.recording import RecordedDecision, write_decisions
 from cluster.energy.account import EnergyAccount
 from cluster.router.story import Leg, Story
 from protos import wattline_cluster_pb2 as pb
+from replicas.wire.trails import trail_to_wire
 
 
 def story_message(story: Story, *, now_s: float) -> pb.RequestStory:
@@ -70,6 +71,7 @@ def _leg_message(leg: Leg) -> pb.StoryLeg:
         prefill_ms=None if timing is None else timing.prefill_us / 1e3,
         decode_ms=None if timing is None else timing.decode_us / 1e3,
         energy=_energy_message(leg.account),
+        trail=None if timing is None or timing.trail is None else trail_to_wire(timing.trail),
         choice=None if leg.decision is None else _choice_message(leg.decision),
     )
 

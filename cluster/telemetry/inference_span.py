@@ -1,6 +1,7 @@
 """The span of the model's work for one request, and its children queue, prefill and decode.
 
-It ends twice: `finish` fixes its end time and what was done, `export` adds the joules and lets it go.
+They name the engine's steps by number, so that a trace and what a replica logs of a step find each other. The
+span ends twice: `finish` fixes its end time and what was done, `export` adds the joules and lets it go.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from cluster.request.answer import Usage
 from cluster.request.errors import RouterError
 from cluster.telemetry import semconv
 from replicas.request import FinishReason, SequenceTiming
+from replicas.step_trail import StepTrail
+
+NS_PER_US = 1_000
+US_PER_MS = 1_000
 
 
 class InferenceSpan:
@@ -66,6 +71,7 @@ class InferenceSpan:
         self,
         *,
         replica_id: str,
+        epoch: int,
         usage: Usage,
         timing: SequenceTiming | None,
         resumed_at: tuple[int, ...],
@@ -78,6 +84,7 @@ class InferenceSpan:
         self._span.set_attributes(
             {
                 semconv.REPLICA_ID: replica_id,
+                semconv.REPLICA_EPOCH: epoch,
                 semconv.INPUT_TOKENS: usage.prompt_tokens,
                 semconv.CACHED_TOKENS: usage.cached_tokens,
                 semconv.OUTPUT_TOKENS: usage.completion_tokens,
@@ -131,14 +138,60 @@ class InferenceSpan:
         self._span.end(end_time=self._end_ns)
 
     def _add_phases(self, timing: SequenceTiming) -> None:
-        """Child spans from the engine's durations, laid end to end from its submission on."""
-        context = set_span_in_context(self._span)
-        start_ns = self._attempt_start_ns
-        for name, duration_us in (
-            (semconv.QUEUE, timing.queue_us),
-            (semconv.PREFILL, timing.prefill_us),
-            (semconv.DECODE, timing.decode_us),
-        ):
-            end_ns = start_ns + duration_us * 1000
-            self._tracer.start_span(name, context=context, start_time=start_ns).end(end_time=end_ns)
-            start_ns = end_ns
+        """Child spans from the engine's durations, laid end to end from its submission on.
+
+        They are of the last attempt: a replica that is lost says nothing of its own.
+        """
+        queued_ns = self._attempt_start_ns + timing.queue_us * NS_PER_US
+        first_token_ns = queued_ns + timing.prefill_us * NS_PER_US
+        end_ns = first_token_ns + timing.decode_us * NS_PER_US
+        self._start_phase(semconv.QUEUE, self._attempt_start_ns).end(end_time=queued_ns)
+        prefill = self._start_phase(semconv.PREFILL, queued_ns)
+        decode = self._start_phase(semconv.DECODE, first_token_ns)
+        if timing.trail is not None:
+            self._span.set_attributes(_steps(timing.trail))
+            prefill.set_attributes(_prefill_steps(timing.trail))
+            decode.set_attributes(_decode_steps(timing.trail))
+            _add_longest_gap(decode, timing.trail, first_token_ns=first_token_ns)
+        prefill.end(end_time=first_token_ns)
+        decode.end(end_time=end_ns)
+
+    def _start_phase(self, name: str, start_ns: int) -> Span:
+        return self._tracer.start_span(name, context=set_span_in_context(self._span), start_time=start_ns)
+
+
+def _steps(trail: StepTrail) -> dict[str, int]:
+    return {
+        semconv.STEP_FIRST: trail.first_step,
+        semconv.STEP_LAST: trail.last_step,
+        semconv.STEP_COUNT: trail.num_steps,
+    }
+
+
+def _prefill_steps(trail: StepTrail) -> dict[str, int]:
+    return {
+        semconv.STEP_FIRST: trail.first_step,
+        semconv.STEP_LAST: trail.first_token_step or trail.last_step,
+        semconv.STEP_COUNT: trail.num_prefill_steps,
+    }
+
+
+def _decode_steps(trail: StepTrail) -> dict[str, int]:
+    """Empty where it gave one token or none."""
+    if trail.first_token_step is None or not trail.num_decode_steps:
+        return {}
+    return {
+        semconv.STEP_FIRST: trail.first_token_step + 1,
+        semconv.STEP_LAST: trail.last_step,
+        semconv.STEP_COUNT: trail.num_decode_steps,
+    }
+
+
+def _add_longest_gap(decode: Span, trail: StepTrail, *, first_token_ns: int) -> None:
+    gap = trail.longest_gap
+    if gap is not None:
+        decode.add_event(
+            semconv.TOKEN_GAP_EVENT,
+            {semconv.TOKEN_GAP_MS: gap.duration_us / US_PER_MS, semconv.TOKEN_GAP_STEP: gap.step},
+            timestamp=first_token_ns + gap.end_us * NS_PER_US,
+        )

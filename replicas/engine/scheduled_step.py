@@ -21,14 +21,12 @@ class ScheduledRow:
 
     def member(self) -> StepMember:
         """Its part of the step, for the energy ledger: all of it is wasted on a sequence that has ended."""
-        num_tokens = len(self.planned.token_ids)
-        has_ended = self.sequence.state is SequenceState.FINISHED
+        sequence, planned = self.sequence, self.planned
+        num_tokens = len(planned.token_ids)
+        wasted_tokens = num_tokens if sequence.state is SequenceState.FINISHED else self.repeated
+        # By position: names cost a quarter of a microsecond more, in every row of every step.
         return StepMember(
-            request_id=self.sequence.request.request_id,
-            new_tokens=num_tokens,
-            context_tokens=self.planned.start_pos,
-            is_prefill=self.is_prefill,
-            wasted_tokens=num_tokens if has_ended else self.repeated,
+            sequence.request.request_id, num_tokens, planned.start_pos, self.is_prefill, wasted_tokens
         )
 
 

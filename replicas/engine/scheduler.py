@@ -23,6 +23,7 @@ from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.request_check import check_request
 from replicas.engine.scheduled_step import ScheduledRow, ScheduledStep, plan_row, take_scores
 from replicas.engine.sequence import Sequence, SequenceState
+from replicas.engine.trail import StepEnd
 from replicas.errors import BadRequest
 from replicas.plan import EngineShape, NewRow, StepOutcome, StepPlan
 from replicas.request import (
@@ -171,6 +172,7 @@ class Scheduler:
         if step.scored:
             take_scores(step, outcome)
         members = []
+        end = StepEnd(step=step.plan.step, at_ns=now_ns)
         for row in step.rows:
             sequence, num_tokens = row.sequence, len(row.planned.token_ids)
             has_ended = sequence.state is SequenceState.FINISHED
@@ -179,9 +181,11 @@ class Scheduler:
             if has_ended:
                 continue
             sequence.num_useful_in_flight -= num_tokens - row.repeated
-            if token is not None:
+            if token is None:
+                sequence.trail.take_chunk(end.step)
+            else:
                 self._prove_computed(row, is_finite=token[0] != NO_TOKEN)
-                self._take_token(sequence, *token, now_ns)
+                self._take_token(sequence, *token, end)
         assert next(sampled, None) is None, "a runner samples the rows that ask for it, and no others"
         for lane in self._lanes:
             for sequence in lane.take_sharers_of_broken():
@@ -342,19 +346,20 @@ class Scheduler:
             lane.forget(sequence)
 
     def _take_token(
-        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, now_ns: int
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, end: StepEnd
     ) -> None:
         if token_id == NO_TOKEN:
+            sequence.trail.take_chunk(end.step)
             error = ("INTERNAL", "the model's output was not finite")
-            self._finish(sequence, FinishReason.ERROR, now_ns, error=error)
+            self._finish(sequence, FinishReason.ERROR, end.at_ns, error=error)
             return
-        finish = sequence.append(token_id, now_ns)
+        finish = sequence.append(token_id, end)
         self._num_generated_tokens += 1
         said = () if logprobs is None else (logprobs,)
         if finish is None:
             self._deltas.append(sequence.token_delta(token_id, said))
         else:
-            self._finish(sequence, finish, now_ns, token_ids=(token_id,), logprobs=said)
+            self._finish(sequence, finish, end.at_ns, token_ids=(token_id,), logprobs=said)
 
     def _end(self, request_id: int, finish: FinishReason, now_ns: int) -> None:
         sequence = self._sequences.get(request_id)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from replicas.engine.trail import NEVER, NS_PER_US, StepEnd, Trail
 from replicas.plan import LAST_SAMPLED, NO_NEXT, NewRow, PlannedRow, ScoredRow
 from replicas.request import (
     FinishReason,
@@ -26,8 +27,6 @@ from replicas.request import (
     TokenLogprobs,
 )
 from replicas.sampling_words import as_float32
-
-NS_PER_US = 1_000
 
 
 class SequenceState(Enum):
@@ -80,7 +79,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of its prompt from the second token on, as far as it is scored; given away with the first token."""
     scheduled_ns: int | None = None
-    first_token_ns: int | None = None
+    trail: Trail = field(default_factory=Trail)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
@@ -153,12 +152,11 @@ class Sequence:
         if self.scheduled_ns is None:
             self.cached_tokens = num_tokens
 
-    def append(self, token_id: int, now_ns: int) -> FinishReason | None:
-        """The oldest pending token is known. Says whether it ends the sequence."""
+    def append(self, token_id: int, end: StepEnd) -> FinishReason | None:
+        """The oldest pending token is known, with its step. Says whether it ends the sequence."""
         self.num_pending -= 1
         self.tokens.append(token_id)
-        if self.first_token_ns is None:
-            self.first_token_ns = now_ns
+        self.trail.take_token(end)
         if token_id in self.request.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.max_length else None
@@ -232,7 +230,8 @@ class Sequence:
     def _timing(self, now_ns: int) -> SequenceTiming:
         """Queue until first planned, prefill until the first token, decode until now."""
         scheduled_ns = now_ns if self.scheduled_ns is None else self.scheduled_ns
-        first_token_ns = now_ns if self.first_token_ns is None else self.first_token_ns
+        first_token = self.trail.first_token
+        first_token_ns = now_ns if first_token is NEVER else first_token.at_ns
         return SequenceTiming(
             queue_us=(scheduled_ns - self.submitted_ns) // NS_PER_US,
             prefill_us=(first_token_ns - scheduled_ns) // NS_PER_US,
@@ -240,4 +239,5 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             wasted_tokens=self.wasted_tokens,
             preemptions=self.preemptions,
+            trail=self.trail.told(num_tokens=self.num_generated),
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from protos import wattline_link_pb2 as link_pb2
 from replicas.request import FinishReason, SequenceDelta, SequenceTiming, TokenLogprobs
+from replicas.wire.trails import trail_from_wire, trail_to_wire
 
 FINISH_TO_WIRE = {
     FinishReason.STOP: link_pb2.ENGINE_FINISH_STOP,
@@ -77,6 +78,7 @@ def _timing_to_wire(timing: SequenceTiming) -> link_pb2.SequenceTiming:
         cached_tokens=timing.cached_tokens,
         wasted_tokens=timing.wasted_tokens,
         preemptions=timing.preemptions,
+        trail=None if timing.trail is None else trail_to_wire(timing.trail),
     )
 
 
@@ -92,4 +94,5 @@ def timing_from_wire(message: link_pb2.SequenceDelta) -> SequenceTiming | None:
         cached_tokens=timing.cached_tokens,
         wasted_tokens=timing.wasted_tokens,
         preemptions=timing.preemptions,
+        trail=trail_from_wire(timing.trail) if timing.HasField("trail") else None,
     )

@@ -66,6 +66,7 @@ async def test_an_answer_has_its_story_by_request_and_by_trace(router: TestRoute
     assert (leg.output_tokens, leg.first_offset, leg.loss) == (8, 0, "")
     assert leg.submitted_ms <= leg.first_token_ms <= leg.last_token_ms <= story.total_ms
     assert (leg.batches.steps, leg.batches.min, leg.batches.max) == (8, 1, 1)
+    assert (leg.trail.first_step, leg.trail.last_step, leg.trail.longest_gap.step) == (1, 8, 8)
     (chosen,) = (one for one in leg.choice.candidates if one.is_chosen)
     assert chosen.replica_id == leg.replica_id
     assert sorted(one.replica_id for one in leg.choice.candidates) == ["a", "b"]
@@ -172,7 +173,11 @@ async def test_the_command_tells_the_story_and_records_the_decision(
         told = await asyncio.to_thread(CliRunner().invoke, app, ask)
         again = await asyncio.to_thread(CliRunner().invoke, app, [*ask, "--json", "--record", str(path)])
     assert told.exit_code == again.exit_code == 0, told.output + again.output
-    for word in ("the-one", "limits:", "queue: none", "joules:", "policy least_loaded", "TTFT"):
+    for word in (
+        *("the-one", "limits:", "queue: none", "joules:", "policy least_loaded", "TTFT"),
+        "steps 1 to 8 of its engine: 1 of prefill, 7 of decode",
+        "longest gap between tokens 1.0 ms, ended by step 8",
+    ):
         assert word in told.output
     (story,) = json.loads(again.output)
     assert story["request_id"] == answer.final.request_id

@@ -7,7 +7,7 @@ import base64
 import json
 import re
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeAlias
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -16,13 +16,12 @@ import pytest
 from google.protobuf import descriptor_pool, json_format, message_factory
 from google.protobuf.message import Message
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from cluster.client import to_energy
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_link_pb2 as link
+from tests.collector import Collector, attributes, run_collector
 from tests.fake_replica import EnergyMode, Fate
 from tests.router_fixture import (
     MODEL,
@@ -38,15 +37,16 @@ TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT_ID = "00f067aa0ba902b7"
 SECRET = "what the prompt says"
 
-ExportContext: TypeAlias = (
-    "grpc.aio.ServicerContext[trace_service_pb2.ExportTraceServiceRequest, "
-    "trace_service_pb2.ExportTraceServiceResponse]"
-)
-
 
 @pytest.fixture
 async def router() -> AsyncIterator[TestRouter]:
     async with run_test_router() as running:
+        yield running
+
+
+@pytest.fixture
+async def collector() -> AsyncIterator[tuple[Collector, str]]:
+    async with run_collector() as running:
         yield running
 
 
@@ -232,46 +232,6 @@ async def test_probes_tell_alive_from_ready(router: TestRouter) -> None:
     assert (status, json.loads(body)) == (200, {"ready_models": [MODEL]})
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """An OTLP collector that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.spans: list[Span] = []
-
-    async def Export(  # noqa: N802
-        self, request: trace_service_pb2.ExportTraceServiceRequest, context: ExportContext
-    ) -> trace_service_pb2.ExportTraceServiceResponse:
-        for resource_spans in request.resource_spans:
-            for scope_spans in resource_spans.scope_spans:
-                self.spans += scope_spans.spans
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-    def span(self, name: str) -> Span:
-        return next(span for span in self.spans if span.name == name)
-
-
-@pytest.fixture
-async def collector() -> AsyncIterator[tuple[Collector, str]]:
-    servicer = Collector()
-    server = grpc.aio.server()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    yield servicer, f"127.0.0.1:{port}"
-    await server.stop(None)
-
-
-def attributes(span: Span) -> dict[str, Any]:
-    return {pair.key: plain(pair.value) for pair in span.attributes}
-
-
-def plain(value: AnyValue) -> Any:
-    kind = value.WhichOneof("value")
-    if kind == "array_value":
-        return [plain(item) for item in value.array_value.values]
-    return getattr(value, str(kind))
-
-
 async def test_the_hosts_joules_are_beside_an_answers_total_and_absent_where_unknown(
     router: TestRouter,
 ) -> None:
@@ -288,10 +248,13 @@ async def test_the_hosts_joules_are_beside_an_answers_total_and_absent_where_unk
     assert (to_energy(bare).host_j, to_energy(bare).host_source) == (None, "")
 
 
-async def trace_of_one_request(endpoint: str, *, energy: EnergyMode, closes_energy: bool = False) -> None:
+async def trace_of_one_request(
+    endpoint: str, *, energy: EnergyMode, closes_energy: bool = False, tells_trail: bool = True
+) -> None:
     """Run one request with a caller's trace context; the router's stop exports all its spans."""
     config = make_config(telemetry={"otlp_endpoint": endpoint}, energy={"pue": 1.3})
-    async with run_test_router(config) as router, router.replica(energy=energy, host_mj=700) as replica:
+    replica_fields = {"energy": energy, "host_mj": 700, "tells_trail": tells_trail}
+    async with run_test_router(config) as router, router.replica(**replica_fields) as replica:
         await replica.report_ledger(link.LedgerTotals(source="fake", meter_mj=100))
         await replica.report_ledger(
             link.LedgerTotals(source="fake", meter_mj=12_100, decode_mj=10_000, idle_mj=2_000, until_ns=1)
@@ -345,6 +308,34 @@ async def test_the_trace_has_the_callers_id_the_phases_and_the_final_joules(
     assert not any(SECRET in str(span) for span in servicer.spans)
 
 
+STEPS = ("wattline.step.first", "wattline.step.last", "wattline.step.count")
+
+
+async def test_the_spans_name_the_engines_steps_and_the_longest_gap_between_tokens(
+    collector: tuple[Collector, str],
+) -> None:
+    servicer, endpoint = collector
+    await trace_of_one_request(endpoint, energy=EnergyMode.AT_ONCE)
+    inference, decode = attributes(servicer.span(f"text_completion {MODEL}")), servicer.span("decode")
+    assert (inference["wattline.replica.id"], inference["wattline.replica.epoch"]) == ("replica-0", 1)
+    assert [inference[name] for name in STEPS] == [1, 8, 8]
+    assert [attributes(servicer.span("prefill"))[name] for name in STEPS] == [1, 1, 1]
+    assert [attributes(decode)[name] for name in STEPS] == [2, 8, 7]
+    assert not attributes(servicer.span("queue")), "what waits is in no step"
+    (gap,) = decode.events
+    assert (gap.name, gap.time_unix_nano) == ("wattline.token_gap", decode.end_time_unix_nano)
+    assert attributes(gap) == {"wattline.token_gap.duration_ms": 1.0, "wattline.token_gap.step": 8}
+
+
+async def test_an_engine_that_tells_no_steps_has_its_phases_all_the_same(
+    collector: tuple[Collector, str],
+) -> None:
+    servicer, endpoint = collector
+    await trace_of_one_request(endpoint, energy=EnergyMode.AT_ONCE, tells_trail=False)
+    assert servicer.span("prefill") and not servicer.span("decode").events
+    assert not any(name in attributes(span) for span in servicer.spans for name in STEPS)
+
+
 @pytest.mark.parametrize("is_on", [False, True])
 async def test_a_prompt_is_on_a_span_only_where_that_is_switched_on(
     collector: tuple[Collector, str], caplog: pytest.LogCaptureFixture, is_on: bool
@@ -388,7 +379,7 @@ async def test_the_trace_tells_of_a_failover(collector: tuple[Collector, str]) -
     assert values["wattline.replica.id"] == "new"
     (event,) = inference.events
     assert event.name == "wattline.failover"
-    assert {pair.key: plain(pair.value) for pair in event.attributes} == {
+    assert attributes(event) == {
         "wattline.failover.reason": "failed",
         "wattline.failover.offset": 1,
         "wattline.failover.from_replica": "old",

@@ -3,12 +3,14 @@
 The null runner reads its cache through the block tables, so a lost, shared or early reused block shows as a
 wrong token. Tokens are compared with what the sequence alone determines. Prompts often begin the same, under
 one of two salts; behind every step stands a copy of the cache, in which each row must find the whole of its
-sequence, write to no block of another row, and find nothing of the other salt. Lanes share no blocks.
+sequence, write to no block of another row, and find nothing of the other salt. Lanes share no blocks. What a
+sequence says of its steps at its end is what was seen of it, step by step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -21,11 +23,20 @@ from replicas.engine.prefix_leaders import MIN_SHARED_TOKENS
 from replicas.engine.scheduler import Scheduler
 from replicas.plan import LAST_SAMPLED, PendingStep, PlannedRow, StepPlan, decode_plan, encode_plan
 from replicas.rank.null_runner import EOS_TOKEN_ID, NullRunner, null_continuation
-from replicas.request import FinishReason, GenerationRequest, SequenceDelta, StepMember, StepResult
+from replicas.request import (
+    FinishReason,
+    GenerationRequest,
+    SequenceDelta,
+    StepMember,
+    StepRecord,
+    StepResult,
+)
+from replicas.step_trail import StepTrail, TokenGap
 
 BLOCK_TOKENS = 4
 MAX_WAITING = 6
 TICK_NS = 1_000
+NS_PER_US = 1_000
 CONFIG = NullEngineConfig(
     step_ms=0.0, prefill_tokens_per_s=0.0, vocab_size=50, context_tokens=60, eos_every=25
 )
@@ -125,6 +136,10 @@ class Life:
     num_computed: int = 0
     cached_tokens: int = 0
     wasted_tokens: int = 0
+    steps: list[int] = field(default_factory=list)
+    """Those it was in while it lived."""
+    token_ends: list[tuple[int, int]] = field(default_factory=list)
+    """Of each token: its step, and when that was done."""
     allowed: set[FinishReason] = field(default_factory=lambda: {FinishReason.STOP, FinishReason.LENGTH})
 
 
@@ -265,6 +280,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert life.last is not None or deadline_ns is None or deadline_ns > before_ns
 
     def take(self, result: StepResult) -> None:
+        if result.record:
+            self.follow(result.record, {delta.request_id: delta for delta in result.deltas})
         for delta in result.deltas:
             life = self.lives[delta.request_id]
             assert life.last is None, "nothing follows the last delta"
@@ -279,6 +296,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             life = self.lives[member.request_id]
             self.check_turn(life, member)
             self.check_work(life, member)
+
+    def follow(self, record: StepRecord, deltas: dict[int, SequenceDelta]) -> None:
+        """Who ends without a token had ended before the step was done."""
+        for member in record.members:
+            life, delta = self.lives[member.request_id], deltas.get(member.request_id)
+            if life.last is not None or (delta is not None and not delta.token_ids):
+                continue
+            life.steps.append(record.step)
+            if delta is not None:
+                life.token_ends.append((record.step, record.end_ns))
 
     def check_turn(self, life: Life, member: StepMember) -> None:
         """Among equals, whoever came first starts first; what it need not compute is in the cache."""
@@ -321,6 +348,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert life.last is not None and life.last.timing is not None
         assert life.last.timing.wasted_tokens == life.wasted_tokens
         assert life.last.timing.cached_tokens == life.cached_tokens
+        assert life.last.timing.trail == seen_trail(life)
         request = life.request
         room = min(request.max_tokens, self.scheduler.context_tokens - len(request.prompt_ids))
         expected = null_continuation(request.prompt_ids, max(room, 0), CONFIG)
@@ -329,6 +357,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert tuple(life.tokens) == expected[: len(life.tokens)]
         if life.last.finish is FinishReason.LENGTH:
             assert tuple(life.tokens) == expected and EOS_TOKEN_ID not in expected
+
+
+def seen_trail(life: Life) -> StepTrail | None:
+    """By the record of all its steps and tokens."""
+    if not life.steps:
+        return None
+    first_token_step, first_ns = life.token_ends[0] if life.token_ends else (None, 0)
+    num_prefills = sum(first_token_step is None or step <= first_token_step for step in life.steps)
+    gaps = [
+        TokenGap(
+            duration_us=(end_ns - before_ns) // NS_PER_US, end_us=(end_ns - first_ns) // NS_PER_US, step=step
+        )
+        for (_, before_ns), (step, end_ns) in pairwise(life.token_ends)
+    ]
+    return StepTrail(
+        first_step=life.steps[0],
+        first_token_step=first_token_step,
+        last_step=life.steps[-1],
+        num_prefill_steps=num_prefills,
+        num_decode_steps=len(life.steps) - num_prefills,
+        longest_gap=max(gaps, key=lambda gap: gap.duration_us, default=None),
+    )
 
 
 SchedulerMachine.TestCase.settings = settings(

@@ -6,7 +6,15 @@ import math
 
 import pytest
 
-from cluster.link.plausibility import MAX_LIFE_MJ, MAX_REQUEST_MJ, MAX_REQUESTS, load_problem, strike_untrue
+from cluster.link.plausibility import (
+    MAX_LIFE_MJ,
+    MAX_REQUEST_MJ,
+    MAX_REQUESTS,
+    MAX_SEQUENCE_US,
+    MAX_STEP,
+    load_problem,
+    strike_untrue,
+)
 from protos import wattline_link_pb2 as link
 
 TRUE_LEDGER = link.LedgerTotals(
@@ -19,6 +27,25 @@ TRUE_LEDGER = link.LedgerTotals(
 TRUE_BILL = link.RequestEnergy(request_id=1, source="tdp", prefill_mj=MAX_REQUEST_MJ, confidence_factor=2.0)
 
 
+TRUE_TRAIL: dict[str, int | link.TokenGap] = {
+    "first_step": 5,
+    "first_token_step": 6,
+    "last_step": 9,
+    "prefill_steps": 2,
+    "decode_steps": 3,
+    "longest_gap": link.TokenGap(duration_us=4, end_us=7, step=8),
+}
+
+
+def timed(delta: link.SequenceTiming) -> link.FromReplica:
+    deltas = [link.SequenceDelta(request_id=1), link.SequenceDelta(request_id=2, timing=delta)]
+    return link.FromReplica(step=link.StepOutput(step=7, deltas=deltas))
+
+
+def make_trail(**changes: object) -> link.StepTrail:
+    return link.StepTrail(**TRUE_TRAIL | changes)  # type: ignore[arg-type]
+
+
 def step(**load: object) -> link.FromReplica:
     output = link.StepOutput(step=7, load=link.LoadSnapshot(**load))  # type: ignore[arg-type]
     return link.FromReplica(step=output)
@@ -29,6 +56,9 @@ def test_what_may_be_true_stays() -> None:
         step(running=[MAX_REQUESTS], waiting=[3, 4], step_ms=12.5),
         link.FromReplica(ledger=[TRUE_LEDGER]),
         link.FromReplica(energy=link.EnergyReport(requests=[TRUE_BILL, link.RequestEnergy(request_id=2)])),
+        timed(link.SequenceTiming(decode_us=7, trail=make_trail())),
+        timed(link.SequenceTiming(trail=link.StepTrail(first_step=1, last_step=3, prefill_steps=2))),
+        timed(link.SequenceTiming(queue_us=MAX_SEQUENCE_US)),
         link.FromReplica(hello=link.Hello()),
         link.FromReplica(),
     ):
@@ -91,3 +121,36 @@ def test_an_absurd_bill_is_struck_and_the_others_stay() -> None:
     message = link.FromReplica(energy=link.EnergyReport(requests=[absurd[0], TRUE_BILL, *absurd[1:]]))
     assert len(strike_untrue(message)) == len(absurd)
     assert list(message.energy.requests) == [TRUE_BILL]
+
+
+@pytest.mark.parametrize("field", ["queue_us", "prefill_us", "decode_us"])
+def test_times_that_no_span_could_have_are_struck(field: str) -> None:
+    message = timed(link.SequenceTiming(cached_tokens=3, **{field: MAX_SEQUENCE_US + 1}))  # type: ignore[arg-type]
+    (problem,) = strike_untrue(message)
+    assert problem.startswith("timing")
+    assert not message.step.deltas[1].HasField("timing")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"first_step": 0},
+        {"first_step": 7},
+        {"first_token_step": 10},
+        {"last_step": MAX_STEP + 1},
+        {"prefill_steps": 0},
+        {"decode_steps": 4},
+        {"first_token_step": 0, "decode_steps": 0},
+        {"first_token_step": 0, "longest_gap": None},
+        {"longest_gap": link.TokenGap(duration_us=4, end_us=7, step=6)},
+        {"longest_gap": link.TokenGap(duration_us=4, end_us=7, step=10)},
+        {"longest_gap": link.TokenGap(duration_us=8, end_us=7, step=8)},
+        {"longest_gap": link.TokenGap(duration_us=4, end_us=8, step=8)},
+    ],
+    ids=str,
+)
+def test_a_trail_that_contradicts_itself_is_struck_and_the_times_stay(changes: dict[str, object]) -> None:
+    message = timed(link.SequenceTiming(decode_us=7, trail=make_trail(**changes)))
+    (problem,) = strike_untrue(message)
+    assert problem.startswith("timing.trail")
+    assert message == timed(link.SequenceTiming(decode_us=7))

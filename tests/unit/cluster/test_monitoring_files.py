@@ -120,7 +120,7 @@ def test_replicas_and_the_agents_of_their_hosts_are_targets_each_agent_once() ->
         SimpleNamespace(
             replica_id=f"llama#{number}",
             hello=SimpleNamespace(model="llama", metrics_address=f"10.0.0.7:{number}", host="node-7"),
-            agent_metrics_address="https://10.0.0.7:9102",
+            agent_metrics_addresses=("https://10.0.0.7:9102", "10.0.0.8:9102"),
         )
         for number in (1, 2)
     ]
@@ -131,4 +131,5 @@ def test_replicas_and_the_agents_of_their_hosts_are_targets_each_agent_once() ->
             "targets": ["10.0.0.7:9102"],
             "labels": {"job": "wattline-agent", "host": "node-7", "__scheme__": "https"},
         },
+        {"targets": ["10.0.0.8:9102"], "labels": {"job": "wattline-agent", "host": "10.0.0.8"}},
     ]

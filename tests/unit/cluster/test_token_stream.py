@@ -75,7 +75,7 @@ async def test_what_waited_comes_as_one_batch() -> None:
     stream = make_stream(buffer_bytes=MIB, overflow=overflow)
     stream.deliver(Piece("né", (70_000,), False, 0), None)
     stream.deliver(Piece("", (7,), False, 0), None)
-    stream.deliver(Piece("e 🙂", (), False, 0), Finished(reason=FinishReason.LENGTH, timing=None))
+    stream.deliver(Piece("e 🙂", (), False, 0), Finished(reason=FinishReason.LENGTH))
     batch = await stream.next()
     assert (batch.text, batch.token_ids) == ("née 🙂", (70_000, 7))
     assert batch.end is not None
@@ -109,7 +109,7 @@ async def test_the_end_of_an_answer_does_not_wait_for_the_pace() -> None:
     pace = ReaderPace()
     stream = make_stream(pace=pace)
     pace.num_streams = MAX_MESSAGES_PER_S
-    for text, end in (("a", None), ("b", Finished(reason=FinishReason.LENGTH, timing=None))):
+    for text, end in (("a", None), ("b", Finished(reason=FinishReason.LENGTH))):
         stream.deliver(Piece(text, (1,), False, 0), end)
         reading = asyncio.ensure_future(stream.next())
         await asyncio.sleep(0)

@@ -379,6 +379,9 @@ def test_logits_that_are_not_finite_fail_their_row_alone() -> None:
     transcript = run(engine)
     assert transcript.finishes() == {1: FinishReason.ERROR, 2: FinishReason.LENGTH}
     assert transcript.last[1].error == ("INTERNAL", "the model's output was not finite")
+    timing = transcript.last[1].timing
+    assert timing is not None and timing.trail is not None
+    assert (timing.trail.last_step, timing.trail.num_steps, timing.trail.first_token_step) == (1, 1, None)
 
 
 def test_the_record_names_everybody_in_the_step() -> None:

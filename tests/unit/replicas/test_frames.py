@@ -48,6 +48,7 @@ from replicas.request import (
     TokenLogprobs,
 )
 from replicas.step_report import StepReport, TokenColumns
+from replicas.step_trail import StepTrail, TokenGap
 
 REQUEST = GenerationRequest(
     request_id=2**60,
@@ -87,6 +88,14 @@ LOAD = LoadSnapshot(
     cached_tokens_total=4,
     generated_tokens_total=10,
 )
+TRAIL = StepTrail(
+    first_step=2**40,
+    first_token_step=2**40 + 1,
+    last_step=2**40 + 9,
+    num_prefill_steps=2,
+    num_decode_steps=7,
+    longest_gap=TokenGap(duration_us=5, end_us=6, step=2**40 + 4),
+)
 REPORT = StepReport(
     step=4,
     tokens=TokenColumns(
@@ -107,7 +116,13 @@ REPORT = StepReport(
             token_ids=(),
             finish=FinishReason.ERROR,
             timing=SequenceTiming(
-                queue_us=1, prefill_us=2, decode_us=3, cached_tokens=4, wasted_tokens=5, preemptions=6
+                queue_us=1,
+                prefill_us=2,
+                decode_us=3,
+                cached_tokens=4,
+                wasted_tokens=5,
+                preemptions=6,
+                trail=TRAIL,
             ),
             error=("INTERNAL", "not finite"),
         ),
@@ -168,6 +183,16 @@ def test_a_command_survives_the_round_trip(command: Command) -> None:
 @pytest.mark.parametrize("event", EVENTS)
 def test_an_event_survives_the_round_trip(event: Event) -> None:
     assert decode_event(encode_event(event)) == event
+
+
+@pytest.mark.parametrize(
+    "trail", [None, replace(TRAIL, longest_gap=None), replace(TRAIL, first_token_step=None, longest_gap=None)]
+)
+def test_what_a_trail_does_not_have_is_absent_behind_the_wire_too(trail: StepTrail | None) -> None:
+    timing = REPORT.deltas[1].timing
+    assert timing is not None
+    report = replace(REPORT, deltas=(replace(REPORT.deltas[1], timing=replace(timing, trail=trail)),))
+    assert decode_event(encode_event(report)) == report
 
 
 @pytest.mark.parametrize("finish", list(FinishReason))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from replicas.engine.sequence import Sequence, SequenceState
+from replicas.engine.trail import StepEnd
 from replicas.plan import LAST_SAMPLED
 from replicas.request import FinishReason, GenerationRequest, SequenceDelta, SequenceTiming
+from replicas.step_trail import StepTrail, TokenGap
 
 
 def make_sequence(
@@ -37,18 +39,18 @@ def test_a_token_under_way_is_planned_as_a_placeholder() -> None:
     sequence = make_sequence()
     sequence.take(5)
     assert sequence.take(1) == ((LAST_SAMPLED,), 0)
-    assert sequence.append(7, now_ns=2_000) is None
+    assert sequence.append(7, StepEnd(step=1, at_ns=2_000)) is None
     assert (sequence.length, sequence.num_pending, sequence.num_computed) == (7, 1, 6)
-    assert sequence.append(8, now_ns=3_000) is None
+    assert sequence.append(8, StepEnd(step=1, at_ns=3_000)) is None
     assert sequence.take(1) == ((8,), 0)
 
 
 def test_what_was_computed_before_a_preemption_is_wasted() -> None:
     sequence = make_sequence()
     sequence.take(5)
-    sequence.append(7, now_ns=2_000)
+    sequence.append(7, StepEnd(step=1, at_ns=2_000))
     sequence.take(1)
-    sequence.append(8, now_ns=2_000)
+    sequence.append(8, StepEnd(step=1, at_ns=2_000))
     sequence.preempt()
     assert sequence.take(4) == ((10, 11, 12, 13), 4)
     assert sequence.take(3) == ((14, 7, 8), 2)
@@ -64,7 +66,7 @@ def test_ends_at_a_stop_token_at_max_tokens_and_at_the_context() -> None:
         (make_sequence(), 7, None),
     ):
         sequence.take(5)
-        assert sequence.append(token_id, now_ns=2_000) is finish
+        assert sequence.append(token_id, StepEnd(step=1, at_ns=2_000)) is finish
 
 
 def test_knows_that_its_last_token_is_under_way() -> None:
@@ -91,9 +93,9 @@ def test_deltas_count_on_from_what_an_earlier_attempt_delivered() -> None:
     sequence = make_sequence(first_offset=3)
     sequence.scheduled_ns = 3_000
     sequence.take(5)
-    sequence.append(7, now_ns=10_000)
+    sequence.append(7, StepEnd(step=1, at_ns=10_000))
     assert sequence.token_delta(7) == SequenceDelta(request_id=1, attempt=2, first_offset=3, token_ids=(7,))
-    sequence.append(99, now_ns=15_000)
+    sequence.append(99, StepEnd(step=3, at_ns=15_000))
     assert sequence.last_delta((99,), FinishReason.STOP, now_ns=15_000) == SequenceDelta(
         request_id=1,
         attempt=2,
@@ -101,7 +103,20 @@ def test_deltas_count_on_from_what_an_earlier_attempt_delivered() -> None:
         token_ids=(99,),
         finish=FinishReason.STOP,
         timing=SequenceTiming(
-            queue_us=2, prefill_us=7, decode_us=5, cached_tokens=0, wasted_tokens=0, preemptions=0
+            queue_us=2,
+            prefill_us=7,
+            decode_us=5,
+            cached_tokens=0,
+            wasted_tokens=0,
+            preemptions=0,
+            trail=StepTrail(
+                first_step=1,
+                first_token_step=1,
+                last_step=3,
+                num_prefill_steps=1,
+                num_decode_steps=1,
+                longest_gap=TokenGap(duration_us=5, end_us=5, step=3),
+            ),
         ),
     )
 
@@ -110,6 +125,7 @@ def test_a_sequence_that_never_ran_only_queued() -> None:
     timing = make_sequence().last_delta((), FinishReason.CANCELLED, now_ns=9_000).timing
     assert timing is not None
     assert (timing.queue_us, timing.prefill_us, timing.decode_us) == (8, 0, 0)
+    assert timing.trail is None
 
 
 def test_at_its_end_it_lets_go_of_whom_it_waited_for() -> None:
