@@ -304,6 +304,22 @@ def ledger(
 
 
 @app.command()
+def ledger_share(
+    checkpoint: Annotated[Path, typer.Option(help="folder of the model that both replicas serve")] = Path(
+        "examples/models/llama-demo"
+    ),
+    concurrency: Annotated[int, typer.Option(min=1, help="streams at once")] = 32,
+    output_tokens: Annotated[int, typer.Option(min=2, help="tokens each request produces")] = 32,
+    rounds: Annotated[int, typer.Option(min=2, help="turns of each, one after the other")] = 8,
+    json: JsonOption = None,
+) -> None:
+    """What the energy ledger takes of a line's throughput: one checkpoint with it and without, in turn."""
+    from bench.ledger_share import run_ledger_share
+
+    event_loop.run(run_ledger_share(checkpoint, concurrency, output_tokens, rounds, json))
+
+
+@app.command()
 def agent(
     poll_ms: Annotated[float, typer.Option(min=5.0, help="energy.poll_ms of the agents")] = 50.0,
     seconds: Annotated[float, typer.Option(min=1.0, help="of measuring, all at once")] = 20.0,
@@ -319,12 +335,13 @@ def agent(
 def shapley(
     requests: Annotated[int, typer.Option(min=2, help="requests of each mix")] = 300,
     orders: Annotated[int, typer.Option(min=2, help="orders of arrival sampled per step")] = 256,
+    windows: Annotated[str, typer.Option(help="seconds between meter edges, comma separated")] = "0.1",
     json: JsonOption = None,
 ) -> None:
     """The ledger's bills against Shapley values, over six simulated mixes: joules on the wrong request."""
     from bench.shapley_mixes import run_shapley
 
-    run_shapley(requests, orders, json)
+    run_shapley(requests, orders, [float(one) for one in windows.split(",")], json)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, Rank
 from replicas.errors import RankLost
 from replicas.expert_loads import ExpertLoads
 from replicas.frames import Submit, read_event, write_command
+from replicas.models.spec_reader import read_spec_apart
 from replicas.request import EngineReady, GenerationRequest
 from replicas.step_report import StepReport
 from replicas.supervisor.rank_group import RankProcess, SubprocessRankGroup
@@ -128,6 +129,7 @@ class EngineUnderTest:
 
     def _configs(self, socket_path: str) -> list[RankConfig]:
         setup = self.setup
+        spec = None if setup.source == "null" else read_spec_apart(Path(setup.source))
         parallel = ParallelConfig(tensor=setup.tensor, expert=setup.expert, layout=setup.layout)
         return [
             RankConfig(
@@ -142,6 +144,7 @@ class EngineUnderTest:
                 kernels=setup.kernels,
                 quantization=setup.quantization,
                 socket_path=socket_path if rank == 0 else "",
+                spec=spec,
                 null=setup.null,
             )
             for rank in range(parallel.num_ranks)

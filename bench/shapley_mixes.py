@@ -6,9 +6,11 @@ the ledger's structure (members per step, fixed pool, meter windows), not that o
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
 from random import Random
 
@@ -177,25 +179,58 @@ def _schedule(running: Sequence[_Sequence]) -> tuple[StepMember, ...]:
     return tuple(members)
 
 
+def edge_times_ns(
+    steps: Sequence[PoweredStep], *, window_s: float, period_s: float | None = None
+) -> list[int]:
+    """When the meter is read, from 0 until all steps have ended: each `window_s`.
+
+    With `period_s`, as the agent reads a counter that moves each `period_s` (`read_pace.py`): at the edge
+    behind each end of a request, and each begin of one that is alone; else `window_s` after the last.
+    """
+    every_ns = round((window_s if period_s is None else period_s) * NS)
+    asks_ns = [] if period_s is None else sorted(_asks_ns(steps))
+    times_ns = [0]
+    for edge_ns in range(every_ns, steps[-1].record.end_ns + 2 * round(window_s * NS), every_ns):
+        num_asks = bisect_right(asks_ns, edge_ns)
+        if num_asks or edge_ns - times_ns[-1] >= window_s * NS:
+            times_ns.append(edge_ns)
+        del asks_ns[:num_asks]
+    return times_ns
+
+
+def _asks_ns(steps: Sequence[PoweredStep]) -> Iterator[int]:
+    last_ns = _last_step_ns(steps)
+    before: frozenset[int] = frozenset()
+    for one in steps:
+        members = frozenset(member.request_id for member in one.record.members)
+        if not before:
+            yield one.record.start_ns
+        before = frozenset(name for name in members if last_ns[name] > one.record.end_ns)
+        if before != members:
+            yield one.record.end_ns
+
+
+def _last_step_ns(steps: Sequence[PoweredStep]) -> dict[int, int]:
+    """When each request ended."""
+    return {member.request_id: one.record.end_ns for one in steps for member in one.record.members}
+
+
 def bill_mix(
     mix: Mix,
     steps: Sequence[PoweredStep],
+    edges_ns: Sequence[int],
     *,
     learner: CoefficientLearner | None = None,
-    edge_s: float = EDGE_S,
 ) -> dict[int, float]:
-    """Joules by request as our ledger bills them, from the steps' records and a meter with edges."""
+    """Joules by request as our ledger bills them, from the steps' records and a meter with these edges."""
     ledger = Ledger(costs=mix.cost.costs, idle_power_w=IDLE_W, coefficients=GPU_COEFFICIENTS, learner=learner)
-    last_ns = {member.request_id: one.record.end_ns for one in steps for member in one.record.members}
-    ends = sorted((end_ns, request_id) for request_id, end_ns in last_ns.items())
+    ending = deque(sorted((end_ns, name) for name, end_ns in _last_step_ns(steps).items()))
     bills: dict[int, float] = {}
     ledger.add_reading(Reading(t_ns=0, energy_mj=0, source=Source.COUNTER))
     pending = deque(steps)
     energy_mj = 0
     carry_j = 0.0
-    ending = deque(ends)
-    for number in range(1, int(steps[-1].record.end_ns / NS / edge_s) + 3):
-        start_ns, edge_ns = round((number - 1) * edge_s * NS), round(number * edge_s * NS)
+    for start_ns, edge_ns in pairwise(edges_ns):
         carry_j += IDLE_W * (edge_ns - start_ns) / NS
         while pending and pending[0].record.start_ns < edge_ns:
             one = pending[0]
@@ -238,42 +273,60 @@ class Match:
     `ratio` is the learner's predicted by metered energy at the end.
     """
 
-    num_steps: int
+    edges_per_s: float
     shipped: Verdict
     learned: Verdict
     ratio: float
 
 
-def referee_mix(mix: Mix, *, num_requests: int, num_orders: int, seed: int = 1) -> Match:
-    """Run, bill twice, and judge one mix. Learning begins with the first request."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """The steps of a mix, and what the referee says is due for them; bills come and go."""
+
+    mix: Mix
+    steps: Sequence[PoweredStep]
+    due: Mapping[int, float]
+
+    def match(self, *, window_s: float = EDGE_S, period_s: float | None = None) -> Match:
+        """Bill by the edges of `edge_times_ns`, twice, and judge. Learning begins with the first request."""
+        edges_ns = edge_times_ns(self.steps, window_s=window_s, period_s=period_s)
+        learner = CoefficientLearner(GPU_COEFFICIENTS)
+        learned = judge(bill_mix(self.mix, self.steps, edges_ns, learner=learner), self.due)
+        assert learner.ratio is not None, "a mix has windows to learn from"
+        return Match(
+            edges_per_s=len(edges_ns) / edges_ns[-1] * NS,
+            shipped=judge(bill_mix(self.mix, self.steps, edges_ns), self.due),
+            learned=learned,
+            ratio=learner.ratio,
+        )
+
+
+def referee_mix(mix: Mix, *, num_requests: int, num_orders: int, seed: int = 1) -> Trial:
+    """Run one mix, and say what is due."""
     steps = run_mix(mix, num_requests=num_requests, seed=seed)
-    due = due_joules(mix, steps, num_orders=num_orders)
-    learner = CoefficientLearner(GPU_COEFFICIENTS)
-    learned = judge(bill_mix(mix, steps, learner=learner), due)
-    assert learner.ratio is not None, "a mix has windows to learn from"
-    return Match(
-        num_steps=len(steps), shipped=judge(bill_mix(mix, steps), due), learned=learned, ratio=learner.ratio
-    )
+    return Trial(mix=mix, steps=steps, due=due_joules(mix, steps, num_orders=num_orders))
 
 
-def run_shapley(num_requests: int, num_orders: int, path: Path | None) -> None:
-    """All mixes: print and write what the referee finds."""
+def run_shapley(num_requests: int, num_orders: int, windows_s: Sequence[float], path: Path | None) -> None:
+    """All mixes, billed by windows of each length: print and write what the referee finds."""
     rows: list[dict[str, object]] = []
     for mix in MIXES:
-        match = referee_mix(mix, num_requests=num_requests, num_orders=num_orders)
-        for name, verdict in (("shipped", match.shipped), ("learned", match.learned)):
-            row: dict[str, object] = {
-                "mix": mix.name,
-                "coefficients": name,
-                "requests": num_requests,
-                "steps": match.num_steps,
-                "orders": num_orders,
-                "misallocated_percent": round(100 * verdict.misallocated, 3),
-                "deviation_p50_percent": round(100 * verdict.deviation_p50, 3),
-                "deviation_p95_percent": round(100 * verdict.deviation_p95, 3),
-            }
-            if name == "learned":
-                row["calibration_ratio"] = round(match.ratio, 4)
-            rows.append(row)
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        trial = referee_mix(mix, num_requests=num_requests, num_orders=num_orders)
+        about = {"mix": mix.name, "requests": num_requests, "steps": len(trial.steps), "orders": num_orders}
+        for window_s, period_s in product(windows_s, (None, EDGE_S)):
+            edges = {"window_s": window_s, "is_asked": period_s is not None}
+            for row in _rows(trial.match(window_s=window_s, period_s=period_s)):
+                rows.append(about | edges | row)
+                print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     print(write_results("shapley", rows, path))
+
+
+def _rows(match: Match) -> Iterator[dict[str, object]]:
+    for name, verdict in (("shipped", match.shipped), ("learned", match.learned)):
+        yield {
+            "edges_per_s": round(match.edges_per_s, 2),
+            "coefficients": name,
+            "misallocated_percent": round(100 * verdict.misallocated, 3),
+            "deviation_p50_percent": round(100 * verdict.deviation_p50, 3),
+            "deviation_p95_percent": round(100 * verdict.deviation_p95, 3),
+        } | ({"calibration_ratio": round(match.ratio, 4)} if name == "learned" else {})

@@ -217,3 +217,37 @@ class MeterDescription(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MeterDescription: _TypeAlias = MeterDescription  # noqa: Y015
+
+@_typing.final
+class ReadClockRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadClockRequest: _TypeAlias = ReadClockRequest  # noqa: Y015
+
+@_typing.final
+class ReadClockResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    T_NS_FIELD_NUMBER: _builtins.int
+    t_ns: _builtins.int
+    def __init__(
+        self,
+        *,
+        t_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["t_ns", b"t_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadClockResponse: _TypeAlias = ReadClockResponse  # noqa: Y015

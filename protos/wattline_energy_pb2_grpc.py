@@ -44,6 +44,11 @@ class EnergyAgentStub:
                 request_serializer=protos_dot_wattline__energy__pb2.DescribeMetersRequest.SerializeToString,
                 response_deserializer=protos_dot_wattline__energy__pb2.DescribeMetersResponse.FromString,
                 _registered_method=True)
+        self.ReadClock = channel.unary_unary(
+                '/wattline.v1.EnergyAgent/ReadClock',
+                request_serializer=protos_dot_wattline__energy__pb2.ReadClockRequest.SerializeToString,
+                response_deserializer=protos_dot_wattline__energy__pb2.ReadClockResponse.FromString,
+                _registered_method=True)
 
 
 class EnergyAgentServicer:
@@ -62,6 +67,13 @@ class EnergyAgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadClock(self, request, context):
+        """What the clock of the edges says now: a watcher on another host asks, to tell their times by its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EnergyAgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,6 +86,11 @@ def add_EnergyAgentServicer_to_server(servicer, server):
                     servicer.DescribeMeters,
                     request_deserializer=protos_dot_wattline__energy__pb2.DescribeMetersRequest.FromString,
                     response_serializer=protos_dot_wattline__energy__pb2.DescribeMetersResponse.SerializeToString,
+            ),
+            'ReadClock': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadClock,
+                    request_deserializer=protos_dot_wattline__energy__pb2.ReadClockRequest.FromString,
+                    response_serializer=protos_dot_wattline__energy__pb2.ReadClockResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -130,6 +147,33 @@ class EnergyAgent:
             '/wattline.v1.EnergyAgent/DescribeMeters',
             protos_dot_wattline__energy__pb2.DescribeMetersRequest.SerializeToString,
             protos_dot_wattline__energy__pb2.DescribeMetersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadClock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wattline.v1.EnergyAgent/ReadClock',
+            protos_dot_wattline__energy__pb2.ReadClockRequest.SerializeToString,
+            protos_dot_wattline__energy__pb2.ReadClockResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,6 +34,8 @@ class EnergyAgentStub:
     Watch: _grpc.UnaryStreamMultiCallable[_wattline_energy_pb2.WatchEnergyRequest, _wattline_energy_pb2.EnergyReadings]
     """Meter edges of one group's devices, from now on."""
     DescribeMeters: _grpc.UnaryUnaryMultiCallable[_wattline_energy_pb2.DescribeMetersRequest, _wattline_energy_pb2.DescribeMetersResponse]
+    ReadClock: _grpc.UnaryUnaryMultiCallable[_wattline_energy_pb2.ReadClockRequest, _wattline_energy_pb2.ReadClockResponse]
+    """What the clock of the edges says now: a watcher on another host asks, to tell their times by its own."""
 
 @_typing.type_check_only
 class EnergyAgentAsyncStub(EnergyAgentStub):
@@ -41,6 +43,8 @@ class EnergyAgentAsyncStub(EnergyAgentStub):
     Watch: _aio.UnaryStreamMultiCallable[_wattline_energy_pb2.WatchEnergyRequest, _wattline_energy_pb2.EnergyReadings]  # type: ignore[assignment]
     """Meter edges of one group's devices, from now on."""
     DescribeMeters: _aio.UnaryUnaryMultiCallable[_wattline_energy_pb2.DescribeMetersRequest, _wattline_energy_pb2.DescribeMetersResponse]  # type: ignore[assignment]
+    ReadClock: _aio.UnaryUnaryMultiCallable[_wattline_energy_pb2.ReadClockRequest, _wattline_energy_pb2.ReadClockResponse]  # type: ignore[assignment]
+    """What the clock of the edges says now: a watcher on another host asks, to tell their times by its own."""
 
 class EnergyAgentServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -57,5 +61,13 @@ class EnergyAgentServicer(metaclass=_abc_1.ABCMeta):
         request: _wattline_energy_pb2.DescribeMetersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_wattline_energy_pb2.DescribeMetersResponse, _abc.Awaitable[_wattline_energy_pb2.DescribeMetersResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ReadClock(
+        self,
+        request: _wattline_energy_pb2.ReadClockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_wattline_energy_pb2.ReadClockResponse, _abc.Awaitable[_wattline_energy_pb2.ReadClockResponse]]:
+        """What the clock of the edges says now: a watcher on another host asks, to tell their times by its own."""
 
 def add_EnergyAgentServicer_to_server(servicer: EnergyAgentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

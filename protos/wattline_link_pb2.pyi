@@ -63,11 +63,9 @@ class FromReplica(_message.Message):
     LEDGER_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
-    AGENT_METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    AGENT_METRICS_ADDRESSES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts the lives of this replica's rank group; set on every message."""
-    agent_metrics_address: _builtins.str
-    """Where the energy agent of the replica's host shows its /metrics. Along with `ledger`; empty: nowhere."""
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -98,6 +96,12 @@ class FromReplica(_message.Message):
         and only when there is news.
         """
 
+    @_builtins.property
+    def agent_metrics_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where the energy agents of the replica's hosts show their /metrics, its own host's first; an empty one
+        shows none. Along with `ledger`.
+        """
+
     def __init__(
         self,
         *,
@@ -111,11 +115,11 @@ class FromReplica(_message.Message):
         ledger: _abc.Iterable[Global___LedgerTotals] | None = ...,
         cache: _abc.Iterable[Global___CacheChange] | None = ...,
         experts: Global___ExpertHeat | None = ...,
-        agent_metrics_address: _builtins.str = ...,
+        agent_metrics_addresses: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "energy", b"energy", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metrics_address", b"agent_metrics_address", "cache", b"cache", "draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metrics_addresses", b"agent_metrics_addresses", "cache", b"cache", "draining", b"draining", "energy", b"energy", "epoch", b"epoch", "event", b"event", "experts", b"experts", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "ledger", b"ledger", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "step", "heartbeat", "energy", "draining", "goodbye"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015

@@ -22,7 +22,7 @@ from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
 from replicas.config import LinkCredentials
 from replicas.link.dial import dial
-from replicas.link.messages import PROTOCOL_VERSION
+from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.step_report import TokenColumns
 from replicas.wire.steps import columns_to_wire
 
@@ -120,6 +120,7 @@ class FakeReplica:
     _channel: grpc.aio.Channel | None = None
     _call: grpc.aio.StreamStreamCall[link.FromReplica, link.ToReplica] | None = None
     _step: int = 0
+    _has_divided: bool = False
 
     async def __aenter__(self) -> Self:
         await self.attach()
@@ -197,8 +198,12 @@ class FakeReplica:
         await self.send(link.FromReplica(draining=link.Draining(reason="test")))
 
     async def report_ledger(self, *totals: link.LedgerTotals) -> None:
-        """What its energy ledger has divided so far."""
+        """What its energy ledger has divided so far; before the first time, that it had divided nothing."""
         heartbeat = link.Heartbeat(load=self.load())
+        if not self._has_divided:
+            self._has_divided = True
+            nothing = [link.LedgerTotals(source=each.source) for each in totals]
+            await self.send(link.FromReplica(heartbeat=heartbeat, ledger=nothing))
         await self.send(link.FromReplica(heartbeat=heartbeat, ledger=totals))
 
     async def refuse(self, request_id: int, error: link.SequenceError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -13,10 +14,19 @@ from dataclasses import dataclass, field, replace
 from replicas.config import RankConfig, rank_config_to_json
 from replicas.expert_loads import ExpertLoads
 from replicas.frames import Command, EngineFailure, Event, LoadingProgress, read_event, write_command
+from replicas.parallel.rendezvous import open_rendezvous
 from replicas.request import EngineReady, FinishReason, SequenceDelta
 from replicas.step_report import StepReport
 
 TIMEOUT_S = 150.0
+NEEDLESS = ("transformers", "tokenizers", "huggingface_hub")
+"""Seconds of a rank's start if it imported them: no rank here can."""
+RUN_RANK = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv.pop(1).split()))
+from replicas.rank.main import main
+main(sys.argv[1:])
+"""
 
 
 @dataclass(slots=True)
@@ -94,12 +104,21 @@ class LiveGroup:
 
 @asynccontextmanager
 async def open_group(config: RankConfig) -> AsyncIterator[LiveGroup]:
-    """Start every rank of the group that `config` is rank 0 of; kill what is left of it at the end."""
+    """Start every rank of the group that `config` is rank 0 of; kill what is left of it at the end.
+
+    All hosts of a group over hosts are this one, reached over loopback.
+    """
     connected: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
     server = await asyncio.start_unix_server(
         lambda reader, writer: connected.put_nowait((reader, writer)), config.socket_path
     )
-    ranks = [await spawn(replace(config, rank=rank)) for rank in range(config.num_ranks)]
+    meeting = open_rendezvous("127.0.0.1") if config.parallel.hosts > 1 else None
+    ranks = [
+        await spawn(replace(config, rank=rank, rendezvous=meeting and meeting.told_to(rank)))
+        for rank in range(config.num_ranks)
+    ]
+    for listener in (meeting.plan_fd, meeting.store_fd) if meeting else ():
+        os.close(listener)
     try:
         async with asyncio.timeout(TIMEOUT_S):
             reader, writer = await connected.get()
@@ -114,12 +133,15 @@ async def open_group(config: RankConfig) -> AsyncIterator[LiveGroup]:
 
 
 async def spawn(config: RankConfig) -> Process:
+    listeners = (config.rendezvous.plan_fd, config.rendezvous.store_fd) if config.rendezvous else ()
     return await asyncio.create_subprocess_exec(
         sys.executable,
-        "-m",
-        "replicas.rank.main",
+        "-c",
+        RUN_RANK,
+        " ".join(NEEDLESS),
         "--config",
         rank_config_to_json(config),
         stdin=DEVNULL,
         stderr=PIPE,
+        pass_fds=[listener for listener in listeners if listener >= 0],
     )

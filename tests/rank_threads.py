@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
+from replicas.models.spec import ModelSpec
 from replicas.parallel.collectives import Collectives, make_collectives
 
 
@@ -27,9 +28,19 @@ def make_rank_config(
         parallel=parallel,
         limits=limits or EngineLimits(),
         shared_dir=str(folder),
+        spec=spec_of(source),
         attach_timeout_s=timeout_s,
         collective_timeout_s=timeout_s,
     )
+
+
+def spec_of(source: str) -> ModelSpec | None:
+    """None for the null engine, whose tests need not wait for transformers."""
+    if source == "null":
+        return None
+    from replicas.models.config_file import read_spec
+
+    return read_spec(Path(source))
 
 
 def run_rank_threads(

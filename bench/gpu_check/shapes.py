@@ -152,7 +152,7 @@ def small_shapes(*, is_tiny: bool) -> list[Shape]:
 
 
 def spec_of(shape: Shape) -> ModelSpec:
-    """The decoder's numbers of a config made here: `ModelSpec.from_folder` without the folder."""
+    """The decoder's numbers of a config made here: `read_spec` without the folder."""
     config = shape.config
     is_moe = shape.model is GraniteMoeForCausalLM
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -33,11 +33,13 @@ _SERVED: tuple[Column, ...] = (
 
 
 def _joules(report: Report) -> tuple[Column, ...]:
-    """Those of the hosts beside the devices where any are known."""
+    """Those on no bill of this time, and of the hosts beside the devices, where there are any."""
     columns: tuple[Column, ...] = (
         ("J", lambda row: _tenths(row.energy_j)),
         ("J idle", lambda row: _tenths(row.idle_j)),
     )
+    if any(row.unbilled_j for row in report.rows):
+        columns += (("J unbilled", lambda row: _tenths(row.unbilled_j)),)
     if any(row.host_j is not None or row.host_rest_j is not None for row in report.rows):
         columns += (
             ("J host", lambda row: _tenths(row.host_j)),
@@ -86,6 +88,10 @@ def _notes(report: Report) -> list[str]:
     num_host = sum(row.num_host_requests for row in report.rows)
     if 0 < num_host < num_requests:
         lines.append(f"J host: of {num_host:,} of {num_requests:,} requests; of the others it is unknown")
+    if any(row.unbilled_j for row in report.rows):
+        lines.append(
+            "J unbilled: of requests still open or lost with a router; below 0: of bills from before"
+        )
     return lines
 
 

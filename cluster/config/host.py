@@ -53,6 +53,12 @@ class EnergySection(Section):
         le=1000.0,
         description="a counter is read each until its edges are known, others at most every second",
     )
+    agent_port: int = Field(
+        9106,
+        ge=1,
+        le=65535,
+        description="of each node's energy agent; open only where a model spans several hosts",
+    )
     cpu_static_w: float = Field(10.0, ge=0.0, description="cpu-model: drawn whatever the work")
     pue: float = Field(
         1.0, ge=1.0, le=10.0, description="power of the building by that of its machines; for reports"

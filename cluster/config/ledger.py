@@ -16,7 +16,9 @@ class LedgerSection(Section):
     path: str = Field("", description="its SQLite file; empty: runtime_dir/ledger.db")
     request_days: float = Field(30.0, gt=0.0, le=3650.0, description="requests are kept one by one")
     sums_days: float = Field(400.0, gt=0.0, le=3650.0, description="their hourly sums are kept")
-    max_requests: int = Field(5_000_000, ge=1000, description="kept one by one, at most; about 300 B each")
+    max_requests: int = Field(
+        5_000_000, ge=1000, description="kept one by one, at most, but for two hours' worth; about 300 B each"
+    )
     allow_insecure: bool = Field(False, description="listen on a public address, in plain text")
 
     @model_validator(mode="after")

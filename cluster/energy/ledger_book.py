@@ -3,6 +3,8 @@
 Replicas send running sums; a replica that comes back with a new epoch starts at nothing, one that re-dials
 goes on where it was. The book adds differences, so its sums never fall, and
 `prefill + decode + idle + unattributed == meter` holds in it as it holds in each ledger, as integers.
+What a life had divided before it was first heard of here is of another time: in a router that was started
+anew it would look like the joules of a minute.
 """
 
 from __future__ import annotations
@@ -140,7 +142,7 @@ class _Life:
 
 
 class LedgerBook:
-    """Mutable; owned by the event loop. Sums count from the start of the lives that reported here."""
+    """Mutable; owned by the event loop. Sums count from the first report of each life on."""
 
     def __init__(self) -> None:
         self._lives: OrderedDict[tuple[str, int], _Life] = OrderedDict()
@@ -179,7 +181,7 @@ class LedgerBook:
             self._lives[key] = last
             return
         for source, sums in ledger.sums.items():
-            before = (last.ledger.sums.get(source) if last else None) or LedgerSums()
+            before = last.ledger.sums.get(source, LedgerSums()) if last else sums
             self._sums[source] = self._sums.get(source, LedgerSums()) + sums.minus(before)
         self._confidence_factors.update(ledger.confidence_factors)
         self.idle_share.note(

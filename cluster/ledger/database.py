@@ -44,6 +44,10 @@ _SET_REPLICA = (
     f"{_insert_into('replicas', _REPLICA_COLUMNS)} ON CONFLICT DO UPDATE SET at_s = excluded.at_s, "
     f"{', '.join(f'{name} = excluded.{name}' for name in _DIVIDED)} WHERE excluded.meter_mj >= meter_mj"
 )
+_PAGE_OF_REQUESTS = (
+    "SELECT * FROM requests WHERE (ended_s, request_id) > (?, ?) AND ended_s < ? "
+    "ORDER BY ended_s, request_id LIMIT 512"
+)
 
 
 class LedgerFileError(OSError):
@@ -108,21 +112,29 @@ class Database:
         )
 
     def list_requests(self, *, since_s: float, until_s: float) -> Iterator[RequestEntry]:
-        """Requests that ended in [since, until) and are still kept one by one, oldest first."""
-        for row in self._connection.execute(
-            "SELECT * FROM requests WHERE ended_s >= ? AND ended_s < ? ORDER BY ended_s", (since_s, until_s)
-        ):
-            yield _entry_of(row)
+        """Requests that ended in [since, until) and are still kept one by one, oldest first.
+
+        By pages: a query that stays open while its reader takes its time keeps the log from being emptied.
+        """
+        after = (since_s, "")
+        while rows := self._connection.execute(_PAGE_OF_REQUESTS, (*after, until_s)).fetchall():
+            entries = [_entry_of(row) for row in rows]
+            yield from entries
+            after = (entries[-1].ended_s, entries[-1].request_id)
 
     def prune(self, *, now_s: float, request_days: float, sums_days: float, max_requests: int) -> int:
-        """Drop what is too old or too much, by whole hours; returns how many requests went."""
+        """Drop what is too old or too much, by whole hours; returns how many requests went.
+
+        The present hour and the one before stay: requests of them are still to come, which could not be told
+        from those that went. So does what comes after a clock that was ahead was set right.
+        """
         from_s = int(now_s - request_days * DAY_S) // HOUR_S * HOUR_S
         beyond = self._connection.execute(
             "SELECT ended_s FROM requests ORDER BY ended_s DESC LIMIT 1 OFFSET ?", (max_requests,)
         ).fetchone()
         if beyond is not None:
             from_s = max(from_s, (int(beyond[0]) // HOUR_S + 1) * HOUR_S)
-        from_s = max(from_s, self._kept_from_s())
+        from_s = min(max(from_s, self._kept_from_s()), (int(now_s) // HOUR_S - 1) * HOUR_S)
         sums_from_s = now_s - sums_days * DAY_S
         with self._connection as transaction:
             gone = transaction.execute("DELETE FROM requests WHERE ended_s < ?", (from_s,)).rowcount

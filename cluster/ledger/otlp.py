@@ -38,7 +38,7 @@ def to_otlp(summary: Summary, *, since_s: float, until_s: float) -> str:
 
 
 def _energy(summary: Summary) -> Iterator[Point]:
-    """Of the metered devices: requests, idle and unattributed add up to the meter."""
+    """Of the metered devices: with requests not billed yet, the rows add up to the meter."""
     for sums in summary.requests:
         if not sums.source:
             continue

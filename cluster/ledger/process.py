@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import Sequence
@@ -60,27 +61,30 @@ async def _serve(config: Config, path: Path, socket: Path) -> None:
             bind(server, Port(key="ledger.port", host=config.ledger.host, port=config.ledger.port), tls=None)
         await server.start()
         logger.info("ledger_ready path=%s", path)
-        await _prune_until(stopping, servicer, database, config.ledger)
+        await prune_until(stopping, servicer, database, config.ledger)
     finally:
         await server.stop(STOP_GRACE_S)
         servicer.close()
 
 
-async def _prune_until(
+async def prune_until(
     stopping: asyncio.Event, servicer: LedgerServicer, database: Database, section: LedgerSection
 ) -> None:
-    """Every ten minutes, and at once."""
+    """Every ten minutes, and at once. Where a full disk or a lock forbids it, the store serves on without."""
     while not stopping.is_set():
-        gone = await servicer.run(
-            lambda: database.prune(
-                now_s=time.time(),
-                request_days=section.request_days,
-                sums_days=section.sums_days,
-                max_requests=section.max_requests,
+        try:
+            gone = await servicer.run(
+                lambda: database.prune(
+                    now_s=time.time(),
+                    request_days=section.request_days,
+                    sums_days=section.sums_days,
+                    max_requests=section.max_requests,
+                )
             )
-        )
-        if gone:
-            logger.info("ledger_pruned requests=%d", gone)
+            if gone:
+                logger.info("ledger_pruned requests=%d", gone)
+        except sqlite3.Error as error:
+            logger.warning("ledger_not_pruned error=%s", error)
         try:
             async with asyncio.timeout(PRUNE_PERIOD_S):
                 await stopping.wait()

@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 
 import grpc
@@ -33,7 +34,10 @@ logger = logging.getLogger(__name__)
 
 
 class LedgerRecorder:
-    """Mutable; owned by the event loop. `read_sums` gives the running sums of the attached replicas."""
+    """Mutable; owned by the event loop. `read_sums` gives the running sums of all replicas' lives known here.
+
+    Only those go to the store that have changed since it heard of them: most of these lives may be over.
+    """
 
     def __init__(
         self, address: str, *, router_id: str, read_sums: Callable[[], Iterable[ReplicaSums]]
@@ -43,6 +47,8 @@ class LedgerRecorder:
         self._router_id = router_id
         self._read_sums = read_sums
         self._pending: deque[RequestEntry] = deque()
+        self._told: dict[tuple[str, int, str], ReplicaSums] = {}
+        """What the store has confirmed, by life and source."""
         self._task: asyncio.Task[None] | None = None
         self.num_dropped = 0
         self.is_reached = True
@@ -109,11 +115,18 @@ class LedgerRecorder:
             logger.info("ledger_reached pending=%d", len(self._pending))
         self.is_reached = True
         self._forget(batch)
+        self._told.update((_series_of(one), replace(one, at_s=0.0)) for one in sums)
         return True
 
     def _sums(self) -> list[ReplicaSums]:
-        """Not those that the store would refuse, and the requests beside them: replicas may say anything."""
-        return [one for one in self._read_sums() if problem_of(one) is None][:BATCH]
+        """What is news to the store, a batch at most.
+
+        Not those that it would refuse, and the requests beside them: replicas may say anything.
+        """
+        known = {_series_of(one): one for one in self._read_sums() if problem_of(one) is None}
+        self._told = {series: told for series, told in self._told.items() if series in known}
+        news = (one for series, one in known.items() if self._told.get(series) != replace(one, at_s=0.0))
+        return list(islice(news, BATCH))
 
     def _drop_refused(self, batch: list[RequestEntry], *, reason: str) -> None:
         """What is wrong would be refused for ever, and the rest with it. All of it, if we cannot tell."""
@@ -128,3 +141,7 @@ class LedgerRecorder:
         sent = set(map(id, batch))
         while self._pending and id(self._pending[0]) in sent:
             self._pending.popleft()
+
+
+def _series_of(sums: ReplicaSums) -> tuple[str, int, str]:
+    return sums.replica_id, sums.epoch, sums.source

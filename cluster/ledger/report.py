@@ -41,10 +41,13 @@ class Site:
 class ReportRow:
     """One group and source of joules. `source` `unknown`: requests that no meter or model spoke for.
 
-    `idle_j` is what the model's devices drew for nobody, unattributed included; None where rows are tenants,
-    since it belongs to none. Beside them, never in them, `host_j` is the requests' part of what the hosts
-    drew around the devices, of `num_host_requests` for which it is known, and `host_rest_j` is the rest.
-    `kwh` is all four at the building's meter: times PUE. `carbon_g`, `cost` and SCI follow from it.
+    `idle_j` is what the model's devices drew for nobody, unattributed included; `unbilled_j` what they drew
+    for requests whose bills are not of this time: still open, or lost with their router. It is below 0 where
+    bills of this time are of earlier joules, so `energy_j + unbilled_j + idle_j` is the meter. Both are None
+    where rows are tenants, since they belong to none. Beside them, never in them, `host_j` is the requests'
+    part of what the hosts drew around the devices, of `num_host_requests` for which it is known, and
+    `host_rest_j` is the rest. `kwh` is what the devices and the hosts drew, at the building's meter: times
+    PUE. `carbon_g`, `cost` and SCI follow from it.
     """
 
     group: str
@@ -70,6 +73,7 @@ class ReportRow:
     cost: float | None
     """In the site's currency."""
     confidence_factor: float | None
+    unbilled_j: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +143,10 @@ def _row(
     host_mj = sum(one.host_mj for one in requests)
     host_rest_mj = sum(one.host_rest_mj for one in models or ())
     has_host = any(one.host_meter_mj for one in models or ())
-    kwh = (energy_mj + (idle_mj or 0) + host_mj + host_rest_mj) * site.pue / MJ_PER_KWH
+    unbilled_mj = sum(one.request_mj for one in models) - energy_mj if models else None
+    host_unbilled_mj = sum(one.host_request_mj for one in models) - host_mj if models and has_host else 0
+    device_mj, beside_mj = energy_mj + (unbilled_mj or 0) + (idle_mj or 0), host_mj + host_unbilled_mj
+    kwh = (device_mj + beside_mj + host_rest_mj) * site.pue / MJ_PER_KWH
     carbon_g = None if site.carbon_g_per_kwh is None else kwh * site.carbon_g_per_kwh
     is_known = bool(source)
     worst = max((one.worst_confidence_factor for one in requests), default=0.0)
@@ -168,6 +175,7 @@ def _row(
         ),
         cost=None if site.price_per_kwh is None or not is_known else kwh * site.price_per_kwh,
         confidence_factor=worst or None,
+        unbilled_j=None if unbilled_mj is None or not is_known else unbilled_mj / 1e3,
     )
 
 

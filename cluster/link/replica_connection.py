@@ -73,8 +73,8 @@ class ReplicaConnection:
         clock_s: Callable[[], float],
     ) -> None:
         self.hello = hello
-        self.agent_metrics_address = ""
-        """Of the energy agent of its host; empty: none is shown, or not known yet."""
+        self.agent_metrics_addresses: tuple[str, ...] = ()
+        """Of the energy agents of its hosts, its own host's first; an empty one shows none."""
         self.epoch = epoch
         self.load = hello.load
         self.experts: ExpertHeat | None = None

@@ -26,11 +26,16 @@ def target_groups(pool: ReplicaPool) -> list[dict[str, object]]:
         if connection.hello.metrics_address
     ]
     agents = {
-        connection.agent_metrics_address: connection.hello.host
+        address: connection.hello.host if number == 0 else _host_of(address)
         for connection in pool
-        if connection.agent_metrics_address
+        for number, address in enumerate(connection.agent_metrics_addresses)
+        if address
     }
     return replicas + [_group(address, job=AGENT_JOB, host=host) for address, host in agents.items()]
+
+
+def _host_of(address: str) -> str:
+    return address.rpartition("://")[2].rpartition(":")[0]
 
 
 def _group(address: str, **labels: str) -> dict[str, object]:

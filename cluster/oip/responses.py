@@ -90,13 +90,13 @@ class Choices:
         for token_id, said in zip(self._token_ids[index], self._logprobs[index], strict=True):
             ranks = {top_id: (rank, logprob) for rank, (top_id, logprob) in enumerate(said.top, 1)}
             entries = {token_id: ranks.pop(token_id, (None, said.logprob)), **ranks}
-            tokens.append(
-                {
-                    str(each): {"logprob": logprob, "rank": rank, "decoded_token": self._decode((each,))}
-                    for each, (rank, logprob) in entries.items()
-                }
-            )
-        return json.dumps(tokens)
+            entry = {
+                str(each): {"logprob": logprob, "rank": rank, "decoded_token": self._decode((each,))}
+                for each, (rank, logprob) in entries.items()
+            }
+            # One call for all of them would keep the event loop waiting for the interpreter to its end.
+            tokens.append(json.dumps(entry))
+        return f"[{', '.join(tokens)}]"
 
 
 def _parameters(end: Completed | None) -> dict[str, pb.InferParameter]:

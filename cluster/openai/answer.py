@@ -21,7 +21,7 @@ from cluster.request.errors import EngineFault
 from cluster.router.side_by_side import side_by_side
 from cluster.router.streams import Streams
 from cluster.served_model import ServedModel
-from cluster.text.text_threads import SAID_SIZE, TextThreads
+from cluster.text.text_threads import TextThreads
 from replicas.request import TokenLogprobs
 
 Piece: TypeAlias = tuple[int, ChoiceText]
@@ -59,16 +59,12 @@ class Answer:
                 choices[event[0]].add(event[1])
         figures = self._figures(ended)
         decode = self.model.tokenizer.decode
-        written = await self.threads.run(
-            lambda: [
+        document = {
+            **self._head(self.shape.whole_name),
+            "choices": [
                 self.shape.whole(index, choices[index], decode) | self._tokens(choices[index])
                 for index in sorted(choices)
             ],
-            size=sum(_said_size(choice) for choice in choices.values()),
-        )
-        document = {
-            **self._head(self.shape.whole_name),
-            "choices": written,
             "usage": figures.usage_document(),
         }
         await self.exchange.reply.send_document(document, headers=figures.headers())
@@ -84,10 +80,7 @@ class Answer:
                 ended.append(event)
                 continue
             index, piece = event
-            write = partial(
-                self.shape.chunk, index, piece, self.model.tokenizer.decode, sent_chars.get(index)
-            )
-            chunk = await self.threads.run(write, size=_said_size(piece))
+            chunk = self.shape.chunk(index, piece, self.model.tokenizer.decode, sent_chars.get(index))
             sent_chars[index] = sent_chars.get(index, 0) + len(piece.text)
             if not reply.has_begun:
                 await reply.begin_events()
@@ -155,11 +148,6 @@ def _of_prompt(echo: ChoiceText, first: TextDelta) -> list[TokenLogprobs | None]
     if len(first.prompt_logprobs) != len(echo.token_ids) - 1:
         raise EngineFault("the replica did not say the logprobs of the prompt")
     return [None, *first.prompt_logprobs]
-
-
-def _said_size(choice: ChoiceText) -> int:
-    """Characters of the many small texts that logprobs are."""
-    return SAID_SIZE * sum([said is not None for said in choice.logprobs])
 
 
 def _piece(delta: TextDelta) -> ChoiceText:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.openai.json_pieces import Entries
 from replicas.request import FinishReason, TokenLogprobs
 
 REPLACEMENT = "\ufffd"
@@ -59,29 +60,27 @@ def completion_logprobs(
     The sampled token is among the likeliest, whether it is one of them or not.
     """
     return {
-        "tokens": [token_text(token_id, decode) for token_id in token_ids],
-        "token_logprobs": [None if entry is None else entry.logprob for entry in said],
-        "top_logprobs": [
+        "tokens": Entries(token_text(token_id, decode) for token_id in token_ids),
+        "token_logprobs": Entries(None if entry is None else entry.logprob for entry in said),
+        "top_logprobs": Entries(
             None if entry is None else _by_text((*entry.top, (token_id, entry.logprob)), decode)
             for token_id, entry in zip(token_ids, said, strict=True)
-        ],
-        "text_offset": text_offsets(token_ids, decode, first_offset=first_offset),
+        ),
+        "text_offset": Entries(text_offsets(token_ids, decode, first_offset=first_offset)),
     }
 
 
-def text_offsets(token_ids: Sequence[int], decode: Decode, *, first_offset: int) -> list[int]:
+def text_offsets(token_ids: Sequence[int], decode: Decode, *, first_offset: int) -> Iterator[int]:
     """Where in the text each token begins: parts of a character with it, a token without text where it is."""
-    offsets: list[int] = []
     open_ids: list[int] = []
     offset = first_offset
     for token_id in token_ids:
-        offsets.append(offset)
+        yield offset
         open_ids.append(token_id)
         text = decode(open_ids)
         if not text.endswith(REPLACEMENT) or len(open_ids) == MAX_TOKENS_OF_CHARACTER:
             offset += len(text)
             open_ids.clear()
-    return offsets
 
 
 def chat_logprobs(
@@ -89,12 +88,12 @@ def chat_logprobs(
 ) -> dict[str, Any]:
     """Of `/v1/chat/completions`: one entry for each token."""
     return {
-        "content": [
+        "content": Entries(
             _entry(token_id, entry.logprob, decode)
             | {"top_logprobs": [_entry(top_id, logprob, decode) for top_id, logprob in entry.top]}
             for token_id, entry in zip(token_ids, said, strict=True)
             if entry is not None
-        ],
+        ),
         "refusal": None,
     }
 

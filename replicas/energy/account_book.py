@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import chain
 from struct import pack
 
 import numpy as np
@@ -62,10 +63,8 @@ class AccountBook:
         account = self.accounts.get(request_id)
         if account is None:
             account = self._open(request_id, payer)
-            if request_id in self._final:
-                self._ended[request_id] = account
             if len(self.accounts) > self._max_requests:
-                oldest_id = next(iter(self._ended or self.accounts))
+                oldest_id = next(one for one in chain(self._ended, self.accounts) if one != request_id)
                 self._finish(self.accounts[oldest_id])
                 self._num_evicted += 1
         return account
@@ -85,7 +84,7 @@ class AccountBook:
     def places(self, step: Step) -> Integers:
         """The rows of its members; one that fell out of the bounds comes back for it."""
         if step.num_evicted != self._num_evicted:
-            rows = [self._claim(request_id).row for request_id in step.rows.ids]
+            rows = [self._claim(request_id, step).row for request_id in step.rows.ids.tolist()]
             step.places, step.num_evicted = _integers(rows, len(rows)), self._num_evicted
         return step.places
 
@@ -136,13 +135,18 @@ class AccountBook:
         else:
             self._running.add(request_id)
 
-    def _claim(self, request_id: int) -> Account:
-        return self.accounts.get(request_id) or self._open(request_id, "")
+    def _claim(self, request_id: int, step: Step) -> Account:
+        """Open until the step is divided, whatever else is known of it."""
+        account = self.accounts.get(request_id) or self._open(request_id, "")
+        account.last_ns = max(account.last_ns, step.end_ns)
+        return account
 
     def _open(self, request_id: int, payer: str) -> Account:
         account = self._cashier.accounts.open(request_id, self._cashier.payers.known(payer))
         self.accounts[request_id] = account
         self._rows[request_id] = account.row
+        if request_id in self._final:
+            self._ended[request_id] = account
         return account
 
     def _finish(self, account: Account) -> None:

@@ -76,15 +76,15 @@ class EnergyAgent:
         if not 0.001 <= poll_s <= 1.0:
             raise ValueError(f"poll_s={poll_s}: give 0.001 to 1.0 (a GPU counter moves every 0.1 s)")
         self.registry = CollectorRegistry()
-        self._clock = clock
+        self.clock = clock
         self._exit_after_idle_s = exit_after_idle_s
         self._host = open_host_meter(host_meter, powercap_dir)
         self._pollers: dict[WatchKey, MeterPoller] = {}
         self._making = asyncio.Lock()
-        self._schedule = ReadSchedule(poll_s=poll_s)
+        self._schedule = ReadSchedule(poll_s=poll_s, clock=clock)
         self._thread = PollThread(self._schedule, host=self._host)
         self._settings = MeterSettings(
-            poll_ns=round(poll_s * 1e9), cpu_static_w=cpu_static_w, cpu_core_w=cpu_core_w
+            poll_ns=round(poll_s * 1e9), cpu_static_w=cpu_static_w, cpu_core_w=cpu_core_w, clock=clock
         )
         self._calls = AsideCalls()
         self._num_silent = 0
@@ -102,7 +102,7 @@ class EnergyAgent:
     @property
     def cpu_share(self) -> float:
         """Part of one core this process has used since the agent was made: what measuring costs."""
-        elapsed_ns = max(self._clock() - self._started_ns, 1)
+        elapsed_ns = max(self.clock() - self._started_ns, 1)
         return (time.process_time_ns() - self._started_cpu_ns) / elapsed_ns
 
     async def start(self, *addresses: str) -> tuple[str, ...]:
@@ -202,7 +202,7 @@ class EnergyAgent:
                 yield await subscriber.take()
         finally:
             self._count_watch(-1, can_ask=can_ask)
-            self._used_ns = self._clock()
+            self._used_ns = self.clock()
             poller.unsubscribe(subscriber)
             if not poller.is_watched and self._pollers.get(key) is poller:
                 del self._pollers[key]
@@ -254,7 +254,7 @@ class EnergyAgent:
             return 3600.0
         if self._num_watches:
             return self._exit_after_idle_s
-        return max(0.0, self._exit_after_idle_s - (self._clock() - self._used_ns) / 1e9)
+        return max(0.0, self._exit_after_idle_s - (self.clock() - self._used_ns) / 1e9)
 
     def _bind(self, server: aio.Server, address: str) -> str:
         if address.startswith("unix:"):
@@ -308,6 +308,13 @@ class _Servicer(EnergyAgentServicer):
             await edges.aclose()
             if pipe is not None:
                 pipe.close()
+
+    async def ReadClock(  # noqa: N802
+        self,
+        request: wire.ReadClockRequest,
+        context: aio.ServicerContext[wire.ReadClockRequest, wire.ReadClockResponse],
+    ) -> wire.ReadClockResponse:
+        return wire.ReadClockResponse(t_ns=self._agent.clock())
 
     async def DescribeMeters(  # noqa: N802
         self,

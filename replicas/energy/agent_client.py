@@ -1,15 +1,18 @@
 """Readings of a host's energy agent, as one endless stream that survives the agent's restarts.
 
-Called by the supervisor; the other end is `agent.py` on the same host, so both clocks are one.
+Called by the supervisor; the other end is `agent.py`. On the same host both clocks are one; the times of
+another host's agent are told by ours.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc import aio
@@ -18,12 +21,19 @@ from protos import wattline_energy_pb2 as wire
 from protos.wattline_energy_pb2_grpc import EnergyAgentStub
 from replicas.energy.ask_pipe import Asker
 from replicas.energy.edge_pipe import read_edges
+from replicas.energy.host_clock import HostClock
 from replicas.energy.meter import Reading, Source
 from replicas.errors import MeterUnavailable
+
+if TYPE_CHECKING:
+    from protos.wattline_energy_pb2_grpc import EnergyAgentAsyncStub
 
 _LOG = logging.getLogger(__name__)
 _FIRST_DELAY_S = 0.05
 _LONGEST_DELAY_S = 2.0
+_FIRST_QUESTIONS = 5
+_QUESTION_PERIOD_S = 10.0
+_QUESTION_TIMEOUT_S = 5.0
 _GIVE_UP = frozenset(
     {
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -47,6 +57,7 @@ async def watch_readings(
     gpu_uuids: Sequence[str] = (),
     pids: Sequence[int] = (),
     meter: str = "auto",
+    is_far: bool = False,
     asker: Asker | None = None,
     on_metrics_address: Callable[[str], None] = lambda _: None,
     on_state: Callable[[str], None] = lambda _: None,
@@ -57,6 +68,7 @@ async def watch_readings(
     then doubling up to 2 s; the first reading after that has `gap` set, and `energy_mj` goes on from where it
     was. Raises MeterUnavailable, with the agent's own words, when it refuses the watch.
 
+    `is_far`: it is another host's agent, whose clock is asked for at each dial and every 10 s.
     `asker`: tells an agent of this host when edges are needed; without it they come at a fixed pace.
     `on_metrics_address` hears where the agent shows its /metrics, again after each dial, and `on_state` the
     meter's state, when its reads begin or cease to hang.
@@ -77,8 +89,9 @@ async def watch_readings(
     while True:
         async with aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
             try:
-                call = EnergyAgentStub(channel).Watch(request)
-                async with aclosing(_edges(call, ears)) as edges:
+                stub = EnergyAgentStub(channel)
+                watch = _far_edges(stub, request, ears) if is_far else _edges(stub.Watch(request), ears)
+                async with aclosing(watch) as edges:
                     async for batch in edges:
                         delay_s = _FIRST_DELAY_S
                         for reading in batch:
@@ -132,6 +145,36 @@ async def _edges(
                 yield batch
         await ended
         return
+
+
+async def _far_edges(
+    stub: EnergyAgentAsyncStub, request: wire.WatchEnergyRequest, ears: _Ears
+) -> AsyncGenerator[list[Reading], None]:
+    """The edges of another host, told by our clock."""
+    clock = HostClock()
+    for _ in range(_FIRST_QUESTIONS):
+        await _ask(stub, clock)
+    asking = asyncio.create_task(_keep_asking(stub, clock))
+    try:
+        async with aclosing(_edges(stub.Watch(request), ears)) as batches:
+            async for batch in batches:
+                yield [replace(reading, t_ns=clock.to_ours(reading.t_ns)) for reading in batch]
+    finally:
+        asking.cancel()
+
+
+async def _keep_asking(stub: EnergyAgentAsyncStub, clock: HostClock) -> None:
+    """An answer that does not come is not missed: the watch itself ends with the connection."""
+    while True:
+        await asyncio.sleep(_QUESTION_PERIOD_S)
+        with suppress(aio.AioRpcError):
+            await _ask(stub, clock)
+
+
+async def _ask(stub: EnergyAgentAsyncStub, clock: HostClock) -> None:
+    asked_ns = time.monotonic_ns()
+    answer = await stub.ReadClock(wire.ReadClockRequest(), timeout=_QUESTION_TIMEOUT_S)
+    clock.note(asked_ns=asked_ns, theirs_ns=answer.t_ns, answered_ns=time.monotonic_ns())
 
 
 async def _follow(

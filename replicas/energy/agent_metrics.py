@@ -14,6 +14,8 @@ from replicas.energy.polling import MeterPoller
 
 _LABELS = ["hw_id", "hw_type", "source"]
 _MAX_RETIRED = 256
+_Series = tuple[str, Source, MeterScope]
+"""Whose joules, by what meter, of what."""
 
 
 class MeterSeries(Collector):
@@ -36,15 +38,12 @@ class MeterSeries(Collector):
         self._pollers = pollers
         self._count_reads = count_reads
         self._host = host
-        self._retired_mj: dict[tuple[str, Source, MeterScope], int] = {}
+        self._retired_mj: dict[_Series, int] = {}
 
     def retire(self, poller: MeterPoller) -> None:
-        """Keep the count of a poller that stops: a counter must not fall."""
-        if poller.last is None:
-            return
-        key = (poller.group, poller.last.source, poller.scope)
-        self._retired_mj[key] = self._retired_mj.get(key, 0) + poller.energy_mj
-        if len(self._retired_mj) > _MAX_RETIRED:
+        """Keep the counts of a poller that stops: a counter must not fall."""
+        _add_sums(self._retired_mj, poller)
+        while len(self._retired_mj) > _MAX_RETIRED:
             del self._retired_mj[next(iter(self._retired_mj))]
 
     def collect(self) -> Iterable[Metric]:
@@ -52,12 +51,9 @@ class MeterSeries(Collector):
         sums_mj = dict(self._retired_mj)
         power = GaugeMetricFamily("hw_power_watts", "Average power of the last edges.", labels=_LABELS)
         for poller in list(self._pollers()):
-            if poller.last is None:
-                continue
-            key = (poller.group, poller.last.source, poller.scope)
-            sums_mj[key] = sums_mj.get(key, 0) + poller.energy_mj
-            if poller.power_w is not None:
-                power.add_metric(_labels(*key), poller.power_w)
+            _add_sums(sums_mj, poller)
+            if poller.last is not None and poller.power_w is not None:
+                power.add_metric(_labels(poller.group, poller.last.source, poller.scope), poller.power_w)
         energy = CounterMetricFamily(
             "hw_energy_joules", "Energy since the agent began to watch.", labels=_LABELS
         )
@@ -78,6 +74,12 @@ class MeterSeries(Collector):
         yield CounterMetricFamily(
             "wattline_energy_agent_cpu_seconds", "CPU time of the agent's process.", value=time.process_time()
         )
+
+
+def _add_sums(sums_mj: dict[_Series, int], poller: MeterPoller) -> None:
+    for source, energy_mj in poller.sums_mj.items():
+        series = (poller.group, source, poller.scope)
+        sums_mj[series] = sums_mj.get(series, 0) + energy_mj
 
 
 def _worst_last(pollers: Iterable[MeterPoller]) -> list[MeterPoller]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import numpy as np
@@ -118,6 +118,7 @@ class Ledger:
         self._lost: list[tuple[int, int]] = []
         self._windows: deque[Window] = deque()
         self._last_reading: Reading | None = None
+        self._owes_gap = False
         self._last_step: Step | None = None
         self._newest_step_end_ns = 0
         self._overrun_ns = 0
@@ -169,11 +170,14 @@ class Ledger:
         self._lost.append((start_ns, end_ns))
 
     def add_reading(self, reading: Reading) -> None:
-        """The meter at a later instant. The first one only starts the count; an older one is dropped."""
+        """The meter at a later instant. The first only starts the count; of an older one its gap remains."""
         last = self._last_reading
         if last is not None and reading.t_ns <= last.t_ns:
             self._num_dropped_readings += 1
+            self._owes_gap = self._owes_gap or reading.gap
             return
+        if self._owes_gap:
+            reading, self._owes_gap = replace(reading, gap=True), False
         self._last_reading = reading
         self._book.source = reading.source
         self._cashier.host.add_reading(reading)
@@ -364,7 +368,7 @@ class Ledger:
     def _open_weights(self, account: Account) -> tuple[float, float]:
         """Prefill and decode weight of `account` in steps that are not fully billed, of the newest ones."""
         shares = [
-            Share(step, step.end_ns - max(step.start_ns, self._closed_until_ns), 0, 0)
+            Share(step, max(0, step.end_ns - max(step.start_ns, self._closed_until_ns)), 0, 0)
             for step in self._steps[-_STEPS_ESTIMATED:]
             if account.request_id in step.rows.ids.tolist()
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from replicas.energy.cpu_model import CpuModelMeter
@@ -23,6 +25,8 @@ class MeterSettings:
     poll_ns: int
     cpu_static_w: float
     cpu_core_w: float
+    clock: Callable[[], int] = time.monotonic_ns
+    """Of the edges' times."""
 
 
 def open_meter(key: WatchKey, settings: MeterSettings) -> Meter:
@@ -30,16 +34,19 @@ def open_meter(key: WatchKey, settings: MeterSettings) -> Meter:
 
     `auto` never answers for GPUs with an estimate of the CPUs: that would be off by any factor.
     """
+    clock = settings.clock
     if key.meter == "fake":
-        return FakeMeter(((0, _FAKE_POWER_W),))
+        return FakeMeter(((0, _FAKE_POWER_W),), clock=clock)
     if key.meter == "nvml" or (key.meter == "auto" and key.gpu_uuids):
-        return NvmlMeter(key.gpu_uuids, poll_ns=settings.poll_ns)
+        return NvmlMeter(key.gpu_uuids, poll_ns=settings.poll_ns, clock=clock)
     if key.meter == "rapl":
-        return RaplMeter()
+        return RaplMeter(clock=clock)
     if key.meter == "zeus":
-        return ZeusMeter()
+        return ZeusMeter(clock=clock)
     if key.pids:
-        return CpuModelMeter(key.pids, static_w=settings.cpu_static_w, core_w=settings.cpu_core_w)
+        return CpuModelMeter(
+            key.pids, static_w=settings.cpu_static_w, core_w=settings.cpu_core_w, clock=clock
+        )
     raise MeterUnavailable(
         f"meter {key.meter!r} has nothing to read: name gpu_uuids, or pids for an estimate"
     )

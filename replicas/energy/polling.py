@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from replicas.energy.edge_pipe import EdgePipe
 from replicas.energy.host_meter import HostSeat
-from replicas.energy.meter import Meter, MeterHealth, MeterScope, MeterState, Reading
+from replicas.energy.meter import Meter, MeterHealth, MeterScope, MeterState, Reading, Source
 
 _EDGES_KEPT = 256
 _POWER_NS = 500_000_000
@@ -69,17 +69,15 @@ class Subscriber:
 
 
 class MeterPoller:
-    """Reads `meter` when the poll thread says so, and hands each edge to the subscribers.
-
-    `energy_mj` counts since its making.
-    """
+    """Reads `meter` when the poll thread says so, and hands each edge to the subscribers."""
 
     def __init__(self, meter: Meter, *, group: str, seat: HostSeat | None = None) -> None:
         """`seat`: where its part of the host's own energy is known, if anywhere."""
         self.group = group
         self.last: Reading | None = None
         self.has_seat = seat is not None
-        self._first: Reading | None = None
+        self.sums_mj: dict[Source, int] = {}
+        """What was counted since its making, by the source of each edge; replaced, never changed."""
         self._marks: tuple[Reading, Reading] | None = None
         self._meter = meter
         self.edges = meter.edges
@@ -97,10 +95,6 @@ class MeterPoller:
     @property
     def health(self) -> MeterHealth:
         return _HANGS if self._hangs else self._meter.health()
-
-    @property
-    def energy_mj(self) -> int:
-        return self.last.energy_mj - self._first.energy_mj if self.last and self._first else 0
 
     @property
     def power_w(self) -> float | None:
@@ -146,12 +140,13 @@ class MeterPoller:
         if self._owes_gap:
             reading, self._owes_gap = replace(reading, gap=True), False
         if self._marks is None:
-            self._first = reading
             self._marks = (reading, reading)
         elif reading.t_ns - self._marks[1].t_ns >= _POWER_NS:
             self._marks = (self._marks[1], reading)
         if self._seat is not None:
             reading = replace(reading, host_mj=self._seat.take_mj(self._power_w(reading) or 0.0))
+        new_mj = 0 if last is None else reading.energy_mj - last.energy_mj
+        self.sums_mj = {**self.sums_mj, reading.source: self.sums_mj.get(reading.source, 0) + new_mj}
         with self._lock:
             self.last = reading
             for subscriber in self._subscribers:

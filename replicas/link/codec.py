@@ -9,7 +9,6 @@ from replicas.energy.meter import CONFIDENCE_FACTORS
 from replicas.expert_heat import ExpertHeat
 from replicas.frames import Cancel, Stop, Submit
 from replicas.link.messages import (
-    PROTOCOL_VERSION,
     Drain,
     EnergyStatement,
     LedgerState,
@@ -18,6 +17,7 @@ from replicas.link.messages import (
     RouterCommand,
 )
 from replicas.link.outbox import Parcel
+from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.wire.deltas import delta_to_wire
 from replicas.wire.loads import load_to_wire
 from replicas.wire.requests import request_from_wire
@@ -87,7 +87,7 @@ def add_ledger(message: link_pb2.FromReplica, ledger: LedgerState | None) -> Non
     """One entry per source; none while no meter spoke."""
     if ledger is None:
         return
-    message.agent_metrics_address = ledger.agent_metrics_address
+    message.agent_metrics_addresses.extend(ledger.agent_metrics_addresses)
     message.ledger.extend(
         link_pb2.LedgerTotals(
             until_ns=ledger.until_ns,

@@ -17,8 +17,6 @@ from replicas.request import EngineReady, LoadSnapshot
 from replicas.supervisor.energy_account import EnergySums
 from replicas.supervisor.rank_group import RankProcess
 
-PROTOCOL_VERSION = 2
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaCard:
@@ -57,8 +55,8 @@ class LedgerState:
 
     until_ns: int
     sums: Mapping[Source, EnergySums] = field(default_factory=dict)
-    agent_metrics_address: str = ""
-    """Of the energy agent that reads the meter; empty: it shows none."""
+    agent_metrics_addresses: tuple[str, ...] = ()
+    """Of the energy agents that read the meter, this host's first; an empty one shows none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,8 +151,8 @@ class ModelRunner:
         `support` None: what the device has; a CPU runs its steps here and now.
         """
         device = device_of(config)
-        folder = Path(config.source)
-        spec = ModelSpec.from_folder(folder)
+        folder, spec = Path(config.source), config.spec
+        assert spec is not None, "whoever starts ranks has read the spec"
         if device.type == "cuda":
             torch.cuda.set_device(device)
             support = support or cuda_support(config, spec, device)
@@ -312,9 +312,7 @@ class ModelRunner:
             collectives=self._collectives,
             has_spans=self._has_spans,
         )
-        sizes = bucket_sizes(
-            min(limits.max_sequences, limits.step_tokens), has_experts=self.spec.num_experts > 0
-        )
+        sizes = bucket_sizes(min(limits.max_sequences, limits.step_tokens))
         return DeviceSteps(parts, support, sizes)
 
     def _settle_attention(self, pages: PageAttention) -> None:

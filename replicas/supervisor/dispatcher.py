@@ -120,7 +120,7 @@ class Dispatcher:
         return LedgerState(
             until_ns=energy.divided_until_ns,
             sums=energy.sums,
-            agent_metrics_address=energy.agent_metrics_address,
+            agent_metrics_addresses=energy.agent_metrics_addresses,
         )
 
     def cache(self) -> tuple[CacheChange, ...]:

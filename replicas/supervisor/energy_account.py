@@ -111,8 +111,8 @@ class EnergyAccount:
         self._cost_since: tuple[int, int, int] | None = None
         self._busy_ns = 0
         self._power_since: tuple[int, int, int] | None = None
-        self.agent_metrics_address = ""
-        """Of whoever reads the meter; told with the sums."""
+        self.agent_metrics_addresses: tuple[str, ...] = ()
+        """Of those who read the meter; told with the sums."""
         self.power_w: float | None = None
         self.joules_per_token: float | None = None
         self.idle_power_w: float | None = None

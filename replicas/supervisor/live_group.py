@@ -26,8 +26,8 @@ from replicas.supervisor.dispatcher import Dispatcher
 from replicas.supervisor.energy_account import EnergyAccount
 from replicas.supervisor.engine_socket import EngineSocket
 from replicas.supervisor.expert_metrics import ExpertSnapshot, next_snapshot
+from replicas.supervisor.feed import MeterFeed
 from replicas.supervisor.learned_energy import LearnedFile
-from replicas.supervisor.meter_feed import MeterFeed
 from replicas.supervisor.metrics import MetricsSnapshot, ReplicaMetrics
 from replicas.supervisor.rank_group import RankGroup
 from replicas.supervisor.step_log import StepLog
@@ -180,7 +180,7 @@ class LiveGroup:
         try:
             async with aclosing(self._feed.readings()) as readings:
                 async for reading in readings:
-                    self._energy.agent_metrics_address = self._feed.metrics_address
+                    self._energy.agent_metrics_addresses = self._feed.metrics_addresses
                     self._energy.add_reading(reading)
                     self.dispatcher.settle_energy()
                     self._first_reading.set()

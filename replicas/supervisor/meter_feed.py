@@ -1,4 +1,4 @@
-"""Where a supervisor's meter readings come from: the energy agent of its host, or a fake of its own."""
+"""Where a supervisor's meter readings come from: the agents of its group's hosts, or a fake of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Protocol
 
 from replicas.config import ReplicaConfig
 from replicas.energy.agent_client import watch_readings
@@ -14,7 +13,9 @@ from replicas.energy.ask_pipe import Asker
 from replicas.energy.meter import Reading
 from replicas.energy.replay import StepPowerMeter
 from replicas.request import StepRecord
+from replicas.supervisor.feed import MeterFeed
 from replicas.supervisor.rank_group import RankProcess
+from replicas.supervisor.sum_feed import SumFeed
 
 FAKE_POLL_S = 0.03
 GPU_UUID_PREFIX = "GPU-"
@@ -22,28 +23,10 @@ GPU_UUID_PREFIX = "GPU-"
 logger = logging.getLogger(__name__)
 
 
-class MeterFeed(Protocol):
-    """An endless stream of readings of one group's devices.
-
-    `metrics_address` is where its meter shows its own /metrics; empty: nowhere, or not known yet.
-    """
-
-    metrics_address: str
-
-    def note_step(self, record: StepRecord) -> None:
-        """A forward pass ran."""
-
-    def want_edge(self) -> None:
-        """A request begins or has ended: a reading is wanted soon."""
-
-    def readings(self) -> AsyncGenerator[Reading, None]:
-        """Yields until closed. Raises MeterUnavailable when there is no such meter."""
-
-
 class FakeFeed:
     """The null engine's meter: it knows only what the steps tell it."""
 
-    metrics_address = ""
+    metrics_addresses = ()
 
     def __init__(self, *, power_w: float, idle_power_w: float) -> None:
         self._meter = StepPowerMeter(power_w=power_w, idle_power_w=idle_power_w)
@@ -61,10 +44,16 @@ class FakeFeed:
 
 
 class AgentFeed:
-    """The meters of this host, watched by its energy agent for the devices and processes of the group."""
+    """The meters of one host, watched by its energy agent for the devices and processes of the group there.
 
-    def __init__(self, *, address: str, group: str, ranks: Sequence[RankProcess], meter: str) -> None:
-        self.metrics_address = ""
+    `is_far`: it is not this host.
+    """
+
+    def __init__(
+        self, *, address: str, group: str, ranks: Sequence[RankProcess], meter: str, is_far: bool = False
+    ) -> None:
+        self.metrics_addresses: tuple[str, ...] = ("",)
+        self._is_far = is_far
         self._address = address
         self._group = group
         self._gpu_uuids = [rank.device for rank in ranks if rank.device.startswith(GPU_UUID_PREFIX)]
@@ -86,6 +75,7 @@ class AgentFeed:
             gpu_uuids=self._gpu_uuids,
             pids=self._pids,
             meter=self._meter,
+            is_far=self._is_far,
             asker=self._asker,
             on_metrics_address=self._note_metrics_address,
             on_state=self._note_state,
@@ -98,7 +88,7 @@ class AgentFeed:
             self._asker.close()
 
     def _note_metrics_address(self, address: str) -> None:
-        self.metrics_address = address
+        self.metrics_addresses = (address,)
 
     def _note_state(self, state: str) -> None:
         """While its reads hang, bills stay open; requests are told provisional figures."""
@@ -108,7 +98,30 @@ class AgentFeed:
 def make_feed(config: ReplicaConfig, *, group: str, ranks: Sequence[RankProcess]) -> MeterFeed | None:
     """None where nothing meters this replica: its energy is unknown."""
     if config.energy_agent:
-        return AgentFeed(address=config.energy_agent, group=group, ranks=ranks, meter=config.meter)
+        return _agent_feed(config, group=group, ranks=ranks)
     if config.source == "null" or config.meter == "fake":
         return FakeFeed(power_w=config.null.power_w, idle_power_w=config.null.idle_power_w)
     return None
+
+
+def _agent_feed(config: ReplicaConfig, *, group: str, ranks: Sequence[RankProcess]) -> MeterFeed:
+    """An agent for each host that has ranks; rank 0 is on this one."""
+    hosts: dict[str, list[RankProcess]] = {}
+    for rank in ranks:
+        hosts.setdefault(rank.node, []).append(rank)
+    feeds = [
+        AgentFeed(
+            address=_far_address(there[0], config) if node else config.energy_agent,
+            group=group,
+            ranks=there,
+            meter=config.meter,
+            is_far=bool(node),
+        )
+        for node, there in hosts.items()
+    ]
+    return feeds[0] if len(feeds) == 1 else SumFeed(feeds)
+
+
+def _far_address(rank: RankProcess, config: ReplicaConfig) -> str:
+    host = f"[{rank.address}]" if ":" in rank.address else rank.address
+    return f"{host}:{config.energy_agent_port}"

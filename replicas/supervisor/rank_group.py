@@ -33,11 +33,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankProcess:
-    """One running rank. `device` is `cpu`, or the UUID of its GPU (`GPU-...`), which the meters go by."""
+    """One running rank. `device` is `cpu`, or the UUID of its GPU (`GPU-...`), which the meters go by.
+
+    `node` and `address` are of a rank on another host than its supervisor, where alone its pid has a meaning;
+    both are empty on the supervisor's.
+    """
 
     rank: int
     pid: int
     device: str
+    node: str = ""
+    address: str = ""
 
 
 class RankGroup(Protocol):

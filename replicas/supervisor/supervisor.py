@@ -22,6 +22,9 @@ from replicas.config import RankConfig, ReplicaConfig
 from replicas.errors import RankLost
 from replicas.frames import LoadingProgress
 from replicas.link.messages import ReplicaCard
+from replicas.models.spec import ModelSpec
+from replicas.models.spec_reader import read_spec_apart
+from replicas.parallel.degrees import shard_of
 from replicas.request import EngineReady
 from replicas.supervisor.engine_socket import EngineSocket
 from replicas.supervisor.group_files import GroupFiles
@@ -93,8 +96,8 @@ class Supervisor:
     async def start(self) -> None:
         """Return when the engine is ready and a first router is attached, or none was found in time.
 
-        Raises RankLost if a rank dies or the engine is not ready within `ready_timeout_s`; nothing is left
-        behind then.
+        Raises BadCheckpoint or BadParallelism before a rank starts, RankLost if a rank dies or the engine is
+        not ready within `ready_timeout_s`; nothing is left behind then.
         """
         assert self._runner is None, "a supervisor starts once"
         try:
@@ -161,9 +164,10 @@ class Supervisor:
         logger.info("replica_stopped id=%s reason=%s", self._config.replica_id, reason)
 
     async def _start_engine(self) -> EngineReady:
+        configs = self._rank_configs(await self._read_spec())
         self._files.remove_shared()
         await self._socket.listen()
-        self.processes = await self._ranks.start(self._rank_configs())
+        self.processes = await self._ranks.start(configs)
         ready = asyncio.ensure_future(self._read_until_ready())
         death = asyncio.ensure_future(self._ranks.wait_death())
         timeout_s = self._config.ready_timeout_s
@@ -190,7 +194,15 @@ class Supervisor:
             if isinstance(event, LoadingProgress):
                 self._progress[event.rank] = event
 
-    def _rank_configs(self) -> list[RankConfig]:
+    async def _read_spec(self) -> ModelSpec | None:
+        """Of the checkpoint, once for all ranks; None for the null engine."""
+        if self._config.source == "null":
+            return None
+        spec = await asyncio.to_thread(read_spec_apart, Path(self._config.source))
+        shard_of(spec, self._config.parallel, 0)
+        return spec
+
+    def _rank_configs(self, spec: ModelSpec | None) -> list[RankConfig]:
         config, files = self._config, self._files
         return [
             RankConfig(
@@ -208,6 +220,7 @@ class Supervisor:
                 quantization=config.quantization,
                 socket_path=str(files.socket_path) if rank == 0 else "",
                 shared_dir=config.shared_dir,
+                spec=spec,
                 null=config.null,
             )
             for rank in range(config.parallel.num_ranks)

@@ -17,8 +17,8 @@ from replicas.layers.triton.layers import DeviceLayers
 from replicas.layers.triton.page_attention import PageAttention
 from replicas.layers.triton.sequences import DeviceSequences
 from replicas.models.checkpoint import Checkpoint
+from replicas.models.config_file import read_spec
 from replicas.models.decoder import Decoder
-from replicas.models.spec import ModelSpec
 from replicas.models.weights import load_weights
 from replicas.parallel.collectives import SoloCollectives
 from replicas.parallel.degrees import shard_of
@@ -36,7 +36,7 @@ class TwoPaths:
     """One rank's decoder twice over the same weights: torch leaves, and device kernels; a cache each."""
 
     def __init__(self, folder: Path, device: torch.device, *, expert: int = 1) -> None:
-        spec = ModelSpec.from_folder(folder)
+        spec = read_spec(folder)
         shard = shard_of(spec, ParallelConfig(expert=expert), expert - 1)
         with Checkpoint(folder) as checkpoint:
             weights = load_weights(
@@ -122,7 +122,7 @@ def test_a_dense_model_gives_the_logits_of_the_torch_path(tmp_path: Path, device
 @torch.inference_mode()
 def test_varlen_attention_gives_the_logits_of_the_torch_path(tmp_path: Path, device: torch.device) -> None:
     paths = TwoPaths(make_granite(tmp_path), device)
-    scale = ModelSpec.from_folder(tmp_path).attention_scale
+    scale = read_spec(tmp_path).attention_scale
     recorded = Recorded(varlen_reference)
     paths.layers.pages = PageAttention(scale=scale, find=lambda: recorded, choice=VARLEN_ALONE)
     for plan in make_plans():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from bench.engine import EngineSetup, EngineUnderTest
+from replicas.config import NullEngineConfig
 from replicas.errors import RankLost
 
 
 @pytest.mark.processes
-async def test_a_rank_that_cannot_start_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
-    with pytest.raises(RankLost, match=r"the engine of .* ended: .*nothing"):
-        async with EngineUnderTest(EngineSetup(source=str(tmp_path / "nothing"))):
+async def test_a_rank_that_cannot_start_is_an_error_and_not_a_wait() -> None:
+    stillborn = EngineSetup(source="null", null=NullEngineConfig(fail_at_step=1))
+    with pytest.raises(RankLost, match="the engine of null ended: rank 0"):
+        async with EngineUnderTest(stillborn):
             pass

@@ -13,6 +13,7 @@ from cluster.request.completion import Turn
 from cluster.text.tokenizers import CheckpointTokenizer
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.frames import Shutdown, Submit
+from replicas.models.config_file import read_spec
 from replicas.request import FinishReason, GenerationRequest
 from tests.demo_corpus import EXAMPLES_DIR, read_pairs
 from tests.live_ranks import open_group
@@ -46,6 +47,7 @@ async def test_every_pair_is_answered_exactly(tmp_path: Path, model: str, parall
         limits=EngineLimits(max_sequences=32, num_blocks=400),
         socket_path=str(tmp_path / "rank0.sock"),
         shared_dir=str(tmp_path),
+        spec=read_spec(source),
     )
     async with open_group(config) as group:
         ready = await group.read_ready()

@@ -1,5 +1,6 @@
 """Real models in real rank processes, scheduled by the engine: the tokens are those of transformers.
 
+The ranks themselves cannot import transformers (`live_ranks.py`): what they know of a model, they are told.
 The pool is too small for all requests at once, so some are preempted and computed again on the way.
 """
 
@@ -12,6 +13,7 @@ import pytest
 
 from replicas.config import EngineLimits, ParallelConfig, RankConfig
 from replicas.frames import Shutdown, Submit
+from replicas.models.config_file import read_spec
 from replicas.rank.process import GOLDEN_PROMPT_TOKENS, GOLDEN_TOKENS
 from replicas.request import FinishReason, GenerationRequest
 from tests.checkpoints import make_granite_moe, make_llama, reference_logits
@@ -33,7 +35,12 @@ PROMPTS = tuple(
         ("llama", ParallelConfig(tensor=1), 0),
         ("llama", ParallelConfig(tensor=2), 1),
         ("granite-moe", ParallelConfig(tensor=2, expert=2), 0),
-        ("granite-moe", ParallelConfig(expert=2, layout="dispatch"), 0),
+        ("llama", ParallelConfig(tensor=4, hosts=2), 1),
+        (
+            "granite-moe",
+            ParallelConfig(expert=2, layout="dispatch", spare_experts=2, rebalance_steps=6, hosts=2),
+            0,
+        ),
     ],
 )
 async def test_a_group_answers_like_transformers(
@@ -58,6 +65,7 @@ async def test_a_group_answers_like_transformers(
         limits=limits,
         socket_path=str(tmp_path / "rank0.sock"),
         shared_dir=str(tmp_path),
+        spec=read_spec(source),
     )
     async with open_group(config) as group:
         ready = await group.read_ready()

@@ -15,11 +15,14 @@ from bench.shapley_mixes import (
     LLAMA_8B,
     MIXES,
     Mix,
+    PoweredStep,
+    edge_times_ns,
     referee_mix,
     run_mix,
 )
-from replicas.request import StepMember
+from replicas.request import StepMember, StepRecord, StepRows
 
+MS = 1_000_000
 DENSE = StepCost(costs=LLAMA_8B, device=H100_LIKE)
 MIXTURE = StepCost(costs=GRANITE_MOE, device=H100_LIKE, experts=GRANITE_EXPERTS)
 
@@ -83,15 +86,34 @@ def test_every_request_of_a_mix_gets_all_its_tokens() -> None:
 @pytest.mark.parametrize("mix", MIXES, ids=[mix.name for mix in MIXES])
 def test_the_ledger_stands_before_the_referee(mix: Mix) -> None:
     """With coefficients that are not this device's; the full match is `python -m bench shapley`."""
-    match = referee_mix(mix, num_requests=40, num_orders=6)
+    match = referee_mix(mix, num_requests=40, num_orders=6).match()
     for verdict in (match.shipped, match.learned):
         assert verdict.misallocated < 0.05
         assert verdict.deviation_p95 < 0.35
     assert 0.95 < match.ratio < 1.05
 
 
-def test_prompts_beside_many_decodes_are_divided_as_the_referee_would() -> None:
+@pytest.mark.parametrize(("window_s", "period_s", "limit"), [(0.1, None, 0.015), (0.5, 0.1, 0.02)])
+def test_prompts_beside_many_decodes_are_divided_as_the_referee_would(
+    window_s: float, period_s: float | None, limit: float
+) -> None:
     """The hardest of the mixes: chunks of long prompts rule its steps, among dozens of short decodes."""
-    match = referee_mix(MIXES[4], num_requests=120, num_orders=24)
-    assert match.learned.misallocated < 0.015
-    assert match.learned.deviation_p95 < 0.2
+    trial = referee_mix(MIXES[4], num_requests=120, num_orders=24)
+    learned = trial.match(window_s=window_s, period_s=period_s).learned
+    assert learned.misallocated < limit
+    assert learned.deviation_p95 < 0.2
+
+
+def test_a_counter_is_read_at_its_edge_behind_each_end_and_first_begin_else_each_window() -> None:
+    spans_ms = [(0, 130, 550), (0, 550, 950), (1, 2020, 2310)]
+    steps = [
+        PoweredStep(
+            StepRecord(
+                step=1, start_ns=start * MS, end_ns=end * MS, rows=StepRows.of([make_member(request_id)])
+            ),
+            energy_j=1.0,
+        )
+        for request_id, start, end in spans_ms
+    ]
+    edges_ns = edge_times_ns(steps, window_s=0.4, period_s=0.1)
+    assert edges_ns == [one * MS for one in (0, 200, 600, 1000, 1400, 1800, 2100, 2400, 2800)]

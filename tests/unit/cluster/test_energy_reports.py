@@ -82,6 +82,27 @@ def test_a_model_pays_for_its_idle_time_and_the_building() -> None:
     assert rows["m", "tdp"].energy_j == 600.0
 
 
+def test_what_is_on_no_bill_is_in_the_kwh_and_said() -> None:
+    """A router was killed with requests under way: their joules were metered, and nobody told the store."""
+    bills, meters = (sums("a", "m", "counter", output_tokens=10, energy_mj=2_000_000),), SUMMARY.models
+    summary = Summary(requests=bills, models=meters)
+    report = make_report(summary, by=Group.MODEL, site=SITE, since_s=0.0, until_s=60.0)
+    (row,) = report.rows
+    assert (row.energy_j, row.unbilled_j, row.idle_j) == (2000.0, 700.0, 900.0), "together the meter's 3600"
+    assert row.kwh == pytest.approx(3600 * 1.5 / 3.6e6)
+    out = io.StringIO()
+    Console(file=out, width=80).print(render_report(report))
+    assert "J unbilled" in out.getvalue() and "700.0" in out.getvalue()
+    earlier = Summary(
+        requests=(sums("a", "m", "counter", output_tokens=10, energy_mj=3_000_000),), models=meters
+    )
+    (row,) = make_report(earlier, by=Group.MODEL, site=SITE, since_s=0.0, until_s=60.0).rows
+    assert [row.unbilled_j, row.kwh] == pytest.approx([-300.0, 3600 * 1.5 / 3.6e6])
+    (tenant,) = make_report(summary, by=Group.TENANT, site=SITE, since_s=0.0, until_s=60.0).rows
+    assert tenant.unbilled_j is None
+    assert tenant.kwh == pytest.approx(2000 * 1.5 / 3.6e6)
+
+
 def test_unknown_joules_are_no_joules_at_all() -> None:
     report = make_report(SUMMARY, by=Group.MODEL, site=SITE, since_s=0.0, until_s=60.0)
     (unknown,) = [row for row in report.rows if row.group == "n"]

@@ -13,7 +13,7 @@ from cluster.request.completion import Turn
 from cluster.text.tokenizers import CheckpointTokenizer
 from replicas.errors import BadCheckpoint
 from replicas.models.checkpoint import Checkpoint
-from replicas.models.spec import ModelSpec
+from replicas.models.config_file import read_spec
 from tests.checkpoints import make_llama
 from tests.unit.cluster.test_tokenizers import write_tokenizer
 
@@ -74,7 +74,7 @@ def test_code_beside_a_model_is_refused(tmp_path: Path, trace: Path) -> None:
     write_module(folder, trace)
     add_auto_map(folder / "config.json", {"AutoConfig": "evil.Config"})
     with pytest.raises(BadCheckpoint, match="code shipped with a model is never run"):
-        ModelSpec.from_folder(folder)
+        read_spec(folder)
     assert not trace.exists()
 
 

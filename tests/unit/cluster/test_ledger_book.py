@@ -43,8 +43,16 @@ def make_ledger(
     )
 
 
-def test_a_report_replaces_the_one_before_it() -> None:
+def make_book(*lives: ReplicaLedger) -> LedgerBook:
+    """One that has heard of these lives before they divided anything."""
     book = LedgerBook()
+    for life in lives or (make_ledger(LedgerSums(), until_s=0),):
+        book.add(life, now_s=0.0)
+    return book
+
+
+def test_a_report_replaces_the_one_before_it() -> None:
+    book = make_book()
     book.add(make_ledger(make_sums(10, 20, 30), until_s=1), now_s=1.0)
     book.add(make_ledger(make_sums(15, 40, 30, 5), until_s=2), now_s=2.0)
     assert book.sums == {"counter": make_sums(15, 40, 30, 5)}
@@ -52,8 +60,25 @@ def test_a_report_replaces_the_one_before_it() -> None:
     assert book.confidence_factor("tdp") is None
 
 
-def test_a_new_life_adds_to_the_old_one_and_a_second_replica_to_the_first() -> None:
+def test_what_was_divided_before_a_life_was_heard_of_is_not_counted_here() -> None:
+    """A router that starts anew would else show the joules of ten days as those of its first second."""
     book = LedgerBook()
+    book.add(make_ledger(make_sums(10**9, 10**9, 10**12), until_s=864_000), now_s=1.0)
+    assert book.sums == {"counter": LedgerSums(tenants={})}
+    book.add(make_ledger(make_sums(10**9 + 1_000, 10**9, 10**12 + 500), until_s=864_001), now_s=2.0)
+    assert book.sums["counter"].meter_mj == 1_500
+    assert book.idle_share.of_mj("counter", 200) == 100.0
+    power = book.power("counter", now_s=2.0)
+    assert power is not None
+    assert power.meter_w == 1.5
+
+
+def test_a_new_life_adds_to_the_old_one_and_a_second_replica_to_the_first() -> None:
+    book = make_book(
+        make_ledger(LedgerSums(), until_s=0),
+        make_ledger(LedgerSums(), until_s=0, epoch=2),
+        make_ledger(LedgerSums(), until_s=0, replica_id="b"),
+    )
     book.add(make_ledger(make_sums(100, 0), until_s=1), now_s=1.0)
     book.add(make_ledger(make_sums(8, 0), until_s=2, epoch=2), now_s=2.0)
     book.add(make_ledger(make_sums(0, 4), until_s=2, replica_id="b"), now_s=2.0)
@@ -63,14 +88,15 @@ def test_a_new_life_adds_to_the_old_one_and_a_second_replica_to_the_first() -> N
 
 
 def test_an_older_report_is_dropped() -> None:
-    book = LedgerBook()
+    book = make_book()
     book.add(make_ledger(make_sums(10, 10), until_s=5), now_s=1.0)
     book.add(make_ledger(make_sums(5, 5), until_s=4), now_s=2.0)
     assert book.sums["counter"] == make_sums(10, 10)
 
 
 def test_sources_are_kept_apart() -> None:
-    book = LedgerBook()
+    tdp = make_ledger(LedgerSums(), until_s=0, replica_id="b", source="tdp")
+    book = make_book(make_ledger(LedgerSums(), until_s=0), tdp)
     book.add(make_ledger(make_sums(1, 1), until_s=1), now_s=1.0)
     book.add(make_ledger(make_sums(2, 2), until_s=1, replica_id="b", source="tdp"), now_s=1.0)
     assert book.sums == {"counter": make_sums(1, 1), "tdp": make_sums(2, 2)}
@@ -111,8 +137,7 @@ def test_power_is_what_was_divided_over_the_time_it_was_divided_for() -> None:
 
 
 def test_a_host_has_an_account_of_its_own_whatever_its_devices_are_read_by() -> None:
-    book = LedgerBook()
-    book.add(make_ledger(make_sums(0, 0), until_s=1), now_s=1.0)
+    book = make_book(make_ledger(make_sums(0, 0), until_s=1))
     book.add(make_ledger(make_sums(1000, 0), until_s=2), now_s=2.0)
     assert (book.host, book.host_w(now_s=2.0)) == (None, None)
     hosts = {"counter": (6000, 4000), "power_integrated": (3000, 1000)}
@@ -145,12 +170,15 @@ def test_the_parts_are_the_whole_whatever_the_replicas_do(
 ) -> None:
     book = LedgerBook()
     lives: dict[tuple[str, int], LedgerSums] = {}
+    first: dict[tuple[str, int], LedgerSums] = {}
     for second, (replica_id, epoch, *parts) in enumerate(reports):
         now = lives[replica_id, epoch] = lives.get((replica_id, epoch), LedgerSums()) + make_sums(*parts)
+        first.setdefault((replica_id, epoch), now)
         ledger = make_ledger(now, until_s=second, replica_id=replica_id, epoch=epoch)
         book.add(ledger, now_s=float(second))
     assert all(sums.is_conserved for sums in book.sums.values())
-    assert sum(book.sums.values(), LedgerSums()) == sum(lives.values(), LedgerSums())
+    known = sum(first.values(), LedgerSums())
+    assert sum(book.sums.values(), LedgerSums()) == sum(lives.values(), LedgerSums()).minus(known)
     power = book.power("counter", now_s=float(len(reports)))
     if power is not None:
         parts_w = power.prefill_w + power.decode_w + power.idle_w + power.unattributed_w
@@ -165,6 +193,7 @@ def test_tenants_of_all_replicas_are_added_up_and_those_beyond_the_bound_are_one
             make_sums(2 * len(names), 0),
             tenants={name: TenantSums(prefill_mj=2) for name in names},
         )
+        book.add(make_ledger(LedgerSums(), until_s=0, replica_id=str(number)), now_s=0.0)
         book.add(make_ledger(sums, until_s=1, replica_id=str(number)), now_s=1.0)
     sums = book.sums["counter"]
     assert sums.tenants["red"] == TenantSums(prefill_mj=6)

@@ -14,7 +14,7 @@ from replicas.config import ParallelConfig
 from replicas.errors import BadCheckpoint
 from replicas.models import checkpoint as checkpoint_module
 from replicas.models.checkpoint import Checkpoint
-from replicas.models.spec import ModelSpec
+from replicas.models.config_file import read_spec
 from replicas.models.weights import ExpertWeights, MlpWeights, ModelWeights, load_weights
 from replicas.parallel.degrees import shard_of
 from tests.checkpoints import make_granite_moe, make_llama
@@ -27,7 +27,7 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], name: str = "model.safe
 
 
 def load(folder: Path, *, tensor: int = 1, expert: int = 1, rank: int = 0) -> ModelWeights:
-    spec = ModelSpec.from_folder(folder)
+    spec = read_spec(folder)
     shard = shard_of(spec, ParallelConfig(tensor=tensor, expert=expert), rank)
     with Checkpoint(folder) as opened:
         return load_weights(
@@ -108,7 +108,7 @@ def test_a_tied_head_is_the_embedding_itself(tmp_path: Path) -> None:
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "llama")
-    spec = ModelSpec.from_folder(folder)
+    spec = read_spec(folder)
     seen: list[tuple[str, int, int]] = []
     with Checkpoint(folder) as opened:
         load_weights(
@@ -142,7 +142,7 @@ def test_only_one_tensor_at_a_time_waits_on_the_host(tmp_path: Path, monkeypatch
         return tensor
 
     monkeypatch.setattr(Checkpoint, "read", watched)
-    spec = ModelSpec.from_folder(source)
+    spec = read_spec(source)
     with Checkpoint(source) as opened:
         load_weights(
             opened,

@@ -12,7 +12,7 @@ from replicas.config import EngineLimits, ParallelConfig
 from replicas.errors import BadKernels
 from replicas.layers.triton import varlen
 from replicas.layers.triton.varlen import varlen_facts
-from replicas.models.spec import ModelSpec
+from replicas.models.config_file import read_spec
 from replicas.rank import device_setup
 from replicas.rank.device_setup import cuda_support
 from tests.checkpoints import make_llama
@@ -39,7 +39,7 @@ def test_an_attention_that_cannot_be_is_refused_before_weights_are_loaded(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(device_setup, "load_device_kernels", lambda: object() if has_triton else None)
     with pytest.raises(BadKernels, match=f"attention is '{attention}', but {reason}"):
-        cuda_support(config, ModelSpec.from_folder(make_llama(tmp_path)), CUDA)
+        cuda_support(config, read_spec(make_llama(tmp_path)), CUDA)
 
 
 def test_torchs_function_is_not_imported_where_something_else_speaks_against_it(

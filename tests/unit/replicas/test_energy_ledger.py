@@ -385,9 +385,10 @@ def test_a_request_that_fell_out_pays_for_its_steps_and_nobody_in_its_place() ->
     assert total_mj(ledger.take_closed()) == {1: 0, 2: 0}
     ledger.add_reading(make_reading(100, 20_000))
     ledger.advance(100 * MS)
+    assert total_mj(ledger.take_closed()) == {1: 20_000}, "nobody may come and end it any more"
     for request_id in (1, 3, 4):
         ledger.end_request(request_id, 100 * MS)
-    assert total_mj(ledger.take_closed()) == {1: 20_000, 3: 0, 4: 0}
+    assert total_mj(ledger.take_closed()) == {1: 0, 3: 0, 4: 0}
 
 
 def test_a_late_step_is_counted_and_lowers_the_coverage_of_its_request() -> None:
@@ -457,3 +458,51 @@ def test_a_run_of_the_null_engine_is_billed_to_the_millijoule_and_final_in_time(
     assert final_ms is not None
     assert final_ms - 445 <= 60
     assert ledger.totals().unattributed_mj == 0
+
+
+def test_a_step_of_a_billed_request_comes_back_into_a_full_ledger() -> None:
+    """As steps launched ahead do while a meter hangs and bills wait: it pushes out another, not itself."""
+    ledger = make_ledger(limits=LedgerLimits(requests=1))
+    ledger.add_reading(make_reading(0, 0))
+    ledger.begin_request(1)
+    ledger.end_request(1, 0)
+    ledger.begin_request(2)
+    ledger.add_step(make_step(1, 0, 10, (1,)))
+    ledger.add_step(make_step(2, 10, 20, (1,)))
+    ledger.add_step(make_step(3, 20, 30, (1, 2)))
+    ledger.end_request(2, 30 * MS)
+    ledger.add_reading(make_reading(30, 3000))
+    ledger.advance(31 * MS)
+    bills = ledger.take_closed()
+    assert sum(bill.total_mj for bill in bills) == ledger.totals().requests_mj == 3000
+    assert {bill.request_id for bill in bills} == {1, 2}
+
+
+def test_a_step_that_ended_within_another_one_owes_nothing_of_what_is_open() -> None:
+    ledger = make_ledger()
+    ledger.add_reading(make_reading(0, 0))
+    ledger.add_step(make_step(1, 0, 90, (1,)))
+    ledger.add_step(make_step(2, 5, 10, (2,)))
+    ledger.add_reading(make_reading(50, 5000))
+    ledger.advance(91 * MS)
+    held, bill = ledger.totals().requests_mj, ledger.provisional(2)
+    assert bill is not None
+    assert 0 < bill.total_mj < held == 5000
+    billed = bill.total_mj
+    ledger.end_request(2, 10 * MS)
+    assert total_mj(ledger.take_closed()) == {2: billed}
+
+
+def test_the_gap_of_a_reading_that_came_too_late_is_not_lost() -> None:
+    """As of another host's agent that was dialled again, and whose clock is now thought to be behind."""
+    ledger = make_ledger()
+    ledger.add_reading(make_reading(0, 0))
+    ledger.add_reading(make_reading(50, 5000))
+    ledger.add_step(make_step(1, 0, 100, (1,)))
+    ledger.add_reading(make_reading(49, 5000, gap=True))
+    ledger.add_reading(make_reading(100, 6000))
+    ledger.end_request(1, 100 * MS)
+    ledger.advance(100 * MS)
+    assert (ledger.totals().requests_mj, ledger.totals().unattributed_mj) == (5000, 1000)
+    (bill,) = ledger.take_closed()
+    assert bill.confidence_factor > 2.0, "half of its step is not on the bill"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -60,7 +62,7 @@ async def test_watchers_get_edges_and_late_ones_the_last_one_first() -> None:
         make_reading(100, 700, static_mj=60),
     ]
     assert await late.take() == [make_reading(100, 700, static_mj=60)]
-    assert poller.energy_mj == 200
+    assert poller.sums_mj == {Source.COUNTER: 200}
     assert poller.power_w == pytest.approx(2.0)
 
 
@@ -110,6 +112,20 @@ def test_series_carry_their_source_and_go_on_when_a_watch_is_opened_again() -> N
         series.retire(poller)
     assert 'hw_energy_joules_total{hw_id="llama-0",hw_type="gpu",source="counter"} 4.0' in text
     assert 'hw_power_watts{hw_id="llama-0",hw_type="gpu",source="counter"} 20.0' in text
+
+
+def test_a_meter_that_falls_back_on_power_and_returns_counts_each_joule_in_one_series() -> None:
+    """Two sums over all of its time would tell the joules of the fallback twice, and one would vanish."""
+    edges = [make_reading(0, 500), make_reading(100, 1500), make_reading(200, 4500), make_reading(300, 4700)]
+    edges[2] = replace(edges[2], source=Source.POWER_INTEGRATED)
+    poller = make_poller(ScriptedMeter(*edges))
+    registry = CollectorRegistry()
+    registry.register(MeterSeries(lambda: [poller]))
+    for _ in edges:
+        poller.poll()
+    text = generate_latest(registry).decode()
+    assert 'hw_energy_joules_total{hw_id="llama-0",hw_type="gpu",source="counter"} 1.2' in text
+    assert 'hw_energy_joules_total{hw_id="llama-0",hw_type="gpu",source="power_integrated"} 3.0' in text
 
 
 def test_the_state_of_a_meter_is_one_of_four_series() -> None:

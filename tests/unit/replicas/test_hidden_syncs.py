@@ -21,7 +21,7 @@ from replicas.layers.experts import run_all, run_grouped
 from replicas.layers.triton.sequences import DeviceSequences
 from replicas.layers.triton.varlen import chunk_part, decode_part, find_varlen, varlen_attention
 from replicas.models.checkpoint import Checkpoint
-from replicas.models.spec import ModelSpec
+from replicas.models.config_file import read_spec
 from replicas.models.weights import ExpertWeights, LayerWeights, MlpWeights, ModelWeights, load_weights
 from replicas.parallel.collectives import SoloCollectives
 from replicas.parallel.degrees import shard_of
@@ -155,7 +155,7 @@ def make_meta_runner(
 ) -> ModelRunner:
     parallel = ParallelConfig(tensor=num_ranks)
     config = make_rank_config(source.parent, rank=0, parallel=parallel, source=str(source), limits=LIMITS)
-    spec = ModelSpec.from_folder(source)
+    spec = read_spec(source)
     shard = shard_of(spec, parallel, 0)
     with Checkpoint(source) as checkpoint:
         weights = load_weights(

@@ -56,9 +56,9 @@ def test_prefill_and_decode_are_all_that_requests_took(windows: list[tuple[bool,
 def test_the_sums_go_up_the_link_by_source_with_their_confidence() -> None:
     sums = EnergySums(request_mj=30, idle_mj=5, unattributed_mj=1, meter_mj=36, prefill_mj=10, static_mj=4)
     message = FromReplica()
-    add_ledger(message, LedgerState(until_ns=7, sums={Source.TDP: sums}, agent_metrics_address="host:9"))
+    add_ledger(message, LedgerState(until_ns=7, sums={Source.TDP: sums}, agent_metrics_addresses=("host:9",)))
     (entry,) = message.ledger
-    assert message.agent_metrics_address == "host:9"
+    assert list(message.agent_metrics_addresses) == ["host:9"]
     assert (entry.until_ns, entry.source, entry.confidence_factor) == (7, "tdp", 2.0)
     assert (entry.prefill_mj, entry.decode_mj, entry.idle_mj, entry.unattributed_mj) == (10, 20, 5, 1)
     assert (entry.meter_mj, entry.static_mj, entry.wasted_mj) == (36, 4, 0)

@@ -10,7 +10,7 @@ import torch
 from replicas.config import ParallelConfig, RankConfig
 from replicas.layers.quantize import quantize, round_weights, rounded
 from replicas.models.checkpoint import Checkpoint
-from replicas.models.spec import ModelSpec
+from replicas.models.config_file import read_spec
 from replicas.models.weights import ExpertWeights, load_weights
 from replicas.parallel.degrees import shard_of
 from tests.checkpoints import make_granite_moe
@@ -38,7 +38,7 @@ def test_a_row_of_zeros_stays_one_and_rounding_twice_changes_nothing() -> None:
 
 def test_embedding_norms_and_router_keep_their_bits(tmp_path: Path) -> None:
     source = make_granite_moe(tmp_path / "moe", vocab_size=515)
-    spec = ModelSpec.from_folder(source)
+    spec = read_spec(source)
     with Checkpoint(source) as checkpoint:
         weights = load_weights(
             checkpoint,

@@ -12,11 +12,14 @@ from replicas.config import (
     NullEngineConfig,
     ParallelConfig,
     RankConfig,
+    Rendezvous,
     lookahead_on,
     rank_config_from_json,
     rank_config_to_json,
 )
 from replicas.errors import BadKernels
+from replicas.models.config_file import read_spec
+from tests.demo_corpus import EXAMPLES_DIR
 
 CONFIG = RankConfig(
     group="llama-0",
@@ -32,6 +35,24 @@ CONFIG = RankConfig(
 
 def test_survives_the_round_trip() -> None:
     assert rank_config_from_json(rank_config_to_json(CONFIG)) == CONFIG
+
+
+def test_a_spec_survives_it_too() -> None:
+    spec = read_spec(EXAMPLES_DIR / "models" / "granite-moe-demo")
+    config = replace(CONFIG, source="granite-moe-demo", spec=spec)
+    assert rank_config_from_json(rank_config_to_json(config)) == config
+
+
+def test_a_rank_over_hosts_survives_it_and_only_rank_0_has_the_listeners() -> None:
+    meeting = Rendezvous(host="10.0.0.7", plan_port=5, store_port=6, plan_fd=3, store_fd=4)
+    parallel = ParallelConfig(tensor=4, hosts=2)
+    first, second = (
+        replace(CONFIG, parallel=parallel, rank=rank, rendezvous=meeting.told_to(rank)) for rank in (0, 3)
+    )
+    assert rank_config_from_json(rank_config_to_json(first)).rendezvous == meeting
+    told = rank_config_from_json(rank_config_to_json(second))
+    assert told.rendezvous == Rendezvous(host="10.0.0.7", plan_port=5, store_port=6)
+    assert (first.local_rank, told.local_rank) == (0, 1)
 
 
 def test_an_unknown_key_is_named() -> None:

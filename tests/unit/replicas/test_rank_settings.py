@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from replicas.config import EngineLimits, ParallelConfig, RankConfig, ReplicaConfig
-from replicas.errors import BadKernels, RankLost
+from replicas.errors import BadCheckpoint, BadKernels, BadParallelism, RankLost, ReplicaError
 from replicas.supervisor.rank_group import RankProcess
 from replicas.supervisor.supervisor import Supervisor
+from tests.demo_corpus import EXAMPLES_DIR
+
+DEMO_CONFIG = EXAMPLES_DIR / "models" / "llama-demo" / "config.json"
 
 
 @dataclass(slots=True)
@@ -36,7 +40,7 @@ def make_config(folder: Path) -> ReplicaConfig:
         (folder / name).mkdir()
     return ReplicaConfig(
         model="m",
-        source="/models/m",
+        source="null",
         replica_id="m#1",
         routers=(),
         parallel=ParallelConfig(tensor=2),
@@ -57,6 +61,25 @@ async def test_every_rank_is_told_the_attention_asked_for(tmp_path: Path) -> Non
         (0, "varlen", "bfloat16"),
         (1, "varlen", "bfloat16"),
     ]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, BadCheckpoint, "served: LlamaForCausalLM"),
+        ({"intermediate_size": 383}, BadParallelism, "ffn_size=383 % tensor=2 = 1"),
+    ],
+)
+async def test_a_model_that_cannot_be_served_is_refused_before_a_rank_starts(
+    tmp_path: Path, change: dict[str, object], error: type[ReplicaError], said: str
+) -> None:
+    ranks = StillbornRanks()
+    config = replace(make_config(tmp_path), source=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(DEMO_CONFIG.read_text()), **change}))
+    with pytest.raises(error, match=said):
+        await Supervisor(config, ranks, lambda reason: None, epoch=7).start()
+    assert not ranks.told
 
 
 async def test_an_attention_for_gpus_ends_the_start_on_a_cpu(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from replicas.errors import BadCheckpoint
+from replicas.models.config_file import read_spec
 from replicas.models.spec import ModelSpec, RopeSpec
 
 LLAMA: dict[str, object] = {
@@ -47,7 +48,7 @@ def read(folder: Path, config: dict[str, object], generation: dict[str, object] 
     (folder / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    return ModelSpec.from_folder(folder)
+    return read_spec(folder)
 
 
 def test_a_llama_is_read_whole(tmp_path: Path) -> None:
@@ -117,6 +118,7 @@ def test_the_generation_config_names_the_end(tmp_path: Path, named: object, ids:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_attention_heads": 8, "num_key_value_heads": 3}, "not a multiple"),
+        ({"num_attention_heads": 0}, "cannot be read: .* by zero"),
         ({"head_dim": 15}, "even"),
         ({"eos_token_id": 100}, "vocab_size=100"),
     ],
@@ -128,7 +130,7 @@ def test_what_is_not_served_is_refused(tmp_path: Path, change: dict[str, object]
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="missing"):
-        ModelSpec.from_folder(tmp_path)
+        read_spec(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BadCheckpoint, match="not readable JSON"):
-        ModelSpec.from_folder(tmp_path)
+        read_spec(tmp_path)
