@@ -95,6 +95,11 @@ class MeterPoller:
         return self._meter.scope
 
     @property
+    def edge_ns(self) -> int:
+        """Of the last one; 0: there is none yet."""
+        return 0 if self.last is None else self.last.t_ns
+
+    @property
     def health(self) -> MeterHealth:
         return _HANGS if self._hangs else self._meter.health()
 
