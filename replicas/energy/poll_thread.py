@@ -39,7 +39,7 @@ class PollThread:
     def __init__(self, schedule: ReadSchedule, *, host: HostMeter | None = None, hang_s: float = 2.0) -> None:
         self.num_reads = 0
         self._schedule = schedule
-        self._host = host
+        self.host = host
         self._hang_s = hang_s
         self._pollers: tuple[MeterPoller, ...] = ()
         self._readable: tuple[MeterPoller, ...] = ()
@@ -105,7 +105,7 @@ class PollThread:
                 has_counter = any(poller.edges is not None for poller in self._readable)
                 wait = self._schedule.wait_for_edges if has_counter else self._schedule.wait
             due = wait(self._readable)
-            for poller in due if self._host is None else self._with_host(self._host, due):
+            for poller in due if self.host is None else self._with_host(self.host, due):
                 if not self._call(poller, poller.poll):
                     return
 
