@@ -88,9 +88,11 @@ class EdgeLock:
         target_ns = self._edge_ns + round(max(1, ceil(since_ns / period_ns - _ROUNDING)) * period_ns)
         if self._target_ns is None or target_ns < self._target_ns:
             self._target_ns = target_ns
-        # A read just before it may find it already, and would wait for it in vain.
-        if self._is_armed or now_ns > self._target_ns - _BLUR_NS:
+        if self._is_armed:
             return self._target_ns
+        # A read just before the edge may find it already, and the next one would wait for it in vain.
+        if now_ns > self._target_ns - _BLUR_NS:
+            return self._target_ns + _AGAIN_NS
         # Awake between the last edge before it and this one, for whatever reason: that read serves.
         half_ns = self._target_ns - round(period_ns / 2)
         return now_ns if self._target_ns - _NEAR * period_ns <= now_ns < half_ns else half_ns

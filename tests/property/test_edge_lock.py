@@ -146,10 +146,10 @@ def test_a_fast_counter_is_read_once_a_gap_and_its_edges_are_young() -> None:
 def test_where_edges_are_wanted_rarely_two_reads_make_one_and_the_lock_holds(
     gap_ns: int, period_ms: float
 ) -> None:
-    run = read_as_told([steady(period_ms)], gap_ns=gap_ns)
-    late = [one for one in run.reads_ns if one > 5 * SECOND_NS]
+    run = read_as_told([steady(period_ms, 30)], gap_ns=gap_ns)
+    late = [one for one in run.reads_ns if one > 15 * SECOND_NS]
     assert len(late) <= 3 * 15 * SECOND_NS / gap_ns
-    found = [one for one in run.found if 5 * SECOND_NS < one[1] < 19 * SECOND_NS]
+    found = [one for one in run.found if 5 * SECOND_NS < one[1] < 29 * SECOND_NS]
     errors_ns = [abs(edge_ns - told_ns) for edge_ns, _, told_ns in found]
     assert max(errors_ns) <= 8 * MS
 
