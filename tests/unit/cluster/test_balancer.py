@@ -163,6 +163,12 @@ def test_prediction_adds_prefill_ahead_the_step_and_the_wait_for_a_row() -> None
     assert predicted_ttft_s(lane, uncached_tokens=100, output_tokens=80) == pytest.approx(0.5 + 0.01 + 0.1)
 
 
+@pytest.mark.parametrize("unknown", ["active_power_w", "idle_power_w", "prefill_tokens_per_s", "step_ms"])
+def test_a_lane_has_a_price_where_all_that_makes_it_was_measured(unknown: str) -> None:
+    assert make_lane().has_price
+    assert not make_lane(**{unknown: 0.0}).has_price
+
+
 def test_added_joules_fall_with_the_company() -> None:
     idle = added_joules(make_lane(), uncached_tokens=100, output_tokens=50)
     assert idle == pytest.approx(400 * 0.1 + 400 * 0.01 * 50)
