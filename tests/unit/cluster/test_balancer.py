@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -166,7 +167,8 @@ def test_prediction_adds_prefill_ahead_the_step_and_the_wait_for_a_row() -> None
 @pytest.mark.parametrize("unknown", ["active_power_w", "idle_power_w", "prefill_tokens_per_s", "step_ms"])
 def test_a_lane_has_a_price_where_all_that_makes_it_was_measured(unknown: str) -> None:
     assert make_lane().has_price
-    assert not make_lane(**{unknown: 0.0}).has_price
+    unsaid: dict[str, Any] = {unknown: 0.0}
+    assert not make_lane(**unsaid).has_price
 
 
 def test_added_joules_fall_with_the_company() -> None:
