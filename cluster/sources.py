@@ -36,6 +36,11 @@ def resolve_source(source: str, *, revision: str = "main", has_weights: bool = T
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_absolute():
+        raise SourceError(
+            f"source {source!r} is no folder on this machine; every node that serves the model needs its "
+            "checkpoint there"
+        )
     patterns = TOKENIZER_PATTERNS + (WEIGHT_PATTERNS if has_weights else ())
     try:
         return Path(

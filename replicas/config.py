@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from replicas.attention_choice import check_attention
 from replicas.errors import BadParallelism
@@ -30,6 +30,7 @@ class ParallelConfig:
     `tensor=2, expert=2` is two ranks, each with half of every attention layer and half of the experts;
     `tensor=1, expert=2` replicates attention. In the `dispatch` layout every rank has sequences and a KV
     cache of its own, its lane; only what the experts see goes to all ranks and back. It needs `tensor=1`.
+    With `hosts` above 1 the first ranks / hosts of the ranks are on the first host, and so on.
     """
 
     tensor: int = 1
@@ -39,6 +40,8 @@ class ParallelConfig:
     """Slots per rank and layer for copies of hot experts that live on other ranks."""
     rebalance_steps: int = 1000
     """Steps after which the copies of a layer are looked at again."""
+    hosts: int = 1
+    """Machines that the ranks are divided evenly over."""
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -60,10 +63,20 @@ class ParallelConfig:
                 f"parallel.spare_experts={self.spare_experts}, rebalance_steps={self.rebalance_steps}, "
                 f"expert={self.expert}: spare slots are 0 or more, 0 where expert is 1; steps are at least 1"
             )
+        if self.hosts < 1 or self.num_ranks % self.hosts:
+            fitting = [str(hosts) for hosts in range(1, self.num_ranks + 1) if self.num_ranks % hosts == 0]
+            raise BadParallelism(
+                f"parallel.hosts={self.hosts} with {self.num_ranks} ranks: hosts have equally many; "
+                f"set hosts to one of {', '.join(fitting)}, or change tensor and expert"
+            )
 
     @property
     def num_ranks(self) -> int:
         return max(self.tensor, self.expert)
+
+    @property
+    def ranks_per_host(self) -> int:
+        return self.num_ranks // self.hosts
 
     @property
     def num_lanes(self) -> int:
@@ -148,13 +161,30 @@ class NullEngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where the ranks of a group over hosts meet: an address of rank 0's host and two ports open there.
+
+    `plan_fd` and `store_fd` are the listeners themselves, in the process of rank 0; -1 for the others.
+    """
+
+    host: str
+    plan_port: int
+    store_port: int
+    plan_fd: int = -1
+    store_fd: int = -1
+
+    def told_to(self, rank: int) -> Rendezvous:
+        return self if rank == 0 else replace(self, plan_fd=-1, store_fd=-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
     """All one rank process needs. `source` is a checkpoint folder and `spec` what its config says, or
     `source` is the word `null` and `spec` None.
 
     `socket_path` (rank 0 only) is where the supervisor listens. `shared_dir` is on the shared-memory file
     system; every file there is named by `group` and `epoch` and unlinked once all ranks are attached.
-    `rendezvous` is the `host:port` that rank 0 opens for a group over hosts; empty: all ranks share a host.
+    `rendezvous` is where a group over hosts meets; None: all ranks share a host.
     """
 
     group: str
@@ -172,8 +202,8 @@ class RankConfig:
     quantization: str = "none"
     socket_path: str = ""
     shared_dir: str = "/dev/shm"
-    rendezvous: str = ""
     spec: ModelSpec | None = None
+    rendezvous: Rendezvous | None = None
     null: NullEngineConfig = field(default_factory=NullEngineConfig)
     attach_timeout_s: float = 60.0
     collective_timeout_s: float = 10.0
@@ -205,6 +235,11 @@ class RankConfig:
     @property
     def num_ranks(self) -> int:
         return self.parallel.num_ranks
+
+    @property
+    def local_rank(self) -> int:
+        """Its place among the ranks of its host."""
+        return self.rank % self.parallel.ranks_per_host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,4 +322,6 @@ def rank_config_from_json(text: str) -> RankConfig:
     fields["limits"] = EngineLimits(**fields["limits"])
     fields["null"] = NullEngineConfig(**fields["null"])
     fields["spec"] = fields["spec"] and ModelSpec.from_fields(fields["spec"])
+    if fields.get("rendezvous"):
+        fields["rendezvous"] = Rendezvous(**fields["rendezvous"])
     return RankConfig(**fields)

@@ -88,9 +88,10 @@ class Page:
 
     async def press(self, key: str) -> None:
         code = {"Tab": 9, "Enter": 13, "ArrowRight": 39}[key]
+        text = {"text": "\r"} if key == "Enter" else {}  # Without it no button is pressed.
         for kind in ("keyDown", "keyUp"):
             await self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text
             )
 
     async def save_picture(self, path: Path) -> None:

@@ -22,7 +22,7 @@ from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
 from replicas.config import LinkCredentials
 from replicas.link.dial import dial
-from replicas.link.messages import PROTOCOL_VERSION
+from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.step_report import TokenColumns
 from replicas.wire.steps import columns_to_wire
 

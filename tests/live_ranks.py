@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from replicas.config import RankConfig, rank_config_to_json
 from replicas.expert_loads import ExpertLoads
 from replicas.frames import Command, EngineFailure, Event, LoadingProgress, read_event, write_command
+from replicas.parallel.rendezvous import open_rendezvous
 from replicas.request import EngineReady, FinishReason, SequenceDelta
 from replicas.step_report import StepReport
 
@@ -102,12 +104,21 @@ class LiveGroup:
 
 @asynccontextmanager
 async def open_group(config: RankConfig) -> AsyncIterator[LiveGroup]:
-    """Start every rank of the group that `config` is rank 0 of; kill what is left of it at the end."""
+    """Start every rank of the group that `config` is rank 0 of; kill what is left of it at the end.
+
+    All hosts of a group over hosts are this one, reached over loopback.
+    """
     connected: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
     server = await asyncio.start_unix_server(
         lambda reader, writer: connected.put_nowait((reader, writer)), config.socket_path
     )
-    ranks = [await spawn(replace(config, rank=rank)) for rank in range(config.num_ranks)]
+    meeting = open_rendezvous("127.0.0.1") if config.parallel.hosts > 1 else None
+    ranks = [
+        await spawn(replace(config, rank=rank, rendezvous=meeting and meeting.told_to(rank)))
+        for rank in range(config.num_ranks)
+    ]
+    for listener in (meeting.plan_fd, meeting.store_fd) if meeting else ():
+        os.close(listener)
     try:
         async with asyncio.timeout(TIMEOUT_S):
             reader, writer = await connected.get()
@@ -122,6 +133,7 @@ async def open_group(config: RankConfig) -> AsyncIterator[LiveGroup]:
 
 
 async def spawn(config: RankConfig) -> Process:
+    listeners = (config.rendezvous.plan_fd, config.rendezvous.store_fd) if config.rendezvous else ()
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -131,4 +143,5 @@ async def spawn(config: RankConfig) -> Process:
         rank_config_to_json(config),
         stdin=DEVNULL,
         stderr=PIPE,
+        pass_fds=[listener for listener in listeners if listener >= 0],
     )

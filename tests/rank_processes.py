@@ -44,7 +44,7 @@ def spawn_ranks(target: object, arguments: list[tuple[object, ...]]) -> tuple[li
 def lose_a_peer(queue: Queue[Report], config: RankConfig, folder: Path) -> None:
     """Add up over shared memory and over gloo; then rank 1 kills itself and rank 0 must notice."""
     store = open_store(
-        folder / "store", rendezvous="", rank=config.rank, size=2, epoch=config.epoch, timeout_s=150.0
+        folder / "store", rendezvous=None, rank=config.rank, size=2, epoch=config.epoch, timeout_s=150.0
     )
     gloo = ProcessGroupCollectives(
         store, rank=config.rank, size=2, device=torch.device("cpu"), timeout_s=150.0
@@ -75,7 +75,7 @@ def lose_a_peer(queue: Queue[Report], config: RankConfig, folder: Path) -> None:
 
 def choose_small_sums(queue: Queue[Report], rank: int, folder: Path) -> None:
     """Offer a group a way to add up that rank 1 lacks, a wrong one and a right one; then rank 1 is late."""
-    store = open_store(folder / "store", rendezvous="", rank=rank, size=2, epoch=3, timeout_s=150.0)
+    store = open_store(folder / "store", rendezvous=None, rank=rank, size=2, epoch=3, timeout_s=150.0)
     gloo = ProcessGroupCollectives(store, rank=rank, size=2, device=torch.device("cpu"), timeout_s=150.0)
     served: list[tuple[int, ...]] = []
 

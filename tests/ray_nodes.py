@@ -33,14 +33,14 @@ HEALTH = {
 class RayNodes:
     """The nodes from outside. `environment` is what drivers need to join."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, head_cpus: int) -> None:
         (folder / "gcs").mkdir()
         (folder / "token").write_text(secrets.token_hex(32))
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
         store = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / "gcs")}
         with (folder / "nodes.log").open("wb") as log:
             self.process = psutil.Popen(
-                [sys.executable, "-m", "tests.ray_nodes", str(folder / "ray")],
+                [sys.executable, "-m", "tests.ray_nodes", str(folder / "ray"), str(head_cpus)],
                 env=os.environ | HEALTH | store | self.environment,
                 cwd=Path(__file__).resolve().parents[1],
                 stdin=subprocess.PIPE,
@@ -52,7 +52,7 @@ class RayNodes:
         self.address = self._read()
 
     def tell(self, command: str) -> None:
-        """`add`; `lose PID`: the node of this process; `stop-gcs`; `start-gcs`. Returns when it is done."""
+        """`add [ADDRESS]`; `lose PID`: the node of this process; `stop-gcs`; `start-gcs`. Returns after."""
         self.process.stdin.write(f"{command}\n")
         self.process.stdin.flush()
         assert self._read() == "done"
@@ -66,9 +66,9 @@ class RayNodes:
 
 
 @contextmanager
-def ray_nodes(folder: Path) -> Iterator[RayNodes]:
-    """A head without CPUs, and no other node yet. Ends with the block, whatever became of it."""
-    nodes = RayNodes(folder)
+def ray_nodes(folder: Path, *, head_cpus: int = 0) -> Iterator[RayNodes]:
+    """A head and no other node yet. Ends with the block, whatever became of it."""
+    nodes = RayNodes(folder, head_cpus=head_cpus)
     try:
         yield nodes
     finally:
@@ -86,14 +86,14 @@ def kill_family(pid: int) -> None:
         psutil.wait_procs(family, timeout=10)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, head_cpus: int) -> None:
     from ray._private import utils
     from ray.cluster_utils import Cluster
 
     # It would make this the cluster that other programs of this user join.
     utils.write_ray_address = lambda *_: None
     head = {
-        "num_cpus": 0,
+        "num_cpus": head_cpus,
         "include_dashboard": False,
         "temp_dir": str(folder),
         "gcs_server_port": free_port(),
@@ -106,8 +106,11 @@ def main(folder: Path) -> None:
         kill_family(raylet_pid(node))
         cluster.remove_node(node, allow_graceful=False)
 
+    def add(*address: str) -> None:
+        cluster.add_node(num_cpus=NODE_CPUS, **({"node_ip_address": address[0]} if address else {}))
+
     commands: dict[str, Callable[..., Any]] = {
-        "add": lambda: cluster.add_node(num_cpus=NODE_CPUS),
+        "add": add,
         "lose": lambda pid: lose(int(pid)),
         "stop-gcs": lambda: cluster.head_node.kill_gcs_server(),
         "start-gcs": lambda: cluster.head_node.start_gcs_server(),
@@ -135,4 +138,4 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -126,10 +126,12 @@ def test_only_the_config_reads_the_environment() -> None:
     assert readers <= ENVIRONMENT_READERS
 
 
-# `config` reads settings; others may only hand an environment on to their children.
+# `config` reads settings; others may only hand an environment on, to their children or to a library that is
+# told in no other way.
 ENVIRONMENT_READERS = {
     "cluster/config/load.py",
     "cluster/serving/ray_environment.py",
-    "cluster/serving/ray_ranks.py",
+    "cluster/serving/rank_host.py",
+    "replicas/parallel/rendezvous.py",
     "replicas/supervisor/rank_group.py",
 }

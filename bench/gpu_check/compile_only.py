@@ -88,7 +88,7 @@ def _launches() -> Iterator[Callable[[], object]]:
     yield add_norm_case(1, 4096, multiplier=1.0, **tiny).launch
     yield swiglu_case(1, 14_336, **tiny).launch
     yield best_token_case(2, 128_256, num_valid=128_256, device=_CPU).launch
-    yield lambda: choose_experts(torch.zeros(1, 32, dtype=bfloat16), 8)
+    yield lambda: choose_experts(torch.zeros(1, 32, dtype=bfloat16), torch.ones(1, dtype=torch.int64), 8)
     for hidden, size, vocab in ((2048, 8192, 128_256), (4096, 14_336, 128_256), (1024, 512, 49_168)):
         yield partial(_launch_one_token, hidden, size, vocab)
     yield _launch_token_experts

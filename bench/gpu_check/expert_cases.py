@@ -43,19 +43,22 @@ class _Routed:
 def router_case(
     tokens: int, num_experts: int, num_choices: int, *, dtype: torch.dtype, device: torch.device
 ) -> KernelCase:
-    """Whole numbers, so that ties are many; the lower expert wins them."""
+    """Whole numbers, so that ties are many; the lower expert wins them. The second token is padding."""
     logits = draw((tokens, num_experts), torch.float32, device, seed=1, scale=3.0).round().to(dtype)
+    slots = torch.arange(tokens, 0, -1, device=device)
+    slots[1:2] = 0
 
     def reference() -> Tensors:
         top, choices = logits.double().sort(dim=1, descending=True, stable=True)
-        return choices[:, :num_choices].int(), top[:, :num_choices].softmax(dim=1)
+        choices = choices.int().masked_fill(slots.unsqueeze(1) == 0, -1)
+        return choices[:, :num_choices], top[:, :num_choices].softmax(dim=1)
 
     return KernelCase(
         kernel="router top-k",
         shape=f"{tokens} tokens, {num_choices} of {num_experts}",
         dtype=dtype,
-        launch=lambda: choose_experts(logits, num_choices),
-        results=lambda: choose_experts(logits, num_choices),
+        launch=lambda: choose_experts(logits, slots, num_choices),
+        results=lambda: choose_experts(logits, slots, num_choices),
         reference=reference,
         num_bytes=size_bytes(logits) + tokens * num_choices * 8,
     )
@@ -156,7 +159,7 @@ def _choose(tokens: int, shape: ExpertShape, device: torch.device) -> tuple[torc
     """A skewed routing: some experts are crowded, some stay empty."""
     logits = draw((tokens, shape.num_experts), torch.float32, device, seed=6)
     logits += torch.linspace(2.0, -2.0, shape.num_experts, device=device)
-    return choose_experts(logits, shape.num_choices)
+    return choose_experts(logits, torch.arange(1, tokens + 1, device=device), shape.num_choices)
 
 
 def _route(tokens: int, shape: ExpertShape, device: torch.device) -> _Routed:

@@ -90,11 +90,12 @@ def _grouped(setting: Setting, report: SectionReport) -> None:
         down_EHF=draw((experts, hidden, size), setting.dtype, setting.device, scale=size**-0.5),
     )
     counts = torch.empty(experts, dtype=torch.int32, device=setting.device)
+    slots = torch.arange(1, 2049, device=setting.device)
     for tokens in (1, 4) if setting.is_tiny else (1, 2, 4, 8, 16, 32, 64, 128, 256, 2048):
         x = draw((tokens, hidden), setting.dtype, setting.device, seed=tokens)
 
         def ours(x: torch.Tensor = x) -> torch.Tensor:
-            chosen, shares = choose_experts(functional.linear(x, weights.router_XH), choices)
+            chosen, shares = choose_experts(functional.linear(x, weights.router_XH), slots[: len(x)], choices)
             pairs = list_pairs(chosen, counts, first_expert=0, num_local=experts)
             lists = PairLists(pairs_ET=pairs, counts_X=counts, first_expert=0, num_choices=choices)
             y = down_experts(gated_experts(x, weights.gate_up_E2FH, lists), weights.down_EHF, lists)

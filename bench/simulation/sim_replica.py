@@ -17,7 +17,7 @@ from replicas.config import EngineLimits, NullEngineConfig
 from replicas.engine.load import LoadAverages
 from replicas.engine.scheduled_step import ScheduledStep
 from replicas.engine.scheduler import Scheduler
-from replicas.link.messages import PROTOCOL_VERSION
+from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.plan import StepOutcome
 from replicas.rank.null_runner import NullRunner
 from replicas.request import FinishReason, SequenceDelta, StepMember, StepRecord, StepRows

@@ -20,7 +20,7 @@ MIN_WAIT_SHARE = 0.25
 
 
 class Verdict(StrEnum):
-    """The text is the label of the metric."""
+    """What becomes of a request, and why."""
 
     ADMIT = "admitted"
     ROUTER_STOPPING = "router_stopping"

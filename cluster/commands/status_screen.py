@@ -25,7 +25,7 @@ def render_models(state: RouterState) -> Group:
     return Group(models, Text(""), replicas)
 
 
-RIGHT_OF_MODELS = (">run", ">wait", ">tok/s", ">J/tok")
+RIGHT_OF_MODELS = (">active", ">wait", ">tok/s", ">J/tok")
 RIGHT_OF_REPLICAS = (">run", ">KV", ">step ms", ">W")
 
 
@@ -72,7 +72,7 @@ def _replica_row(replica: ReplicaState) -> tuple[str, ...]:
         " ".join(str(rank.pid) for rank in replica.ranks),
         str(replica.running),
         f"{100 - 100 * replica.free_blocks / max(1, replica.total_blocks):.0f}%",
-        f"{replica.step_ms:.1f}",
+        show_step(replica.step_ms),
         "-" if replica.power_w is None else f"{replica.power_w:.0f}",
     )
 
@@ -107,6 +107,11 @@ def describe_cost(final: Final) -> str:
     per_token = show_number(energy.joules_per_output_token)
     state = "" if energy.is_final else ", provisional"
     return f"{tokens}, {show_number(energy.total_j)} J ({per_token} J/token, {energy.source}{state})"
+
+
+def show_step(step_ms: float) -> str:
+    """A dash until there was a step."""
+    return f"{step_ms:.1f}" if step_ms else "-"
 
 
 def show_number(value: float | None) -> str:

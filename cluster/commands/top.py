@@ -32,12 +32,12 @@ def top(
         screen = TopScreen()
         screen.add(client.status(last_requests=LAST_REQUESTS))
         if once:
-            console.print(screen.render(num_requests=10))
+            console.print(screen.render(width=console.width, num_requests=10))
             return
         with Keyboard() as keyboard, Live(console=console, screen=True, auto_refresh=False) as live:
             try:
                 while True:
-                    live.update(screen.render(height=console.height), refresh=True)
+                    live.update(screen.render(width=console.width, height=console.height), refresh=True)
                     if keyboard.wait_key(PERIOD_S) in ("q", "Q", "\x03", "\x04"):
                         return
                     try:

@@ -14,7 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from cluster.commands.status_screen import STATE_STYLES, new_table, show_number
+from cluster.commands.status_screen import STATE_STYLES, new_table, show_number, show_step
 from cluster.replies import (
     ExpertState,
     FleetEvent,
@@ -27,9 +27,13 @@ from cluster.replies import (
 )
 from replicas.energy.meter import MEASURED
 
-HISTORY_POINTS = 40
+HISTORY_POINTS = 60
 BARS = "▁▂▃▄▅▆▇█"
-BAR_CELLS = 16
+NARROW = 80
+"""Columns of the smallest terminal that everything fits; bars and lines take what a wider one has more."""
+BAR_CELLS = (12, 60)
+LINE_CELLS = (23, HISTORY_POINTS)
+"""The fewest, and the most."""
 PARTS = (
     ("prefill", "blue"),
     ("decode", "yellow"),
@@ -40,6 +44,12 @@ LEAST_REQUESTS = 3
 LINES_OF_MODEL = 7
 LINES_OF_HEADER = 2
 SHOWN_EVENTS = 3
+FRESH_EVENT_S = 60.0
+WIDTHS = {"tok/s": 8, "TTFT p50/p95": 13, "TPOT p50/p95": 13, "TTFT": 6, "in time": 7, "J": 7, "J/out": 7}
+WIDTHS |= {"J/tok": 7, "step ms": 7, "W": 6, "ago": 3}
+"""Columns that are as wide now as in the next second, whatever the number."""
+LEDGER_UNITS = (("J", 1e3), ("kJ", 1e6), ("MJ", 1e9), ("GJ", 1e12))
+"""In millijoules."""
 EVENT_STYLES = {"lost": "red", "frozen": "red", "silent": "yellow", "draining": "yellow"}
 
 
@@ -71,7 +81,7 @@ class TopScreen:
         """The router did not answer; the numbers on the screen are old."""
         self._lost = reason
 
-    def render(self, *, height: int = 0, num_requests: int = LEAST_REQUESTS) -> Group:
+    def render(self, *, width: int = NARROW, height: int = 0, num_requests: int = LEAST_REQUESTS) -> Group:
         """`height` 0: as many lines as it takes, with `num_requests` requests."""
         state = self._state
         if state is None:
@@ -81,15 +91,16 @@ class TopScreen:
         if height:
             taken = _lines_taken(state)
             if taken + len(state.models) + 2 + len(events) + LEAST_REQUESTS > height:
-                events, gap = (), []  # Numbers come first.
+                # Numbers come first, and a replica that just went.
+                events, gap = tuple(event for event in events[:1] if _is_fresh_loss(event)), []
             num_requests = max(1, height - taken - len(gap) * (len(state.models) + 2) - len(events))
         parts: list[RenderableType] = [self._headline(state, is_live=height > 0)]
         for model in state.models:
             parts += [*gap, Rule(_title(model), align="left", style="bright_black")]
-            parts += [_numbers(model), *_energy(model)]
+            parts += [_numbers(model), *_energy(model, width=width)]
             if model.host is not None:
                 parts.append(describe_host(model.host))
-            parts.append(self._line_row(model))
+            parts.append(self._line_row(model, width=width))
             if model.experts is not None:
                 parts.append(describe_experts(model.experts))
         parts += [*gap, _replicas(state.models), *map(describe_event, events)]
@@ -108,12 +119,19 @@ class TopScreen:
             text.append("   q quits" if is_live else "", "bright_black")
         return text
 
-    def _line_row(self, model: ModelState) -> Text:
+    def _line_row(self, model: ModelState, *, width: int) -> Text:
+        """A line of tokens/s and one of watts, each with the highest that it shows."""
         lines = self._lines[model.name]
-        text = Text("tok/s ", style="bright_black")
-        text.append(draw_line(lines.tokens_per_s, width=HISTORY_POINTS // 2), "green")
-        text.append("  W ")
-        text.append(draw_line(lines.power_w, width=HISTORY_POINTS // 2), "yellow")
+        cells = _cells(LINE_CELLS, (width - NARROW) // 2)
+        text = Text(style="bright_black")
+        for label, values, style in (
+            ("tok/s ", lines.tokens_per_s, "green"),
+            ("  W ", lines.power_w, "yellow"),
+        ):
+            shown = [value for value in list(values)[-cells:] if value is not None]
+            text.append(label)
+            text.append(draw_line(values, width=cells), style)
+            text.append(f" max {show_number(max(shown, default=None))}")
         return text
 
 
@@ -126,9 +144,25 @@ def _lines_taken(state: RouterState) -> int:
     return num_lines
 
 
+def _cells(bounds: tuple[int, int], spare: int) -> int:
+    least, most = bounds
+    return max(least, min(most, least + spare))
+
+
+def _is_fresh_loss(event: FleetEvent) -> bool:
+    return event.age_s < FRESH_EVENT_S and event.kind in EVENT_STYLES
+
+
+def _steady_table(*columns: str) -> Table:
+    table = new_table(*columns)
+    for column in table.columns:
+        column.min_width = WIDTHS.get(str(column.header))
+    return table
+
+
 def _numbers(model: ModelState) -> Table:
-    columns = ("tok/s", "TTFT p50/p95", "TPOT p50/p95", "in time", "J/out", "J/tok", "run", "wait")
-    table = new_table(*(f">{column}" for column in columns))
+    columns = ("tok/s", "TTFT p50/p95", "TPOT p50/p95", "in time", "J/out", "J/tok", "active", "wait")
+    table = _steady_table(*(f">{column}" for column in columns))
     answered = model.slo_met + model.slo_missed
     table.add_row(
         f"{model.output_tokens_per_s:,.1f}",
@@ -143,13 +177,14 @@ def _numbers(model: ModelState) -> Table:
     return table
 
 
-def _energy(model: ModelState) -> list[Text]:
+def _energy(model: ModelState, *, width: int) -> list[Text]:
     """Power as a bar of its parts, and the ledger as a sum."""
     if model.power is None or not model.ledger:
         return [Text("energy unknown: no meter has spoken", style="bright_black")]
     watts = {name: getattr(model.power, f"{name}_w") for name, _ in PARTS}
-    bar = Text(f"{show_number(model.power.meter_w)} W ", style="bold")
-    for (_, style), cells in zip(PARTS, share_cells(watts.values(), BAR_CELLS), strict=True):
+    bar = Text(f"{show_number(model.power.meter_w)} W ".rjust(8), style="bold", no_wrap=True)
+    shares = share_cells(watts.values(), _cells(BAR_CELLS, width - NARROW))
+    for (_, style), cells in zip(PARTS, shares, strict=True):
         bar.append("█" * cells, style)
     for name, style in PARTS:
         bar.append(f" {name} ", "bright_black")
@@ -164,6 +199,9 @@ def _ledger_of(model: ModelState) -> LedgerState:
 
 def _title(model: ModelState) -> Text:
     text = Text(model.name, style="bold")
+    is_short = model.num_ready < model.min_replicas
+    ready = f"  {model.num_ready} of {model.min_replicas} ready"
+    text.append(ready, "not bold yellow" if is_short else "not bold bright_black")
     if model.ledger:
         ledger = _ledger_of(model)
         source = describe_source(ledger.source, ledger.confidence_factor)
@@ -172,13 +210,18 @@ def _title(model: ModelState) -> Text:
 
 
 def describe_ledger(ledger: LedgerState) -> Text:
-    """The sum as one line. Example: `1.2 + 3.4 + 0.5 + 0 = 5.1 J`."""
+    """The sum as one line. Example: `1.200 + 3.400 + 0.500 + 0.000 = 5.100 J`.
+
+    Beyond 1 MJ it is rounded so that what is written adds up, too.
+    """
     parts = (ledger.prefill_mj, ledger.decode_mj, ledger.idle_mj, ledger.unattributed_mj)
     is_conserved = sum(parts) == ledger.meter_mj
-    text = Text("ledger ", style="bright_black")
-    text.append(" + ".join(f"{part / 1e3:,.3f}" for part in parts))
+    unit, in_mj = next((one for one in LEDGER_UNITS if ledger.meter_mj < 1e6 * one[1]), LEDGER_UNITS[-1])
+    thousandths = share_cells(parts, round(sum(parts) * 1e3 / in_mj))
+    text = Text("ledger ", style="bright_black", no_wrap=True)
+    text.append(" + ".join(f"{part / 1e3:,.3f}" for part in thousandths))
     sign, style = ("=", "bold") if is_conserved else ("≠", "red")
-    text.append(f" {sign} {ledger.meter_mj / 1e3:,.3f} J", style)
+    text.append(f" {sign} {ledger.meter_mj / in_mj:,.3f} {unit}", style)
     return text
 
 
@@ -224,7 +267,7 @@ def describe_source(source: str, confidence_factor: float) -> str:
 
 
 def _replicas(models: Iterable[ModelState]) -> Table:
-    table = new_table("replica", "state", ">ranks", ">run", ">wait", ">KV", ">step ms", ">W")
+    table = _steady_table("replica", "state", ">ranks", ">run", ">wait", ">KV", ">step ms", ">W")
     for model in models:
         for replica in model.replicas:
             style = STATE_STYLES.get(replica.state, "red")
@@ -235,7 +278,7 @@ def _replicas(models: Iterable[ModelState]) -> Table:
                 str(replica.running),
                 str(replica.waiting),
                 f"{100 - 100 * replica.free_blocks / max(1, replica.total_blocks):.0f}%",
-                f"{replica.step_ms:.1f}",
+                show_step(replica.step_ms),
                 show_number(replica.power_w),
             )
     return table
@@ -244,7 +287,7 @@ def _replicas(models: Iterable[ModelState]) -> Table:
 def _requests(requests: Sequence[RequestState]) -> RenderableType:
     if not requests:
         return Text('Nothing has been asked yet: wattline chat "Who are you?"', style="bright_black")
-    table = new_table("request", "model", ">ago", ">in", ">out", ">TTFT", ">J", ">J/out", "outcome")
+    table = _steady_table("request", "model", ">ago", ">in", ">out", ">TTFT", ">J", ">J/out", "outcome")
     for request in requests:
         joules = None if request.energy_mj is None else request.energy_mj / 1e3
         table.add_row(

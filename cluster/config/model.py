@@ -26,6 +26,7 @@ class ParallelSection(Section):
         0, ge=0, le=256, description="slots per rank and layer for copies of hot experts of other ranks"
     )
     rebalance_steps: int = Field(1000, ge=1, description="steps after which copies are looked at again")
+    hosts: int = Field(1, ge=1, le=64, description="nodes that the ranks of one replica are divided over")
 
     @model_validator(mode="after")
     def _degrees_make_a_group(self) -> ParallelSection:

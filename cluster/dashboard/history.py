@@ -34,6 +34,8 @@ SERIES = (
     "slo_missed",
     "expert_imbalance",
     "expert_imbalance_without_copies",
+    "replicas_ready",
+    "replicas_wanted",
 )
 
 Row = tuple[float | None, ...]
@@ -88,6 +90,8 @@ def _row(model: dict[str, Any]) -> Row:
         "expert_imbalance": experts.get("imbalance"),
         "expert_imbalance_without_copies": experts.get("imbalance_without_copies"),
         "host_w": host.get("power_w"),
+        "replicas_ready": model["replicas"]["ready"],
+        "replicas_wanted": model["replicas"]["min"],
         **power,
     }
     return tuple(_short(values.get(name)) for name in SERIES)

@@ -69,6 +69,7 @@ from cluster.router.streams import Streams
 from cluster.router.turns import Turns
 from cluster.security.auth import Authenticator
 from cluster.security.cache_salt import CacheSalts
+from cluster.security.unknown_names import unknown_names
 from cluster.servers.grpc_servers import (
     Port,
     bind,
@@ -124,6 +125,8 @@ class Router:
         self.router_id = f"router-{secrets.token_hex(4)}"
         release = version("wattline")
         self._models = serve_models(config, tokenizers)
+        for line in unknown_names(section.auth, models=self._models, tenants=self._authenticator.tenants):
+            logger.warning("auth_name_unknown %s", line)
         self._metrics = RouterMetrics()
         self._telemetry = Telemetry(
             config.telemetry, router_id=self.router_id, version=release, pue=config.energy.pue

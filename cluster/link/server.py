@@ -24,12 +24,12 @@ from cluster.served_model import ServedModel
 from cluster.telemetry.metrics import RouterMetrics
 from protos import wattline_link_pb2 as link
 from protos import wattline_link_pb2_grpc as link_grpc
+from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.strict_messages import MalformedMessage
 from replicas.wire.caches import cache_from_wire
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 2
 MAX_REPLICAS = 1024
 MAX_LANES = 1024
 MAX_ID_CHARS = 256
@@ -125,8 +125,8 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
         hello = message.hello
         if message.WhichOneof("event") != "hello" or not hello.replica_id:
             return "the link must begin with a Hello that names its replica"
-        if hello.protocol != PROTOCOL:
-            return f"link protocol {hello.protocol} is not spoken here; this router speaks {PROTOCOL}"
+        if hello.protocol != PROTOCOL_VERSION:
+            return f"link protocol {hello.protocol} is not spoken here; this router speaks {PROTOCOL_VERSION}"
         if hello.model not in self._models:
             return f"model {hello.model!r} is not configured at this router; it has {', '.join(self._models)}"
         if len(hello.replica_id) > MAX_ID_CHARS or not hello.replica_id.isprintable():

@@ -28,12 +28,18 @@ from cluster.telemetry.tracing import Telemetry
 
 logger = logging.getLogger(__name__)
 
+BODY_S = 30.0
+BODY_BYTES_PER_S = 4096
+"""A body may take `BODY_S`, and more time for what has come, but may not stand still for `BODY_S`."""
 FAILURE_WRITE_S = 1.0
 """For the last words to a caller that may not read."""
 
 
-class BodyTooLarge(Exception):
-    """More came than a request may have."""
+class BodyRefused(Exception):
+    """More came than a request may have, or it did not come in time; `failure` says it."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
 
 
 class Exchange:
@@ -118,9 +124,8 @@ class ExchangeGuard:
             code = await _serve_until_gone(
                 self._guarded(exchange, handle(exchange, content)), exchange, receive
             )
-        except BodyTooLarge:
-            text = f"the body is larger than {self._max_body_bytes} bytes; send less"
-            code = await _fail(exchange, plain_failure(413, text, code="INVALID_ARGUMENT"))
+        except BodyRefused as refusal:
+            code = await _fail(exchange, refusal.failure)
         except ClientDisconnect:
             pass
         finally:
@@ -129,13 +134,20 @@ class ExchangeGuard:
                 self._metrics.count_request(exchange.model, code)
 
     async def _read_body(self, request: Request) -> bytes:
-        """All of it, or BodyTooLarge before more than the limit is held."""
+        """All of it. Raises BodyRefused before more than the limit is held, or once it is too late."""
         pieces, size_bytes = [], 0
-        async for piece in request.stream():
-            size_bytes += len(piece)
-            if size_bytes > self._max_body_bytes:
-                raise BodyTooLarge
-            pieces.append(piece)
+        now_s = asyncio.get_running_loop().time
+        began_s = now_s()
+        try:
+            async with asyncio.timeout(BODY_S) as limit:
+                async for piece in request.stream():
+                    size_bytes += len(piece)
+                    if size_bytes > self._max_body_bytes:
+                        raise _too_large(self._max_body_bytes)
+                    pieces.append(piece)
+                    limit.reschedule(BODY_S + min(now_s(), began_s + size_bytes / BODY_BYTES_PER_S))
+        except TimeoutError:
+            raise _too_slow(size_bytes, took_s=now_s() - began_s) from None
         return b"".join(pieces)
 
     async def _guarded(self, exchange: Exchange, work: Awaitable[None]) -> str:
@@ -203,6 +215,19 @@ async def _fail(exchange: Exchange, failure: Failure) -> str:
                     failure.document, status=failure.status, headers=failure.headers
                 )
     return failure.code
+
+
+def _too_large(limit_bytes: int) -> BodyRefused:
+    text = f"the body is larger than {limit_bytes} bytes; send less"
+    return BodyRefused(plain_failure(413, text, code="INVALID_ARGUMENT"))
+
+
+def _too_slow(size_bytes: int, *, took_s: float) -> BodyRefused:
+    text = (
+        f"body: {size_bytes} bytes came in {took_s:.1f} s, and it is not complete; allowed: {BODY_S:g} s, "
+        f"1 s more for each {BODY_BYTES_PER_S} bytes, and no pause of {BODY_S:g} s; send it faster"
+    )
+    return BodyRefused(plain_failure(408, text, code="DEADLINE_EXCEEDED"))
 
 
 async def _accept() -> None:

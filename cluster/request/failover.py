@@ -6,11 +6,13 @@ none for a request that a second replica died of (`suspicion.py` says which one 
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from hashlib import blake2b
+from typing import NamedTuple
 
 QUARANTINE_S = 600.0
 MAX_QUARANTINED = 1024
@@ -86,40 +88,46 @@ class FailoverBudget:
         self._tokens -= 1.0
 
 
+class Suspect(NamedTuple):
+    """A prompt without its text, and without its seed: a server draws another one at each try."""
+
+    model: str
+    num_tokens: int
+    digest: bytes
+
+
 class Quarantine:
     """Prompts that are refused for a while; of too many, the oldest is let go. Owned by the event loop."""
 
     def __init__(self, *, capacity: int = MAX_QUARANTINED, hold_s: float = QUARANTINE_S) -> None:
         self._capacity = capacity
         self._hold_s = hold_s
-        self._until_s: OrderedDict[bytes, float] = OrderedDict()
+        self._until_s: OrderedDict[Suspect, float] = OrderedDict()
+        """The next to be let go comes first."""
+        self._sizes: set[tuple[str, int]] = set()
+        """Model and length of each, so that no other prompt need be hashed."""
 
     def __len__(self) -> int:
         return len(self._until_s)
 
     def add(self, model: str, prompt_ids: Sequence[int], *, now_s: float) -> None:
-        key = _fingerprint(model, prompt_ids)
-        self._until_s[key] = now_s + self._hold_s
-        self._until_s.move_to_end(key)
+        suspect = _suspect(model, prompt_ids)
+        self._until_s[suspect] = now_s + self._hold_s
+        self._until_s.move_to_end(suspect)
         if len(self._until_s) > self._capacity:
-            self._until_s.popitem(last=False)
+            self._let_go()
+        self._sizes.add((model, len(prompt_ids)))
 
     def holds(self, model: str, prompt_ids: Sequence[int], *, now_s: float) -> bool:
-        if not self._until_s:  # Nearly always: then no prompt is hashed.
-            return False
-        key = _fingerprint(model, prompt_ids)
-        until_s = self._until_s.get(key)
-        if until_s is None:
-            return False
-        if now_s >= until_s:
-            del self._until_s[key]
-            return False
-        return True
+        while self._until_s and next(iter(self._until_s.values())) <= now_s:
+            self._let_go()
+        return (model, len(prompt_ids)) in self._sizes and _suspect(model, prompt_ids) in self._until_s
+
+    def _let_go(self) -> None:
+        self._until_s.popitem(last=False)
+        self._sizes = {(suspect.model, suspect.num_tokens) for suspect in self._until_s}
 
 
-def _fingerprint(model: str, prompt_ids: Sequence[int]) -> bytes:
-    """A prompt without its seed: a server draws another one at each try."""
-    digest = blake2b(model.encode(), digest_size=16)
-    for token_id in prompt_ids:
-        digest.update(token_id.to_bytes(4, "little"))
-    return digest.digest()
+def _suspect(model: str, prompt_ids: Sequence[int]) -> Suspect:
+    digest = blake2b(array("I", prompt_ids).tobytes(), digest_size=16)
+    return Suspect(model, len(prompt_ids), digest.digest())

@@ -10,7 +10,17 @@ from time import monotonic, time
 from cluster.energy.account import EnergyAccount, joined, summed
 from cluster.ledger.recorder import LedgerRecorder
 from cluster.request.answer import Timing, Usage, join_timing, sum_usage
-from cluster.request.errors import LimitReached, NoReplica, RouterError, status_of
+from cluster.request.errors import (
+    DeadlinePassed,
+    InvalidRequest,
+    LimitReached,
+    NoReplica,
+    Quarantined,
+    ReplicaStopped,
+    ResumeRefused,
+    RouterError,
+    status_of,
+)
 from cluster.router.energy_record import EnergyRecord, FinishedRequest
 from cluster.router.ledger_entries import entry_of
 from cluster.router.run import Run
@@ -23,8 +33,16 @@ from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Telemetry
 from replicas.request import FinishReason
 
-REFUSALS: dict[type[RouterError], str] = {LimitReached: "tenant_limit", NoReplica: "no_replica"}
-"""Labels of those that are not about load."""
+REFUSALS: dict[type[RouterError], str] = {
+    LimitReached: "tenant_limit",
+    NoReplica: "no_replica",
+    ReplicaStopped: "no_replica",
+    DeadlinePassed: "deadline",
+    Quarantined: "quarantined",
+    ResumeRefused: "resume_refused",
+    InvalidRequest: "invalid",
+}
+"""Labels of those that are not about load. A request is invalid here by what its tokens tell."""
 CANCELLED = "cancelled"
 """The outcome of what its caller gave up."""
 
@@ -62,19 +80,20 @@ class Books:
         self._clock_s = clock_s
 
     def count_admission(self, model: ServedModel, *, tenant: str) -> None:
-        """This or `count_refusal` is called once per request that was valid; `tenant` is a label."""
+        """This or `count_unserved` is called once for each request that arrives; `tenant` is a label."""
         self._metrics.count_admission(model.name, tenant, "admitted")
 
-    def count_refusal(
-        self, model: ServedModel, refusal: RouterError, *, tenant: str, arrived_s: float
-    ) -> None:
-        model.refused_total += 1
-        outcome = REFUSALS.get(type(refusal), "overloaded")
-        self._metrics.count_admission(model.name, tenant, outcome)
-        self._metrics.observe_refusal(model.name, self._clock_s() - arrived_s)
+    def count_unserved(self, way_in: WayIn, end: RouterError | None, *, tenant: str) -> None:
+        """Count a request that no replica had, and remember it for `wattline why`.
 
-    def tell_unserved(self, way_in: WayIn, end: RouterError | None) -> None:
-        """Remember for `wattline why` a request that no replica had. `end` None: its caller gave it up."""
+        `end` None: its caller gave it up, so that it was not refused.
+        """
+        model = way_in.model
+        outcome = CANCELLED if end is None else REFUSALS.get(type(end), "overloaded")
+        self._metrics.count_admission(model.name, tenant, outcome)
+        if end is not None:
+            model.refused_total += 1
+            self._metrics.observe_refusal(model.name, self._clock_s() - way_in.caller.arrived_s)
         status = None if end is None else status_of(end)
         self._stories.add(
             story_of_unserved(

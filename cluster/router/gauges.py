@@ -60,13 +60,17 @@ def _model_gauges(
     replicas = GaugeMetricFamily(
         "wattline_replicas", "Attached replicas, by state.", labels=("model", "state")
     )
+    wanted = GaugeMetricFamily(
+        "wattline_replicas_wanted", "Replicas that should be ready: replicas.min.", labels=("model",)
+    )
     for name, model in models.items():
         active.add_metric((name,), model.active_requests)
         queued.add_metric((name,), len(queues[name]))
+        wanted.add_metric((name,), model.section.replicas.min)
         states = [connection.state for connection in pool.of_model(name)]
         for state in ReplicaState:
             replicas.add_metric((name, state.name.lower()), states.count(state))
-    return active, queued, replicas
+    return active, queued, replicas, wanted
 
 
 def _replica_gauges(pool: ReplicaPool) -> Iterable[Metric]:

@@ -29,14 +29,7 @@ from cluster.link.replica_pool import ReplicaPool
 from cluster.link.token_stream import Finished
 from cluster.request.answer import Completed, TextDelta
 from cluster.request.completion import ChatPrompt, Completion, Prompt, TokenPrompt
-from cluster.request.errors import (
-    DeadlinePassed,
-    InvalidRequest,
-    LimitReached,
-    NoReplica,
-    Overloaded,
-    RouterError,
-)
+from cluster.request.errors import DeadlinePassed, InvalidRequest, NoReplica, RouterError
 from cluster.router.bookkeeping import Books, ClosedBooks
 from cluster.router.caller import Caller
 from cluster.router.choices import deliver_choices
@@ -119,18 +112,16 @@ class Streams:
         model = self._models[completion.model]
         account = self._tenants.account(caller.tenant)
         way_in = WayIn(model=model, caller=caller)
-        with self._told(way_in), caller.span.stage(semconv.ADMISSION):
+        with self._counted(way_in, account), caller.span.stage(semconv.ADMISSION):
             await self._tenants.lease_joules(account)
-            with self._counted(way_in, account):
-                self._admit(way_in, account)
+            self._admit(way_in, account)
         with self._under_way(model), self._tenants.charging(account) as charge:
-            with self._told(way_in):
+            with self._counted(way_in, account, is_last=True):
                 completion, prompt_ids = await self._read(way_in, completion)
                 with caller.span.stage(semconv.ROUTE):
                     order = self._size(model, completion, caller, charge.tenant, prompt_ids)
                     charge.expect(tokens=order.expected_tokens, energy_mj=order.expected_mj(model))
-                    with self._counted(way_in, account, is_last=True):
-                        route, run = await self._begin(way_in, completion, charge.tenant, order)
+                    route, run = await self._begin(way_in, completion, charge.tenant, order)
             runs = [run]
             deltas = deliver_choices(
                 runs,
@@ -197,29 +188,21 @@ class Streams:
         model, caller = way_in.model, way_in.caller
         with caller.span.stage(semconv.TOKENIZE):
             prompt_ids = await self.tokenize(model, completion.prompt)
-        self._resumption.admit(model.name, prompt_ids)
+        self._resumption.check(model.name, prompt_ids)
         return self._continuations.recall(completion, prompt_ids, tenant=caller.tenant), prompt_ids
 
     @contextmanager
     def _counted(self, way_in: WayIn, account: TenantAccount, *, is_last: bool = False) -> Iterator[None]:
-        """Count the refusal that happens inside; behind the last hurdle, count an admission else."""
-        model, tenant = way_in.model, self._tenants.label(account.tenant.name)
-        try:
-            yield
-        except (Overloaded, LimitReached, NoReplica) as refusal:
-            self._books.count_refusal(model, refusal, tenant=tenant, arrived_s=way_in.caller.arrived_s)
-            raise
-        if is_last:
-            self._books.count_admission(model, tenant=tenant)
-
-    @contextmanager
-    def _told(self, way_in: WayIn) -> Iterator[None]:
-        """Whatever ends the request inside, before a replica has it, is remembered."""
+        """Count whatever ends the request inside; behind the last hurdle, count an admission else."""
+        tenant = self._tenants.label(account.tenant.name)
         try:
             yield
         except (RouterError, asyncio.CancelledError) as error:
-            self._books.tell_unserved(way_in, _end_of(error, way_in.caller))
+            self._books.count_unserved(way_in, _end_of(error, way_in.caller), tenant=tenant)
             raise
+        if is_last:
+            self._books.count_admission(way_in.model, tenant=tenant)
+            self._resumption.count_admission()
 
     def _admit(self, way_in: WayIn, account: TenantAccount) -> None:
         """Refuse what need not be tokenised to know that it cannot be served now."""
@@ -302,12 +285,12 @@ class Streams:
         ) as place:
             yield place
 
-    def _submit_beside(self, first: Run, completion: Completion, route: Route, index: int) -> Run:
-        """Begin another choice where the first is, since the prompt is cached there."""
+    async def _submit_beside(self, first: Run, completion: Completion, route: Route, index: int) -> Run:
+        """Begin another choice where the first is, since the prompt is cached there; else where it may go."""
         connection, lane = first.attempt.connection, first.attempt.lane
         beside = route.beside(connection, lane)
         if connection.state is ReplicaState.STALLED:
-            beside = route_to(self._gates[first.model.name].place_now(route.order.errand), route.order)
+            beside = route_to(await self._resumption.place_beside(first, route.order.errand), route.order)
         text = new_text(first.model, completion, beside)
         return self._submission.submit(first.way_in, completion, beside, text, index=index)
 

@@ -89,6 +89,12 @@ class Authenticator:
         """Nobody is asked who they are."""
         return not self._section.is_on
 
+    @property
+    def tenants(self) -> frozenset[str]:
+        """Whom a key or a certificate can make known now."""
+        keys = self._ring.keys.values() if self._ring else ()
+        return frozenset([*(key.tenant for key in keys), *self._section.client_names.values()])
+
     def identify(self, credential: Credential) -> Identity:
         """Who it is. Raises Unauthenticated."""
         if self.is_open or credential.is_local:

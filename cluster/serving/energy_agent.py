@@ -1,7 +1,8 @@
-"""The energy agent of a host as a Ray actor, made by the first replica there and shared by all.
+"""The energy agents of hosts as Ray actors, each made by the first replica with ranks there, shared by all.
 
 Detached and restarted by Ray, so it outlives any one replica; it ends a minute after the last watcher left.
-Its address is known before it runs: nobody waits for it, and without it energy is unknown, not wrong.
+Its addresses are known before it runs: nobody waits for it, and without it energy is unknown, not wrong.
+Where a model spans hosts it listens for supervisors of other nodes, too, in plain text as ranks do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.config import Config, EnergySection, TelemetrySection
+from cluster.config import Config, TelemetrySection
+from cluster.serving.run_folder import RunFolder
 from replicas.config import MetricsAccess
 from replicas.energy.agent import EnergyAgent
 
@@ -34,28 +36,39 @@ class EnergyAgentHost:
     be a coroutine, nor any other method: Ray would run a loop beside the main thread.
     """
 
-    def run(self, address: str, energy: EnergySection, access: MetricsAccess, metrics_port: int) -> None:
+    def run(self, address: str, config: Config) -> None:
         """Be the agent. A second caller waits behind the first; both fail with the process."""
-        asyncio.run(_serve(address, energy, access, metrics_port))
+        RunFolder(Path(config.runtime_dir)).prepare()
+        asyncio.run(_serve(address, config))
         # Leaving by an exit code would count as a crash, and Ray would start the actor again.
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
-async def _serve(address: str, energy: EnergySection, access: MetricsAccess, metrics_port: int) -> None:
+async def _serve(address: str, config: Config) -> None:
+    energy = config.energy
     agent = EnergyAgent(
         poll_s=energy.poll_ms / 1e3,
         cpu_static_w=energy.cpu_static_w,
         cpu_core_w=energy.cpu_core_w,
         host_meter=energy.host_meter,
     )
-    agent.serve_metrics(access, port=metrics_port)
-    await agent.start(address)
+    agent.serve_metrics(metrics_access(config.telemetry), port=config.telemetry.agent_metrics_port)
+    await agent.start(address, *_far_addresses(config))
     await agent.serve_until_unused()
 
 
-def energy_agent_address(runtime_dir: Path) -> str:
-    """Where the agent of this node listens."""
-    return f"unix:{runtime_dir}/energy-{ray.get_runtime_context().get_node_id()[:NODE_ID_CHARS]}.sock"
+def _far_addresses(config: Config) -> list[str]:
+    """Where supervisors on other nodes reach it, if there may be any."""
+    if all(section.parallel.hosts == 1 for section in config.models):
+        return []
+    host = ray.util.get_node_ip_address()
+    return [f"{f'[{host}]' if ':' in host else host}:{config.energy.agent_port}"]
+
+
+def energy_agent_address(runtime_dir: Path, node_id: str = "") -> str:
+    """Where the agent of a node (empty: this one) listens for those on its host."""
+    node_id = node_id or ray.get_runtime_context().get_node_id()
+    return f"unix:{runtime_dir}/energy-{node_id[:NODE_ID_CHARS]}.sock"
 
 
 def metrics_access(telemetry: TelemetrySection) -> MetricsAccess:
@@ -70,22 +83,20 @@ def metrics_access(telemetry: TelemetrySection) -> MetricsAccess:
     )
 
 
-async def keep_energy_agent(config: Config, runtime_dir: Path) -> None:
-    """See to it that this node has its agent, for as long as this coroutine runs."""
-    address = energy_agent_address(runtime_dir)
+async def keep_energy_agent(config: Config, node_id: str = "") -> None:
+    """See to it that a node (empty: this one) has its agent, for as long as this coroutine runs."""
+    node_id = node_id or ray.get_runtime_context().get_node_id()
+    address = energy_agent_address(Path(config.runtime_dir), node_id)
     while True:
         try:
-            agent = _find_or_make(address)
-            await agent.run.remote(
-                address, config.energy, metrics_access(config.telemetry), config.telemetry.agent_metrics_port
-            )
+            agent = _find_or_make(address, node_id)
+            await agent.run.remote(address, config)
         except (RayError, ValueError) as error:
             logger.warning("energy_agent_lost address=%s error=%s", address, type(error).__name__)
         await asyncio.sleep(RETRY_S)
 
 
-def _find_or_make(address: str) -> Any:
-    node_id = ray.get_runtime_context().get_node_id()
+def _find_or_make(address: str, node_id: str) -> Any:
     return (
         ray.remote(EnergyAgentHost)
         .options(

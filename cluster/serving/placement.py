@@ -1,7 +1,8 @@
 """Where the ranks of a replica go: bundles, Serve options and the plan of a whole configuration. Pure.
 
-One bundle per rank. Bundle 0 also holds the supervisor, so that it shares a host with rank 0; the whole
-group stays on one node. CPUs are logical: they come from the plan, not from the machine.
+A group on one host has a bundle per rank, all on one node; a group over hosts a bundle per host, each on a
+node of its own. Bundle 0 also holds the supervisor, so that it shares a host with rank 0. CPUs are logical:
+they come from the plan, not from the machine.
 """
 
 from __future__ import annotations
@@ -30,12 +31,23 @@ class Placement:
     num_ranks: int
     cpus_per_rank: float
     gpus_per_rank: int
+    num_hosts: int = 1
 
     def bundles(self) -> list[dict[str, float]]:
-        """One per rank, rank 0 first. Example: 2 ranks on GPUs, `[{CPU: 2, GPU: 1}, {CPU: 1, GPU: 1}]`."""
-        gpu = {"GPU": float(self.gpus_per_rank)} if self.gpus_per_rank else {}
-        first = {"CPU": SUPERVISOR_CPUS + self.cpus_per_rank} | gpu
-        return [first] + [{"CPU": self.cpus_per_rank} | gpu for _ in range(self.num_ranks - 1)]
+        """Rank 0 in the first. Example: 2 ranks on GPUs of one host, `[{CPU: 2, GPU: 1}, {CPU: 1, GPU: 1}]`;
+        4 on two hosts, `[{CPU: 3, GPU: 2}, {CPU: 2, GPU: 2}]`."""
+        gpu = {"GPU": float(self._ranks_per_bundle * self.gpus_per_rank)} if self.gpus_per_rank else {}
+        cpus = self._ranks_per_bundle * self.cpus_per_rank
+        num_others = self.num_ranks // self._ranks_per_bundle - 1
+        return [{"CPU": SUPERVISOR_CPUS + cpus} | gpu] + [{"CPU": cpus} | gpu for _ in range(num_others)]
+
+    def bundle_of(self, rank: int) -> int:
+        return rank // self._ranks_per_bundle
+
+    @property
+    def strategy(self) -> str:
+        """How Ray lays the bundles out: all on one node, or each on another."""
+        return "STRICT_PACK" if self.num_hosts == 1 else "STRICT_SPREAD"
 
     @property
     def num_cpus(self) -> float:
@@ -46,9 +58,21 @@ class Placement:
         return self.num_ranks * self.gpus_per_rank
 
     def describe(self) -> str:
-        """For a person waiting: what must be free on one node."""
-        gpus = f" and {self.num_gpus} GPU" if self.num_gpus else ""
-        return f"{self.num_cpus:g} CPU{gpus} on one node"
+        """For a person waiting: what must be free, and where."""
+        if self.num_hosts == 1:
+            return f"{_amount(self.num_cpus, self.num_gpus)} on one node"
+        first, other, *_ = self.bundles()
+        gpus, num_others = self.num_gpus // self.num_hosts, self.num_hosts - 1
+        each = "another" if num_others == 1 else f"each of {num_others} others"
+        return f"{_amount(first['CPU'], gpus)} on one node, {_amount(other['CPU'], gpus)} on {each}"
+
+    @property
+    def _ranks_per_bundle(self) -> int:
+        return 1 if self.num_hosts == 1 else self.num_ranks // self.num_hosts
+
+
+def _amount(num_cpus: float, num_gpus: int) -> str:
+    return f"{num_cpus:g} CPU{f' and {num_gpus} GPU' if num_gpus else ''}"
 
 
 def place(section: ModelSection, *, device: str) -> Placement:
@@ -57,6 +81,7 @@ def place(section: ModelSection, *, device: str) -> Placement:
         num_ranks=section.parallel.to_parallel().num_ranks,
         cpus_per_rank=section.cpus_per_rank,
         gpus_per_rank=1 if device == "cuda" else 0,
+        num_hosts=section.parallel.hosts,
     )
 
 
@@ -86,7 +111,7 @@ def application_name(model: str) -> str:
 def deployment_options(
     section: ModelSection, *, device: str, environment: dict[str, str]
 ) -> dict[str, object]:
-    """Options of the Serve deployment of a model: one replica is one group of ranks on one node.
+    """Options of the Serve deployment of a model: one replica is one group of ranks.
 
     `environment` is set for its processes on top of what they inherit.
     """
@@ -99,7 +124,7 @@ def deployment_options(
         "num_replicas": section.replicas.min,
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "placement_group_bundles": placement.bundles(),
-        "placement_group_strategy": "STRICT_PACK",
+        "placement_group_strategy": placement.strategy,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": SHUTDOWN_POLL_S,

@@ -39,6 +39,7 @@ class RaySession:
     def start(self) -> None:
         """Start or join Ray, and Serve in it. Raises CommandError."""
         if self.is_owner:
+            _check_hosts(self._config)
             self._start_own()
         else:
             self._join()
@@ -90,6 +91,16 @@ class RaySession:
             _, alive = psutil.wait_procs(children, LEFTOVER_TIMEOUT_S)
             _kill(alive)
         shutil.rmtree(self._folder.shared_dir, ignore_errors=True)
+
+
+def _check_hosts(config: Config) -> None:
+    """A Ray of our own is one node, where a group over hosts would wait for ever."""
+    for index, section in enumerate(config.models):
+        if section.parallel.hosts > 1:
+            raise CommandError(
+                f"models[{index}].parallel.hosts is {section.parallel.hosts}, but the Ray of `up` is one "
+                "node; set ray.address to a Ray that has as many, or hosts to 1"
+            )
 
 
 def _check_reachable(address: str) -> None:

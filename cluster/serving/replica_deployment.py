@@ -1,4 +1,4 @@
-"""One Serve replica: a supervisor with its ranks, in one placement group on one node.
+"""One Serve replica: a supervisor with its ranks, in one placement group.
 
 Serve calls the constructor, `check_health` and `__del__`, all on the event loop that gRPC uses. The group is
 one failure domain: when it is lost this process leaves at once, and Serve makes a new replica.
@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ray import serve
 
 from cluster.config import Config, LinkTlsSection, ModelSection
+from cluster.serving.ending_report import ask_why_it_ends
 from cluster.serving.energy_agent import energy_agent_address, keep_energy_agent, metrics_access
 from cluster.serving.loading_note import LoadingNote
 from cluster.serving.placement import place
@@ -23,6 +26,7 @@ from cluster.serving.run_folder import RunFolder
 from cluster.sources import resolve_source
 from replicas.config import LinkCredentials, ReplicaConfig, lookahead_on
 from replicas.long_lived import spare_the_collector
+from replicas.supervisor.rank_group import RankProcess
 from replicas.supervisor.supervisor import Supervisor
 
 NOTE_PERIOD_S = 0.25
@@ -44,14 +48,20 @@ class ReplicaDeployment:
         folder = RunFolder(Path(config.runtime_dir))
         folder.prepare()
         folder.prepare_shared()
-        source = section.source
-        if not section.is_null:
-            source = str(await asyncio.to_thread(resolve_source, source, revision=section.revision))
+        find_source = partial(resolve_source, section.source, revision=section.revision)
+        source = section.source if section.is_null else str(await asyncio.to_thread(find_source))
         told = replica_config(config, section, folder, source=source, device=device)
-        self._agent = asyncio.create_task(_keep_agent(config, told, folder))
+        self._application = serve.get_replica_context().app_name
+        agents = _EnergyAgents(config if told.energy_agent else None)
+        self._agents = agents
+        agents.keep()
         self._supervisor = Supervisor(
             told,
-            RayRankGroup(place(section, device=device)),
+            RayRankGroup(
+                place(section, device=device),
+                find_source=None if section.is_null else find_source,
+                on_placed=agents.keep_far,
+            ),
             leave,
         )
         spare_the_collector()
@@ -73,9 +83,9 @@ class ReplicaDeployment:
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is None:
             return
-        await supervisor.drain()
+        await supervisor.drain(await ask_why_it_ends(self._application))
         await supervisor.stop()
-        self._agent.cancel()
+        self._agents.close()
 
 
 def leave(reason: str) -> None:
@@ -109,6 +119,7 @@ def replica_config(
         runtime_dir=str(folder.path),
         shared_dir=str(folder.shared_dir),
         energy_agent=energy_agent_address(folder.path) if needs_agent else "",
+        energy_agent_port=config.energy.agent_port,
         meter=config.energy.meter,
         metrics=metrics_access(config.telemetry),
         drain_s=section.limits.drain_s,
@@ -127,9 +138,25 @@ def _link_credentials(tls: LinkTlsSection) -> LinkCredentials | None:
     )
 
 
-async def _keep_agent(config: Config, told: ReplicaConfig, folder: RunFolder) -> None:
-    if told.energy_agent:
-        await keep_energy_agent(config, folder.path)
+class _EnergyAgents:
+    """Of the nodes that this replica has ranks on. `config` None: it needs none."""
+
+    def __init__(self, config: Config | None) -> None:
+        self._config = config
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def keep(self, node_id: str = "") -> None:
+        """Empty: this node's."""
+        if self._config is not None:
+            self._tasks.append(asyncio.create_task(keep_energy_agent(self._config, node_id)))
+
+    def keep_far(self, ranks: Sequence[RankProcess]) -> None:
+        for node_id in sorted({rank.node for rank in ranks if rank.node}):
+            self.keep(node_id)
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
 
 async def _note_loading(supervisor: Supervisor, note: LoadingNote) -> None:

@@ -34,7 +34,11 @@ class RouterMetrics:
 
         self._requests = counter("wattline_requests", "Requests ended, by gRPC status.", "model", "code")
         self._admissions = counter(
-            "wattline_admissions", "Requests admitted or refused, by tenant.", "model", "tenant", "outcome"
+            "wattline_admissions",
+            "Requests that arrived, by tenant: admitted, refused and why, or cancelled before either.",
+            "model",
+            "tenant",
+            "outcome",
         )
         self._slo = counter(
             "wattline_slo_answers", "Answers by whether they kept the model's objective.", "model", "slo"

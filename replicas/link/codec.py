@@ -9,7 +9,6 @@ from replicas.energy.meter import CONFIDENCE_FACTORS
 from replicas.expert_heat import ExpertHeat
 from replicas.frames import Cancel, Stop, Submit
 from replicas.link.messages import (
-    PROTOCOL_VERSION,
     Drain,
     EnergyStatement,
     LedgerState,
@@ -18,6 +17,7 @@ from replicas.link.messages import (
     RouterCommand,
 )
 from replicas.link.outbox import Parcel
+from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.wire.deltas import delta_to_wire
 from replicas.wire.loads import load_to_wire
 from replicas.wire.requests import request_from_wire

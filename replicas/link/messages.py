@@ -17,8 +17,6 @@ from replicas.request import EngineReady, LoadSnapshot
 from replicas.supervisor.energy_account import EnergySums
 from replicas.supervisor.rank_group import RankProcess
 
-PROTOCOL_VERSION = 2
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaCard:

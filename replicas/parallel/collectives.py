@@ -17,6 +17,7 @@ from replicas.config import RankConfig
 from replicas.errors import BadParallelism
 from replicas.parallel.one_shot import open_one_shot
 from replicas.parallel.process_group import ProcessGroupCollectives, open_store
+from replicas.parallel.rendezvous import choose_interface
 from replicas.parallel.shared_memory import SharedMemoryCollectives
 
 
@@ -96,6 +97,7 @@ def make_collectives(config: RankConfig) -> Collectives:
             path,
             rank=config.rank,
             size=config.num_ranks,
+            epoch=config.epoch,
             timeout_s=config.attach_timeout_s,
             attach_timeout_s=config.attach_timeout_s,
         )
@@ -110,6 +112,8 @@ def make_collectives(config: RankConfig) -> Collectives:
     device = device_of(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif config.rendezvous:
+        choose_interface(config.rendezvous)
     collectives = ProcessGroupCollectives(
         store,
         rank=config.rank,
@@ -128,9 +132,9 @@ def device_of(config: RankConfig) -> torch.device:
     if device.type != "cuda" or device.index is not None:
         return device
     num_devices = torch.cuda.device_count()
-    if config.rank >= num_devices:
+    if config.local_rank >= num_devices:
         raise BadParallelism(
             f"rank {config.rank} of {config.num_ranks} needs a GPU of its own; {num_devices} are visible; "
             "lower parallel.tensor and parallel.expert, or check CUDA_VISIBLE_DEVICES"
         )
-    return torch.device("cuda", config.rank)
+    return torch.device("cuda", config.local_rank)

@@ -1,7 +1,7 @@
 """Collectives over `torch.distributed`: NCCL between GPUs, gloo between CPU ranks of several hosts.
 
-Ranks meet at a TCP store of rank 0: at a given address for groups over hosts, else at a port that rank 0
-picks and leaves in a file, which is gone once all ranks read it. Keys carry the epoch.
+Ranks meet at a TCP store of rank 0: over hosts at a port that it has open and all were told, else at one that
+it picks and leaves in a file, which is gone once all ranks read it. Keys carry the epoch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from replicas.config import Rendezvous
 from replicas.errors import RankLost
 from replicas.parallel.one_shot import DTYPES, SmallSum, is_small
 
@@ -161,13 +162,16 @@ class ProcessGroupCollectives:
             dist.destroy_process_group()
 
 
-def open_store(path: Path, *, rendezvous: str, rank: int, size: int, epoch: int, timeout_s: float) -> Store:
+def open_store(
+    path: Path, *, rendezvous: Rendezvous | None, rank: int, size: int, epoch: int, timeout_s: float
+) -> Store:
     """The store of the group, when all ranks have it; RankLost after `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
     try:
         if rendezvous:
-            host, _, port = rendezvous.rpartition(":")
-            tcp = _tcp_store(host, int(port), is_master=rank == 0, timeout_s=timeout_s)
+            host, port = rendezvous.host, rendezvous.store_port
+            listener = rendezvous.store_fd if rank == 0 else None
+            tcp = _tcp_store(host, port, is_master=rank == 0, timeout_s=timeout_s, listener=listener)
         elif rank == 0:
             tcp = _tcp_store("127.0.0.1", 0, is_master=True, timeout_s=timeout_s)
             private = path.with_name(f"{path.name}.{rank}")
@@ -192,9 +196,16 @@ def _padded(x: torch.Tensor, num_rows: int) -> torch.Tensor:
     return torch.cat((x, x.new_zeros((missing, *x.shape[1:])))) if missing else x
 
 
-def _tcp_store(host: str, port: int, *, is_master: bool, timeout_s: float) -> TCPStore:
+def _tcp_store(
+    host: str, port: int, *, is_master: bool, timeout_s: float, listener: int | None = None
+) -> TCPStore:
     return TCPStore(
-        host, port, is_master=is_master, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        host,
+        port,
+        is_master=is_master,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener,
     )
 
 

@@ -72,8 +72,13 @@ class RingLeader:
         self._num_published = 0
         self._num_collected = 0
         self._is_closed = False
-        self._file = SharedFile.create(
-            path, num_bytes=self._layout.num_bytes, size=size, epoch=epoch, timeout_s=attach_timeout_s
+        self._file = SharedFile.attach(
+            path,
+            num_bytes=self._layout.num_bytes,
+            rank=0,
+            size=size,
+            epoch=epoch,
+            timeout_s=attach_timeout_s,
         )
 
     def publish(self, payload: bytes) -> None:
@@ -174,7 +179,7 @@ class RingFollower:
         """Pieces; `_num_received` counts messages."""
         self._num_received = 0
         self._is_closed = False
-        self._file = SharedFile.join(
+        self._file = SharedFile.attach(
             path,
             num_bytes=self._layout.num_bytes,
             rank=rank,

@@ -27,6 +27,7 @@ class SharedFile:
     """One rank's mapping. The caller's bytes begin at `HEADER_BYTES`, zeroed; `words` are int64."""
 
     def __init__(self, mapped: mmap.mmap, *, rank: int, size: int) -> None:
+        self.mapped = mapped
         self.words = memoryview(mapped).cast("q")
         self.bytes = memoryview(mapped)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
@@ -36,11 +37,20 @@ class SharedFile:
         self._pidfds: dict[int, int] = {}
 
     @classmethod
-    def create(cls, path: Path, *, num_bytes: int, size: int, epoch: int, timeout_s: float) -> SharedFile:
-        """Rank 0: return when all `size` ranks are attached. RankLost if one is not within `timeout_s`."""
+    def attach(
+        cls, path: Path, *, num_bytes: int, rank: int, size: int, epoch: int, timeout_s: float
+    ) -> SharedFile:
+        """Return when all `size` ranks are attached. RankLost if they are not within `timeout_s`."""
         assert 1 < size <= MAX_RANKS, f"{size} ranks share a file; at least 2, at most {MAX_RANKS}"
+        if rank == 0:
+            return cls._create(path, num_bytes=num_bytes, size=size, epoch=epoch, timeout_s=timeout_s)
+        return cls._join(path, num_bytes=num_bytes, rank=rank, size=size, epoch=epoch, timeout_s=timeout_s)
+
+    @classmethod
+    def _create(cls, path: Path, *, num_bytes: int, size: int, epoch: int, timeout_s: float) -> SharedFile:
+        """Rank 0: make the file and wait for the others."""
         deadline_s = time.monotonic() + timeout_s
-        shared = cls(_create(path, HEADER_BYTES + num_bytes, size, epoch), rank=0, size=size)
+        shared = cls(_make(path, HEADER_BYTES + num_bytes, size, epoch), rank=0, size=size)
         try:
             while missing := [rank for rank in range(size) if not shared.words[_PIDS_WORD + rank]]:
                 if time.monotonic() > deadline_s:
@@ -49,14 +59,14 @@ class SharedFile:
         finally:
             path.unlink(missing_ok=True)
         shared.words[_GO_WORD] = 1
-        shared._watch_peers(range(1, size))
+        shared._watch_peers()
         return shared
 
     @classmethod
-    def join(
+    def _join(
         cls, path: Path, *, num_bytes: int, rank: int, size: int, epoch: int, timeout_s: float
     ) -> SharedFile:
-        """Any other rank: return when rank 0 said go. RankLost if it does not within `timeout_s`."""
+        """Any other rank: find the file, sign, and wait until rank 0 says go."""
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             opened = _open(path, HEADER_BYTES + num_bytes)
@@ -69,27 +79,29 @@ class SharedFile:
             if (words[_MAGIC_WORD], words[_SIZE_WORD], words[_EPOCH_WORD]) == (_MAGIC, size, epoch):
                 words[_PIDS_WORD + rank] = os.getpid()
                 if _await_go(path, inode, words, deadline_s):
-                    shared._watch_peers(range(1))
+                    shared._watch_peers()
                     return shared
             shared.close()
             time.sleep(_POLL_S)
         raise RankLost(f"rank {rank}: rank 0 did not open {path} within {timeout_s:g} s")
 
     def check_peers(self) -> None:
-        """Raise RankLost if the process of a watched rank has ended, reaped or not."""
+        """Raise RankLost if the process of another rank has ended, reaped or not."""
         for pidfd, _ in self._deaths.poll(0):
             raise RankLost(f"the process of rank {self._pidfds[pidfd]} ended")
 
     def close(self) -> None:
-        """Drop the mapping. Idempotent."""
+        """Let go of the mapping, which lives on where tensors are made of it. Idempotent."""
         for pidfd in self._pidfds:
             os.close(pidfd)
         self._pidfds.clear()
         self.words.release()
         self.bytes.release()
 
-    def _watch_peers(self, ranks: range) -> None:
-        for rank in ranks:
+    def _watch_peers(self) -> None:
+        for rank in range(self._size):
+            if rank == self._rank:
+                continue
             try:
                 pidfd = os.pidfd_open(self.words[_PIDS_WORD + rank])
             except ProcessLookupError as error:
@@ -101,7 +113,7 @@ class SharedFile:
             self._deaths.register(pidfd, select.POLLIN)
 
 
-def _create(path: Path, num_bytes: int, size: int, epoch: int) -> mmap.mmap:
+def _make(path: Path, num_bytes: int, size: int, epoch: int) -> mmap.mmap:
     """A complete file under `path`, in place of what a dead group may have left there."""
     private = path.with_name(f"{path.name}.{os.getpid()}")
     try:

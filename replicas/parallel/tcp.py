@@ -21,6 +21,11 @@ _GREETING = struct.Struct("<8sQII")
 _MAGIC = b"wattline"
 _CONNECT_POLL_S = 0.05
 _GREETING_TIMEOUT_S = 5.0
+_SILENCE_S = 2
+"""A host that vanished says nothing: an idle connection is probed after this long, and as often again."""
+_MAX_PROBES = 3
+GONE_S = _SILENCE_S * (1 + _MAX_PROBES)
+"""After which a host that answers no probe, or acknowledges no message, is gone."""
 
 
 class TcpLeader:
@@ -108,6 +113,7 @@ def _accept_all(
     listener: socket.socket, size: int, epoch: int, deadline_s: float
 ) -> dict[int, socket.socket]:
     joined: dict[int, socket.socket] = {}
+    port = listener.getsockname()[1]
     try:
         while len(joined) < size - 1:
             listener.settimeout(max(deadline_s - time.monotonic(), 0.001))
@@ -121,14 +127,16 @@ def _accept_all(
         for connection in joined.values():
             connection.close()
         missing = sorted(set(range(1, size)) - set(joined))
-        raise RankLost(f"ranks {missing} did not attach in time") from error
+        raise RankLost(
+            f"ranks {missing} did not attach in time; all hosts must reach each other (here port {port})"
+        ) from error
     return joined
 
 
 def _greet(connection: socket.socket, size: int, epoch: int) -> int | None:
     """The rank that dialled; None if it is not one of this group and life."""
     connection.settimeout(_GREETING_TIMEOUT_S)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _tune(connection)
     try:
         magic, its_epoch, rank, its_size = _GREETING.unpack(_receive_exactly(connection, _GREETING.size))
     except OSError:
@@ -149,9 +157,21 @@ def _connect(address: tuple[str, int], deadline_s: float) -> socket.socket:
             time.sleep(_CONNECT_POLL_S)
         else:
             connection.settimeout(None)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            _tune(connection)
             return connection
+
+
+def _tune(connection: socket.socket) -> None:
+    """Plans are small and waited for; and a peer that no longer exists is an error, not a silence."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_NODELAY, 1),
+        (socket.TCP_KEEPIDLE, _SILENCE_S),
+        (socket.TCP_KEEPINTVL, _SILENCE_S),
+        (socket.TCP_KEEPCNT, _MAX_PROBES),
+        (socket.TCP_USER_TIMEOUT, 1000 * GONE_S),
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _receive_exactly(connection: socket.socket, size_bytes: int) -> bytes:

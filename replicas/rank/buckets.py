@@ -1,7 +1,7 @@
 """Which batch sizes decode graphs are captured for, and how a smaller batch is padded to one. Pure.
 
-A padding row computes token 0 at position 0 into scratch block 0, with a context of one: it costs what a
-row of an empty sequence costs, and touches nothing of anybody's. Shape letters: B rows of a bucket.
+A padding row computes token 0 at position 0 into scratch block 0, with a context of one and without experts:
+it costs less than a row of an empty sequence, and touches nothing of anybody's. Shape letters: B rows.
 """
 
 from __future__ import annotations
@@ -22,14 +22,9 @@ TOKEN, POSITION, SLOT, ROW, KEY, TEMPERATURE = range(6)
 NUM_WORDS = 6
 
 
-def bucket_sizes(most_rows: int, *, has_experts: bool) -> tuple[int, ...]:
-    """Ascending, the last is `most_rows`. Powers of two up to 8, then every eighth number.
-
-    Rows of padding go to experts of their own, whose weights must be read; so with experts, every size up to
-    8 has a graph: beyond, nearly all experts are hit anyway.
-    """
-    small = range(1, STRIDE + 1) if has_experts else (1, 2, 4, 8)
-    sizes = {*small, *range(2 * STRIDE, most_rows, STRIDE), most_rows}
+def bucket_sizes(most_rows: int) -> tuple[int, ...]:
+    """Ascending, the last is `most_rows`. Powers of two up to 8, then every eighth number."""
+    sizes = {1, 2, 4, STRIDE, *range(2 * STRIDE, most_rows, STRIDE), most_rows}
     return tuple(sorted(size for size in sizes if size <= most_rows))
 
 

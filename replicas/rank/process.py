@@ -196,7 +196,7 @@ def _open_leader(config: RankConfig) -> PlanLeader | None:
         return None
     if config.rendezvous:
         return TcpLeader(
-            socket.create_server(_plan_address(config), backlog=config.num_ranks),
+            socket.socket(fileno=config.rendezvous.plan_fd),
             size=config.num_ranks,
             epoch=config.epoch,
             attach_timeout_s=config.attach_timeout_s,
@@ -214,7 +214,7 @@ def _open_leader(config: RankConfig) -> PlanLeader | None:
 def _open_follower(config: RankConfig) -> PlanFollower:
     if config.rendezvous:
         return TcpFollower(
-            _plan_address(config),
+            (config.rendezvous.host, config.rendezvous.plan_port),
             rank=config.rank,
             size=config.num_ranks,
             epoch=config.epoch,
@@ -232,12 +232,6 @@ def _open_follower(config: RankConfig) -> PlanFollower:
 def _ring_path(config: RankConfig) -> Path:
     group = re.sub(r"[^A-Za-z0-9._-]", "_", config.group)
     return Path(config.shared_dir) / f"{group}.{config.epoch}.plans"
-
-
-def _plan_address(config: RankConfig) -> tuple[str, int]:
-    """The port after the rendezvous: that one belongs to the collectives."""
-    host, _, port = config.rendezvous.rpartition(":")
-    return host, int(port) + 1
 
 
 def _no_report(stage: str, done: int, total: int) -> None:

@@ -312,9 +312,7 @@ class ModelRunner:
             collectives=self._collectives,
             has_spans=self._has_spans,
         )
-        sizes = bucket_sizes(
-            min(limits.max_sequences, limits.step_tokens), has_experts=self.spec.num_experts > 0
-        )
+        sizes = bucket_sizes(min(limits.max_sequences, limits.step_tokens))
         return DeviceSteps(parts, support, sizes)
 
     def _settle_attention(self, pages: PageAttention) -> None:

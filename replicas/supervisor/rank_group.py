@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 class RankProcess:
     """One running rank. `device` is `cpu`, or the UUID of its GPU (`GPU-...`), which the meters go by.
 
-    `node` and `address` say where a rank is that is not on the supervisor's host; else both are empty.
+    `node` and `address` are of a rank on another host than its supervisor, where alone its pid has a meaning;
+    both are empty on the supervisor's.
     """
 
     rank: int

@@ -73,6 +73,26 @@ def test_kernels_and_graphs_give_the_tokens_of_torch(tmp_path: Path, device: tor
     runner.close()
 
 
+def test_rows_of_padding_are_no_load_of_any_expert(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    limits = replace(LIMITS, lookahead=0)
+    source = make_granite_moe(tmp_path, vocab_size=515, seed=13)
+    requests = [GenerationRequest(request_id=0, prompt_ids=(5, 6, 7), max_tokens=3)]
+    host = make_runner(source, limits)
+    wanted = answer(host, limits, requests)
+    monkeypatch.setattr("replicas.rank.runner.bucket_sizes", lambda most_rows: (most_rows,))
+    runner = make_runner(source, limits, make_support(device), device=device)
+    if device.type == "cuda":
+        runner.warmup()
+    ours = answer(runner, limits, requests)
+    assert ours.tokens == wanted.tokens
+    assert ours.experts_hit == wanted.experts_hit
+    assert runner.experts.loads() == host.experts.loads()
+    runner.close()
+
+
 def test_a_warm_engine_serves_by_the_attention_it_settled_on(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

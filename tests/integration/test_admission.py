@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Any
 
 import grpc
 
+from cluster.request.failover import FailoverBudget
 from cluster.router import service
 from cluster.router.caller import Caller
 from protos import wattline_cluster_pb2 as cluster_pb
+from protos import wattline_inference_pb2 as pb
 from tests.fake_replica import EOS
 from tests.router_fixture import (
     TestRouter,
@@ -39,6 +42,16 @@ async def hold_line(router: TestRouter, replica: Any, count: int) -> list[Any]:
     calls = [router.inference.Generate(make_request()) for _ in range(count)]
     await replica.wait_command("submit", count=count)
     return calls
+
+
+def admissions(router: TestRouter) -> dict[tuple[str, str, str], float]:
+    """How many arrived, by model, tenant and outcome."""
+    return {
+        (sample.labels["model"], sample.labels["tenant"], sample.labels["outcome"]): sample.value
+        for family in router.router._metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "wattline_admissions_total"
+    }
 
 
 async def test_a_limit_of_the_tenant_is_named_with_the_time_to_come_back() -> None:
@@ -155,13 +168,70 @@ async def test_tenants_share_by_weight_and_are_counted(monkeypatch: Any) -> None
         await asyncio.gather(*(finish(index) for index in range(11)))
         # The three of the small tenant came last, and are served among the first seven.
         assert set(ended[:7]) >= {8, 9, 10}
-        page = await asyncio.to_thread(lambda: router.router._metrics)
-        samples = {
-            (sample.labels["tenant"], sample.labels["outcome"]): sample.value
-            for family in page.registry.collect()
-            for sample in family.samples
-            if sample.name == "wattline_admissions_total"
-        }
-        assert samples == {("flood", "admitted"): 10.0, ("small", "admitted"): 3.0}
+        counts = {("tiny", "flood", "admitted"): 10.0, ("tiny", "small", "admitted"): 3.0}
+        assert admissions(router) == counts
         status = await router.cluster.Status(cluster_pb.StatusRequest())
         assert status.models[0].active_requests == 0
+
+
+async def test_every_arrival_is_counted_once_whatever_becomes_of_it(monkeypatch: Any) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(service, "Caller", lambda **fields: Caller(**{**fields, **given}))
+    tenants, poison = [{"name": "default", "concurrent": 3}], tuple(range(9))
+    async with router_of(tenants=tenants) as router:
+        ends = [await fail(router.inference.Generate(make_request(model="absent")))]
+        async with router.replica(max_sequences=1, context_tokens=64) as replica:
+            router.router._streams._resumption._quarantine.add("tiny", poison, now_s=monotonic())
+            for ids in (poison, [1] * 64):
+                request = make_request()
+                request.tokens.CopyFrom(pb.TokenIds(ids=ids))
+                ends.append(await fail(router.inference.Generate(request)))
+            given["time_remaining_s"] = lambda: 0.0
+            ends.append(await fail(router.inference.Generate(make_request())))
+            given.clear()
+            held = await hold_line(router, replica, 2)
+            gone = router.inference.Generate(make_request())
+            while not router.num_queued:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+            ends.append(await fail(router.inference.Generate(make_request())))
+            gone.cancel()
+            while router.num_queued:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+            replica.running.set()
+            for call in held:
+                await collect(call)
+
+        assert [end.code().name for end in ends] == [
+            "UNAVAILABLE",
+            "ABORTED",
+            "INVALID_ARGUMENT",
+            "DEADLINE_EXCEEDED",
+            "RESOURCE_EXHAUSTED",
+        ]
+        assert admissions(router) == {
+            ("absent", "default", "no_replica"): 1.0,
+            ("tiny", "default", "quarantined"): 1.0,
+            ("tiny", "default", "invalid"): 1.0,
+            ("tiny", "default", "deadline"): 1.0,
+            ("tiny", "default", "tenant_limit"): 1.0,
+            ("tiny", "default", "cancelled"): 1.0,
+            ("tiny", "default", "admitted"): 2.0,
+        }
+        assert router.router._models["tiny"].refused_total == 4
+
+
+async def test_only_who_is_admitted_earns_a_resumption(monkeypatch: Any) -> None:
+    earned: list[None] = []
+    monkeypatch.setattr(FailoverBudget, "earn", lambda _: earned.append(None))
+    async with router_of(limits={"max_queued": 1}) as router, router.replica(max_sequences=1) as replica:
+        held = await hold_line(router, replica, 2)
+        held.append(router.inference.Generate(make_request()))
+        while not router.num_queued:  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+        error = await fail(router.inference.Generate(make_request()))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert len(earned) == 2
+        replica.running.set()
+        for call in held:
+            await collect(call)
+        assert len(earned) == 3

@@ -28,8 +28,10 @@ PAINTED = """[...document.querySelectorAll('canvas')].filter((one) => one.offset
 
 
 @pytest.fixture
-async def router() -> AsyncIterator[TestRouter]:
-    config = make_config(model={"slo": {"ttft_ms": 60_000, "tpot_ms": 60_000}})
+async def router(request: pytest.FixtureRequest) -> AsyncIterator[TestRouter]:
+    config = make_config(
+        model={"slo": {"ttft_ms": 60_000, "tpot_ms": 60_000}, **getattr(request, "param", {})}
+    )
     async with run_test_router(config) as running:
         yield running
 
@@ -190,6 +192,40 @@ async def test_a_lost_replica_is_told_with_its_reason_and_rows_stay_where_they_a
     assert await page.evaluate("document.querySelectorAll('#events tr')[1].mark") == "kept"
     notice = await page.evaluate("document.getElementById('notice-text').textContent")
     assert "was lost at" in notice and "its link ended without a word" in notice
+
+
+@pytest.mark.parametrize("router", [{"replicas": {"min": 2, "max": 2}}], indirect=True)
+async def test_a_model_short_of_a_replica_says_which_one_and_why(router: TestRouter, page: Page) -> None:
+    text = "document.getElementById('notice-text').textContent"
+    short = "[...document.querySelectorAll('#model-choice [data-short]')].map((one) => one.title).join(', ')"
+    lost = router.replica(replica_id="replica-1")
+    async with router.replica():
+        await lost.attach()
+        await page.until(
+            "document.querySelector('#chart-replicas + .legend').textContent === 'ready2wanted2'"
+        )
+        assert await page.evaluate(short) == "absent 0 of 1 ready"
+        await lost.leave(says_goodbye=False)
+        await page.until(f"{text}.startsWith('{MODEL} 1 of 2 ready. replica-1, lost at ')")
+        assert "its link ended without a word. Watch for the next one:" in await page.evaluate(text)
+        await page.until(
+            "document.querySelector('#chart-replicas + .legend').textContent === 'ready1wanted2'"
+        )
+        assert await page.evaluate(short) == f"{MODEL} 1 of 2 ready, absent 0 of 1 ready"
+
+
+async def test_enter_on_a_request_copies_the_command_that_tells_its_story(
+    router: TestRouter, page: Page
+) -> None:
+    await page.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    async with router.replica():
+        await collect(router.inference.Generate(make_request("hello", energy_wait_ms=1000)))
+        await page.until("document.querySelector('#requests .copy') !== null")
+        await page.evaluate("document.querySelector('#requests .copy').focus()")
+        await page.press("Enter")
+        await page.until("document.getElementById('tip').textContent.startsWith('copied: wattline why ')")
+        copied = await page.evaluate("navigator.clipboard.readText()")
+    assert copied == await page.evaluate("document.querySelector('#requests .copy').dataset.copy")
 
 
 async def test_an_empty_page_says_what_to_do(router: TestRouter, page: Page) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.openai import exchange
 from cluster.servers import http_connection
 from cluster.servers.http_connection import MAX_HEAD_BYTES
 from tests.router_fixture import make_config, run_test_router
@@ -65,6 +66,29 @@ async def test_a_body_over_the_limit_is_refused(is_announced: bool) -> None:
     async with run_test_router(make_config(router={"max_body_bytes": 4096})) as router:
         answer = await say(router.addresses.http, ASKING + b"connection: close\r\n" + rest)
     assert answer.startswith(b"HTTP/1.1 413 ") and b"4096 bytes" in answer
+
+
+async def test_a_body_that_never_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "BODY_S", 0.05)
+    async with run_test_router() as router:
+        answer = await say(router.addresses.http, ASKING + b"connection: close\r\ncontent-length: 9\r\n\r\n{")
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"body: 1 bytes came in" in answer and b"allowed: 0.05 s, 1 s more for each 4096 bytes" in answer
+
+
+async def test_a_body_that_trickles_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "BODY_S", 1.0)
+    async with run_test_router() as router:
+        host, _, port = router.addresses.http.rpartition(":")
+        async with asyncio.timeout(WAIT_S):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(ASKING + b"content-length: 1000000\r\n\r\n")
+            answer = asyncio.create_task(reader.readline())
+            while not answer.done():
+                writer.write(b" ")
+                await asyncio.wait((answer,), timeout=0.01)
+            writer.close()
+    assert answer.result().startswith(b"HTTP/1.1 408 ")
 
 
 @pytest.mark.parametrize(("has_keys", "status"), [(True, 401), (False, 413)])

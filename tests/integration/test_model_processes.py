@@ -35,7 +35,12 @@ PROMPTS = tuple(
         ("llama", ParallelConfig(tensor=1), 0),
         ("llama", ParallelConfig(tensor=2), 1),
         ("granite-moe", ParallelConfig(tensor=2, expert=2), 0),
-        ("granite-moe", ParallelConfig(expert=2, layout="dispatch"), 0),
+        ("llama", ParallelConfig(tensor=4, hosts=2), 1),
+        (
+            "granite-moe",
+            ParallelConfig(expert=2, layout="dispatch", spare_experts=2, rebalance_steps=6, hosts=2),
+            0,
+        ),
     ],
 )
 async def test_a_group_answers_like_transformers(

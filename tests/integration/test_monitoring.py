@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from cluster.monitoring.grafana import EXPERTS, ROWS, build_dashboard
+from cluster.monitoring.grafana import build_dashboard
+from cluster.monitoring.panels import EXPERTS, ROWS
 from cluster.monitoring.write import write_all
 from protos import wattline_inference_pb2 as pb
 from replicas.config import EngineLimits, MetricsAccess, NullEngineConfig, ReplicaConfig

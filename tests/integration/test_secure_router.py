@@ -341,3 +341,20 @@ async def test_only_replicas_with_a_certificate_attach(authority: Authority, tmp
         async with router.replica(credentials=credentials):
             answer = await collect(router.inference.Generate(make_request()))
     assert len(answer.token_ids) == 8
+
+
+async def test_names_that_nobody_has_are_told_at_the_start(
+    keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys.add("acme")
+    auth = {"models": {"acme": [MODEL, "tinny"], "acne": []}, "operators": ["acme", "ops"]}
+    async with run_test_router(make_config(router={"auth": {"keys_file": str(keys.path), **auth}})):
+        said = [record.getMessage() for record in caplog.records if "auth_name" in record.getMessage()]
+    assert said == [
+        "auth_name_unknown router.auth.models[acme]: got 'tinny'; served here: absent, tiny; "
+        "did you mean 'tiny'?",
+        "auth_name_unknown router.auth.models: got 'acne'; known by a key or auth.client_names: acme; "
+        "did you mean 'acme'?",
+        "auth_name_unknown router.auth.operators: got 'ops'; known by a key or auth.client_names: "
+        "acme; correct it, unless it comes later",
+    ]

@@ -20,7 +20,7 @@ import pytest
 from protos import wattline_link_pb2 as link_pb2
 from replicas.config import EngineLimits, NullEngineConfig, ParallelConfig, ReplicaConfig
 from replicas.errors import RankLost
-from replicas.link.messages import PROTOCOL_VERSION
+from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor
 from tests.small_router import WAIT_S, AttachedReplica, SmallRouter

@@ -37,9 +37,8 @@ PADDING_ROW = 11
 
 
 def test_the_usual_sizes() -> None:
-    assert bucket_sizes(40, has_experts=False) == (1, 2, 4, 8, 16, 24, 32, 40)
-    assert bucket_sizes(20, has_experts=True) == (1, 2, 3, 4, 5, 6, 7, 8, 16, 20)
-    assert bucket_sizes(3, has_experts=False) == (1, 2, 3)
+    assert bucket_sizes(40) == (1, 2, 4, 8, 16, 24, 32, 40)
+    assert bucket_sizes(3) == (1, 2, 3)
 
 
 def test_prompt_chunks_of_every_power_of_two_are_warmed_up() -> None:
@@ -49,11 +48,9 @@ def test_prompt_chunks_of_every_power_of_two_are_warmed_up() -> None:
 
 
 @settings(derandomize=True)
-@given(st.integers(1, 600), st.booleans(), st.data())
-def test_a_batch_gets_the_smallest_size_that_holds_it(
-    most: int, has_experts: bool, data: st.DataObject
-) -> None:
-    sizes = bucket_sizes(most, has_experts=has_experts)
+@given(st.integers(1, 600), st.data())
+def test_a_batch_gets_the_smallest_size_that_holds_it(most: int, data: st.DataObject) -> None:
+    sizes = bucket_sizes(most)
     num_rows = data.draw(st.integers(1, most))
     size = bucket_of(num_rows, sizes)
     assert sizes == tuple(sorted(set(sizes))) and sizes[-1] == most

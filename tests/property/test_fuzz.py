@@ -35,7 +35,7 @@ from protos import wattline_oip_pb2 as oip
 from protos.wattline_ledger_pb2_grpc import add_LedgerStoreServicer_to_server
 from replicas.config import EngineLimits, NullEngineConfig, ReplicaConfig
 from replicas.energy.agent import EnergyAgent
-from replicas.link.messages import PROTOCOL_VERSION
+from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.strict_messages import add_strictly
 from replicas.supervisor.rank_group import SubprocessRankGroup
 from replicas.supervisor.supervisor import Supervisor

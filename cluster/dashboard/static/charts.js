@@ -1,6 +1,6 @@
 // uPlot, dressed: one look for all charts, legends of our own that show the value under the cursor.
 
-import { count, number, short, UNKNOWN } from "./format.js";
+import { count, element, number, short, UNKNOWN } from "./format.js";
 
 const FONT = "11px system-ui, sans-serif";
 export const color = (role) => getComputedStyle(document.documentElement).getPropertyValue(`--${role}`).trim();
@@ -15,11 +15,12 @@ function clock(ticks) {
   return ticks.map((tick) => new Date(tick * 1000).toLocaleTimeString("en-GB", parts));
 }
 
-// `lines`: { name, role, dash?, width?, fill?, isObjective? }. `data` is uPlot's: times, then one array per line;
-// `raw` is what the legend says where the lines themselves are running sums.
+// `lines`: { name, role, dash?, width?, fill?, isObjective?, place?, sign? }; the legend goes by `place`, with `sign`
+// before the name. `data` is uPlot's: times, then one array per line; `raw` is what the legend says where the lines
+// themselves are running sums. `empty` is said where nothing is known.
 export class Chart {
-  constructor(box, { label, unit, lines, min = 0, max = null, isWhole = false, span }) {
-    Object.assign(this, { box, label, unit, lines, min, max, isWhole, span, data: null, plot: null });
+  constructor(box, { label, unit, lines, empty, min = 0, max = null, isWhole = false, span }) {
+    Object.assign(this, { box, label, unit, lines, empty, min, max, isWhole, span, data: null, plot: null });
     this.legend = document.createElement("ul");
     this.legend.className = "legend";
     box.after(this.legend);
@@ -44,7 +45,8 @@ export class Chart {
     this.raw = raw;
     if (!this.plot) this.make();
     this.isEmpty = data.slice(1).every((column, i) => this.lines[i]?.isObjective || column.every((value) => value === null));
-    this.box.toggleAttribute("data-empty", this.isEmpty);
+    if (this.isEmpty) this.box.dataset.empty = this.empty;
+    else delete this.box.dataset.empty;
     this.plot.setData(data);
     if (this.plot.cursor.idx === null || this.plot.cursor.idx === undefined) this.showValues(null);
   }
@@ -72,8 +74,9 @@ export class Chart {
 
   series({ role, dash, width = 1.6, fill }) {
     return {
-      stroke: color(role),
-      width,
+      // Areas are told apart by a seam, whatever one sees of their colours.
+      stroke: color(fill ? "panel" : role),
+      width: fill ? 0.6 : width,
       dash: dash ? [4, 4] : undefined,
       fill: fill ? color(role) : undefined,
       points: { show: false },
@@ -104,15 +107,17 @@ export class Chart {
       const value = this.raw[i + 1]?.[at];
       return value === null || value === undefined ? UNKNOWN : `${this.text(value, line)} ${this.unit}`.trim();
     });
+    const places = this.lines.map((_, i) => i).sort((a, b) => (this.lines[a].place ?? a) - (this.lines[b].place ?? b));
     this.legend.replaceChildren(
-      ...this.lines.map((line, i) => {
+      ...places.map((i) => {
+        const line = this.lines[i];
         const item = document.createElement("li");
         const mark = document.createElement("span");
         mark.className = line.fill ? "swatch" : `rule${line.dash ? " dash" : ""}`;
         mark.style[line.fill ? "background" : "borderColor"] = color(line.role);
         const value = document.createElement("b");
         value.textContent = texts[i];
-        item.append(mark, line.name, value);
+        item.append(...(line.sign ? [element("span", { class: "sign" }, line.sign)] : []), mark, line.name, value);
         return item;
       }),
     );

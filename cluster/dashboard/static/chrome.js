@@ -41,7 +41,7 @@ function keepChoice(choice) {
   }
 }
 
-// One tooltip for every `.term`: on hover, on focus, on tap; Escape closes it.
+// One tooltip for all that has a `data-tip`: on hover, on focus, on tap; Escape closes it.
 export function installTips() {
   const tip = document.getElementById("tip");
   let shownFor = null;
@@ -50,6 +50,9 @@ export function installTips() {
     tip.textContent = term.dataset.tip;
     tip.hidden = false;
     term.setAttribute("aria-describedby", "tip");
+    place(term);
+  };
+  const place = (term) => {
     const at = term.getBoundingClientRect();
     const size = tip.getBoundingClientRect();
     const below = at.bottom + 6 + size.height < innerHeight;
@@ -63,12 +66,40 @@ export function installTips() {
   };
   for (const [enter, leave] of [["mouseover", "mouseout"], ["focusin", "focusout"]]) {
     document.addEventListener(enter, (event) => {
-      const term = event.target.closest?.(".term[data-tip]");
+      const term = event.target.closest?.("[data-tip]");
       if (term) show(term);
     });
     document.addEventListener(leave, hide);
   }
   document.addEventListener("keydown", (event) => event.key === "Escape" && hide());
   // Focus may scroll: what has it keeps its tip.
-  addEventListener("scroll", () => (shownFor && shownFor === document.activeElement ? show(shownFor) : hide()), { passive: true });
+  addEventListener("scroll", () => (shownFor && shownFor === document.activeElement ? place(shownFor) : hide()), { passive: true });
+}
+
+// A click on `.copy`, or Enter, copies its `data-copy`; the tooltip says that it did.
+export function installCopying() {
+  const tip = document.getElementById("tip");
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest?.(".copy");
+    if (!button) return;
+    const text = button.dataset.copy;
+    tip.textContent = (await copy(text)) ? `copied: ${text}` : text;
+  });
+}
+
+// Browsers give a page without TLS no clipboard; the old way still works there.
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const put = (event) => {
+      event.clipboardData.setData("text/plain", text);
+      event.preventDefault();
+    };
+    document.addEventListener("copy", put);
+    const isCopied = document.execCommand("copy");
+    document.removeEventListener("copy", put);
+    return isCopied;
+  }
 }

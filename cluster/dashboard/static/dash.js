@@ -1,7 +1,7 @@
 // The page: joins the stream to tiles, charts and tables. Start reading here.
 
-import { installTheme, installTips } from "./chrome.js";
-import { showEvents, showReplicas } from "./fleet.js";
+import { installCopying, installTheme, installTips } from "./chrome.js";
+import { readyOf, showEvents, showReplicas } from "./fleet.js";
 import { clock, duration, element } from "./format.js";
 import { Panels } from "./panels.js";
 import { Stream } from "./stream.js";
@@ -14,7 +14,7 @@ let chosenModel = null;
 let spanSeconds = 300;
 
 const panels = new Panels({
-  grid: byId("charts"), powerBox: byId("chart-power"), imbalanceBox: byId("chart-imbalance"),
+  grid: byId("charts"), powerBox: byId("chart-power"), imbalanceBox: byId("chart-imbalance"), readyBox: byId("chart-replicas"),
   heatCanvas: byId("heat"), heatWords: byId("heat-words"), span: () => spanSeconds,
 });
 const stream = new Stream({ onChange: show, onState: showLink });
@@ -24,13 +24,15 @@ function show() {
   if (!snapshot) return;
   const { models, replicas, events, requests, router } = snapshot;
   showModels(models);
+  markShort(models);
   const model = models.find((one) => one.name === chosenModel) ?? models[0];
   byId("router-id").textContent = `${router.id} · ${router.version}`;
-  byId("router-uptime").textContent = `up ${duration(router.uptime_s)}`;
+  byId("router-uptime").textContent = ` · up ${duration(router.uptime_s)}`;
   showNotice(snapshot, model);
   showTiles(model, attainment(model));
   showEnergy(model);
-  showReplicas(replicas);
+  showReplicas(replicas, models);
+  byId("replicas-model").textContent = model.name;
   showEvents(events);
   showRequests(requests);
   showTotals(models);
@@ -52,6 +54,16 @@ function showModels(models) {
     input.addEventListener("change", () => { chosenModel = name; show(); });
     box.append(element("label", {}, input, element("span", {}, name)));
   }
+}
+
+// A dot at the tab of a model that lacks replicas: the others are not on the screen.
+function markShort(models) {
+  const labels = byId("model-choice").querySelectorAll("label");
+  models.forEach((model, i) => {
+    const isShort = model.replicas.ready < model.replicas.min;
+    labels[i].toggleAttribute("data-short", isShort);
+    labels[i].title = isShort ? readyOf(model) : "";
+  });
 }
 
 // Kept by all answers of the last quarter of an hour.
@@ -77,17 +89,26 @@ function notice({ models, replicas, events, model }) {
   if (!replicas.length) {
     const last = events.find((one) => one.model === model.name && (one.kind === "lost" || one.kind === "drained"));
     return last
-      ? [`No replica of ${model.name} is attached. The last one was ${last.kind} at ${clock(last.at)}: ${last.reason}. See how far the next one is:`, watch]
-      : [`No replica of ${model.name} is attached yet. Models take from seconds to minutes to load; see how far they are, or start them:`, `${watch}\nwattline up -f wattline.yaml`];
+      ? [`No replica of ${model.name} is attached. The last one was ${last.kind} at ${clock(last.at)}: ${last.reason}. Watch for the next one:`, watch]
+      : [`No replica of ${model.name} is attached yet. Models take from seconds to minutes to load; watch for them, or start them:`, `${watch}\nwattline up -f wattline.yaml`];
   }
   if (!replicas.some((one) => one.state === "ready")) {
     const stands = replicas.slice(0, 3).map((one) => `${one.id} is ${one.last_event?.kind ?? one.state}`).join(", ");
     return [`No replica of ${model.name} takes new work: ${stands}. What happened is told below; watch for another:`, watch];
   }
+  if (model.replicas.ready < model.replicas.min) return shortage(model, replicas, events, watch);
   if (models.every((one) => one.totals.requests === 0)) {
     return ["Everything is ready and nothing has been asked yet. Send a request:", `wattline chat --model ${model.name} "Who are you?"`];
   }
   return undefined;
+}
+
+// Answers go on, with less behind them. The newest word of a replica that is not ready is the reason.
+function shortage(model, replicas, events, watch) {
+  const ready = new Set(replicas.filter((one) => one.state === "ready").map((one) => one.id));
+  const last = events.find((one) => one.model === model.name && !ready.has(one.replica));
+  const why = last ? ` ${last.replica ?? model.name}, ${last.kind} at ${clock(last.at)}: ${last.reason}.` : " The others are loading.";
+  return [`${readyOf(model)}.${why} Watch for the next one:`, watch];
 }
 
 function showLink(state, text) {
@@ -103,4 +124,5 @@ byId("span-choice").addEventListener("change", (event) => {
   show();
 });
 installTips();
+installCopying();
 installTheme(() => { panels.recolor(); show(); });

@@ -5,7 +5,10 @@ import { cell, fill, heading, state } from "./rows.js";
 
 const byId = (id) => document.getElementById(id);
 
-export function showReplicas(replicas) {
+// Example: "llama 1 of 2 ready".
+export const readyOf = ({ name, replicas: { ready, min } }) => `${name} ${ready} of ${min} ready`;
+
+export function showReplicas(replicas, models) {
   const rows = replicas.map((replica) => ({
     key: replica.id,
     cells: [
@@ -18,7 +21,7 @@ export function showReplicas(replicas) {
     ],
   }));
   fill(byId("replicas"), rows, "No replica is attached.");
-  byId("replicas-note").textContent = rows.length ? `${rows.length} attached` : "";
+  byId("replicas-note").textContent = models.map(readyOf).join(", ");
 }
 
 export function showEvents(events) {

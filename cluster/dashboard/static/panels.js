@@ -11,15 +11,19 @@ const PARTS = ["prefill_w", "decode_w", "idle_w", "unattributed_w", "host_w"];
 const SLO_WINDOW = 60;
 const REPLICA_ROLES = ["l0", "l1", "l2", "l3", "l4", "l5"];
 
+const NO_ANSWER = "no answer ended in this time";
+const NO_REPLICA = "no replica in this time";
+const NO_OBJECTIVE = "no objective set: slo in wattline.yaml";
+
 const SIMPLE = [
   {
-    id: "ttft", title: "Time to first token", unit: "ms",
+    id: "ttft", title: "Time to first token", unit: "ms", empty: NO_ANSWER,
     tip: "From a request's arrival at the router to the first token of its answer, over the last 30 s. Half of the answers were faster than p50, 95 of 100 faster than p95.",
     lines: [{ name: "p50", role: "a", series: "ttft_p50_ms" }, { name: "p95", role: "b", series: "ttft_p95_ms" }],
     objective: "ttft_ms",
   },
   {
-    id: "tpot", title: "Time per later token", unit: "ms",
+    id: "tpot", title: "Time per later token", unit: "ms", empty: NO_ANSWER,
     tip: "Mean time between the tokens of an answer after the first (TPOT), over the answers of the last 30 s.",
     lines: [{ name: "p50", role: "a", series: "tpot_p50_ms" }, { name: "p95", role: "b", series: "tpot_p95_ms" }],
     objective: "tpot_ms",
@@ -30,10 +34,10 @@ const SIMPLE = [
     lines: [{ name: "output", role: "c", series: "output_tokens_per_s" }],
   },
   {
-    id: "cost", title: "Energy per token", unit: "J",
+    id: "cost", title: "Energy per token", unit: "J", empty: "no joules billed in this time",
     tip: "Joules of the requests billed in the last 30 s, divided by their tokens: of the answers alone, and of prompts and answers.",
     lines: [
-      { name: "per output token", role: "decode", series: "j_per_output_token" },
+      { name: "per output token", role: "l1", series: "j_per_output_token" },
       { name: "per total token", role: "l5", series: "j_per_total_token" },
     ],
   },
@@ -43,10 +47,15 @@ const SIMPLE = [
     lines: [{ name: "in the batch", role: "a", series: "running" }, { name: "waiting", role: "warn", series: "waiting" }],
   },
   {
-    id: "kv", title: "KV cache use", unit: "%", max: 100,
+    id: "kv", title: "KV cache use", unit: "%", max: 100, empty: NO_REPLICA,
     tip: "Part of the cache of keys and values that requests hold. At 100 % new requests wait.",
     lines: [{ name: "used", role: "l4", series: "kv_used_ratio", scale: 100 }],
   },
+];
+
+const REPLICAS = [
+  { name: "ready", role: "good", series: "replicas_ready" },
+  { name: "wanted", role: "warn", dash: true, series: "replicas_wanted" },
 ];
 
 const IMBALANCE = [
@@ -55,23 +64,24 @@ const IMBALANCE = [
 ];
 
 export class Panels {
-  constructor({ grid, powerBox, imbalanceBox, heatCanvas, heatWords, span }) {
+  constructor({ grid, powerBox, imbalanceBox, readyBox, heatCanvas, heatWords, span }) {
     this.span = span;
     this.charts = new Map();
-    this.power = new Chart(powerBox, { label: "Power by purpose", unit: "W", lines: powerLines(false), span });
+    this.power = new Chart(powerBox, { label: "Power by purpose", unit: "W", empty: "no meter has spoken in this time", lines: powerLines(false), span });
     for (const spec of SIMPLE) this.charts.set(spec.id, this.add(grid, spec));
-    this.imbalance = new Chart(imbalanceBox, { label: "Imbalance of the ranks", unit: "×", lines: IMBALANCE, min: 1, span });
+    this.imbalance = new Chart(imbalanceBox, { label: "Imbalance of the ranks", unit: "×", empty: "no work in this time", lines: IMBALANCE, min: 1, span });
+    this.ready = new Chart(readyBox, { label: "Ready replicas", unit: "", empty: NO_REPLICA, lines: REPLICAS, isWhole: true, span });
     this.heat = new HeatMap(heatCanvas, heatWords);
     this.slo = this.add(grid, {
-      title: "Answers in time", unit: "%", max: 104, lines: [{ name: "kept the objective", role: "good" }],
+      title: "Answers in time", unit: "%", empty: NO_ANSWER, max: 104, lines: [{ name: "kept the objective", role: "good" }],
       tip: "Of the answers of the last minute, the part that kept the model's time objectives (slo in wattline.yaml).",
     });
     this.replicas = this.add(grid, {
-      title: "Power per replica", unit: "W", lines: [], tip: "What the devices of each replica draw, averaged over a second. All models.",
+      title: "Power per replica", unit: "W", empty: "no meter has spoken in this time", lines: [], tip: "What the devices of each replica draw, averaged over a second. All models.",
     });
   }
 
-  add(grid, { title, unit, tip, lines, max, isWhole }) {
+  add(grid, { title, unit, tip, lines, empty, max, isWhole }) {
     const figure = document.createElement("figure");
     figure.className = "panel";
     figure.style.margin = "0";
@@ -92,11 +102,11 @@ export class Panels {
     box.className = "chart";
     figure.append(head, box);
     grid.append(figure);
-    return new Chart(box, { label: title, unit, lines, max, isWhole, span: this.span });
+    return new Chart(box, { label: title, unit, lines, empty, max, isWhole, span: this.span });
   }
 
   recolor() {
-    for (const chart of [this.power, this.imbalance, this.slo, this.replicas, ...this.charts.values()]) chart.reset();
+    for (const chart of [this.power, this.imbalance, this.ready, this.slo, this.replicas, ...this.charts.values()]) chart.reset();
     this.heat.recolor();
   }
 
@@ -104,8 +114,10 @@ export class Panels {
     this.showPower(stream, model);
     for (const spec of SIMPLE) this.showSimple(stream, model, spec);
     this.showExperts(stream, model);
+    this.slo.empty = model.slo.ttft_ms || model.slo.tpot_ms ? NO_ANSWER : NO_OBJECTIVE;
     this.showSlo(stream, model);
     this.showReplicas(stream);
+    this.ready.show(stream.columns(model.name, REPLICAS.map((line) => line.series), this.span()));
   }
 
   showPower(stream, model) {
@@ -169,23 +181,31 @@ export class Panels {
   showReplicas(stream) {
     const { ids, data } = stream.replicaPower(this.span());
     if (ids.join() !== this.replicas.lines.map((line) => line.id).join()) {
-      this.replicas.reset(ids.map((id, i) => ({ id, name: id, role: REPLICA_ROLES[i % REPLICA_ROLES.length] })));
+      this.replicas.reset(this.colored(ids));
     }
     this.replicas.show(data);
+  }
+
+  // A replica keeps its colour while others come and go.
+  colored(ids) {
+    const kept = new Map(this.replicas.lines.map((line) => [line.id, line.role]));
+    const free = REPLICA_ROLES.filter((role) => !ids.some((id) => kept.get(id) === role));
+    return ids.map((id, i) => ({ id, name: id, role: kept.get(id) ?? free.shift() ?? REPLICA_ROLES[i % REPLICA_ROLES.length] }));
   }
 }
 
 const strong = (ratio) => element("b", {}, times(ratio));
 
 // In the order they are painted: the top of the stack first. Nothing is said of a host that no meter counts.
+// The legend reads as the sum they are: prefill + decode + idle + unattributed = meter.
 function powerLines(hasHost) {
   return [
-    ...(hasHost ? [{ name: "host, beside it", role: "host", fill: true, width: 0 }] : []),
-    { name: "unattributed", role: "unattributed", fill: true, width: 0 },
-    { name: "idle", role: "idle", fill: true, width: 0 },
-    { name: "decode", role: "decode", fill: true, width: 0 },
-    { name: "prefill", role: "prefill", fill: true, width: 0 },
-    { name: "of it static", role: "static", dash: true, width: 1.2 },
-    { name: "meter", role: "meter", width: 2 },
+    ...(hasHost ? [{ name: "host, beside it", role: "host", fill: true, place: 6 }] : []),
+    { name: "unattributed", role: "unattributed", fill: true, place: 3, sign: "+" },
+    { name: "idle", role: "idle", fill: true, place: 2, sign: "+" },
+    { name: "decode", role: "decode", fill: true, place: 1, sign: "+" },
+    { name: "prefill", role: "prefill", fill: true, place: 0 },
+    { name: "of it static", role: "static", dash: true, width: 1.2, place: 5 },
+    { name: "meter", role: "meter", width: 2, place: 4, sign: "=" },
   ];
 }

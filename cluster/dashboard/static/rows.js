@@ -7,6 +7,9 @@ import { element } from "./format.js";
 export const cell = (text, kind = "", draw = null, title = "") => ({ text, kind, draw, title });
 export const heading = (text, kind = "", title = "") => ({ ...cell(text, kind, null, title), tag: "th" });
 
+// A text that a click, or Enter, copies `what` of.
+export const copyable = (text, what) => cell(text, "", () => [element("button", { type: "button", class: "copy mono", "data-copy": what, "data-tip": `copy ${what}` }, text)]);
+
 // A dot that says how it is, and the word for it.
 export function state(word, is = word) {
   return cell(word, "", () => [element("span", { class: "state", "data-state": is }, word)]);

@@ -1,7 +1,7 @@
 // Tiles and tables: text nodes only, so nothing a server says can become markup.
 
 import { count, duration, element, isKnown, joules, milliseconds, number, percent, provenance, short, shortMilliseconds, UNKNOWN } from "./format.js";
-import { cell, fill, heading, state } from "./rows.js";
+import { cell, copyable, fill, state } from "./rows.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -31,7 +31,7 @@ function tile(key, label, tip, value, unit, sub, tone = "") {
 export function showTiles(model, attainment) {
   const { slo, power_w: power } = model;
   const tone = !isKnown(attainment) || attainment >= 0.99 ? "" : attainment >= 0.95 ? "warn" : "bad";
-  tile("slo", "In time", "Part of the answers of the last 15 minutes that kept the model's time objectives, to the first token and for each later one: slo in wattline.yaml. Failed answers count as late; cancelled ones do not count.",
+  tile("slo", "In time", "Part of the answers of the last 15 minutes that kept the model's time objectives, to the first token and for each later one: slo in wattline.yaml. Failed answers count as late; cancelled ones do not count. Orange below 99 %, red below 95 %.",
     attained(attainment), "%", objective(slo), tone);
   tile("ttft", "First token", "Time to first token, half of the answers of the last 30 s (p50), and 95 of 100 (p95).",
     milliseconds(model.ttft_ms.p50), "p50", `p95 ${milliseconds(model.ttft_ms.p95)}`);
@@ -43,10 +43,10 @@ export function showTiles(model, attainment) {
     number(model.j_per_output_token), "J/output", `${number(model.j_per_total_token)} J/total token`);
   tile("power", "Power", "What the devices of this model's replicas draw now, by the meter.",
     number(power?.meter_w), "W", besidePower(model));
-  tile("batch", "Batch", "Requests the engines work on together, and those that wait for a place.",
+  tile("batch", "Batch", "Requests the engines work on together, and those that wait for a place. Orange when more wait than run.",
     count(model.running), "running", `${count(model.waiting)} waiting`, model.waiting > model.running && model.waiting > 4 ? "warn" : "");
   tile("kv", "KV cache", "Part of the cache of keys and values that requests hold. At 100 % new requests wait.",
-    isKnown(model.kv_used_ratio) ? (100 * model.kv_used_ratio).toFixed(1) : UNKNOWN, "% used", replicasReady(model.replicas));
+    isKnown(model.kv_used_ratio) ? (100 * model.kv_used_ratio).toFixed(1) : UNKNOWN, "% used", replicasReady(model.replicas), model.replicas.ready < model.replicas.min ? "short" : "");
 }
 
 // Example: "≤ 500 / 100 ms": to the first token, and for each later one.
@@ -125,12 +125,12 @@ export function showRequests(requests) {
     return {
       key: request.id,
       cells: [
-        heading(request.id.slice(0, 8), "mono", `wattline why ${request.id}`), cell(request.model, "wide"), cell(duration(request.age_s), "num"),
+        { ...copyable(request.id.slice(0, 8), `wattline why ${request.id}`), tag: "th" }, cell(request.model, "wide"), cell(duration(request.age_s), "num"),
         cell(count(request.prompt_tokens), "num"), cell(count(request.output_tokens), "num"),
         cell(`${joules(request.energy_mj)}${isOpen ? " ~" : ""}`, "num", null, [isOpen ? "not final yet" : "", host].filter(Boolean).join("; ")),
         cell(number(request.j_per_output_token), "num"),
         cell(milliseconds(request.ttft_ms), "num"), cell(milliseconds(request.total_ms), "num"), state(request.outcome, isError ? "error" : request.outcome),
-        cell(request.trace_id, "mono quiet id"),
+        copyable(request.trace_id, request.trace_id),
       ],
     };
   });

@@ -3,7 +3,7 @@
 A token chooses an expert at most once, so a list of T places holds every case: no sort, no offsets between
 experts, nothing dropped, and the same lists on every run. One program per expert counts over all pairs.
 
-    choices_TC   int32, global expert numbers
+    choices_TC   int32, global expert numbers; -1 is no expert
     pairs_ET     int32: pair numbers (token * C + choice) of each local expert; beyond its count undefined
     counts_X     int32: pairs of every expert, of other ranks' too
 

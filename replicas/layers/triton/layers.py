@@ -57,7 +57,7 @@ class DeviceLayers:
         self.expert_counts_LX = torch.zeros(
             (spec.num_layers, spec.num_experts), device=weights.embedding_VH.device, dtype=torch.int32
         )
-        """Pairs of every expert in the last step, per layer."""
+        """Pairs of every expert in the last step, per layer; padding is of none."""
         self._one_token = OneToken(spec, weights) if fuses_one_token and shard.is_whole else None
 
     def begin(self, rotation: Rotation, slots_T: torch.Tensor, sequences: DeviceSequences) -> None:
@@ -117,9 +117,11 @@ class DeviceLayers:
     def _mix_experts(
         self, x_TH: torch.Tensor, weights: ExpertWeights, counts_X: torch.Tensor
     ) -> torch.Tensor:
+        assert self._step is not None, "begin() comes before the layers"
+        _, slots_T = self._step
         num_choices, first_expert = self._spec.experts_per_token, self._shard.expert_start
         num_local = weights.gate_up_E2FH.shape[0]
-        choices_TC, shares_TC = choose_experts(linear(x_TH, weights.router_XH), num_choices)
+        choices_TC, shares_TC = choose_experts(linear(x_TH, weights.router_XH), slots_T, num_choices)
         pairs_ET = list_pairs(choices_TC, counts_X, first_expert=first_expert, num_local=num_local)
         lists = PairLists(
             pairs_ET=pairs_ET, counts_X=counts_X, first_expert=first_expert, num_choices=num_choices

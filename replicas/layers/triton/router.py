@@ -2,9 +2,11 @@
 
 Granite's routing: top-k of the logits, then a softmax over the chosen ones in float32. Equal logits: the
 lower expert. A NaN loses to every number, so that the choices of a token are always distinct and in range.
+What pads a captured graph, and writes to slot 0 where no sequence does, goes to no expert.
 
     logits_TX    float32, bfloat16 or float16
-    choices_TC   int32, best first; shares_TC float32
+    slots_T      int64: where in the cache a token is written; 0 for padding
+    choices_TC   int32, best first, -1 for padding; shares_TC float32
 
 Shape letters: T tokens, X experts, C choices per token.
 """
@@ -20,13 +22,16 @@ from replicas.layers.triton.launch import power_of_two
 _TILE_TOKENS = 4
 
 
-def choose_experts(logits_TX: torch.Tensor, num_choices: int) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_experts(
+    logits_TX: torch.Tensor, slots_T: torch.Tensor, num_choices: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`choices_TC` and `shares_TC`."""
     tokens, num_experts = logits_TX.shape
     choices_TC = torch.empty((tokens, num_choices), device=logits_TX.device, dtype=torch.int32)
     shares_TC = torch.empty((tokens, num_choices), device=logits_TX.device, dtype=torch.float32)
     _choose[(-(-tokens // _TILE_TOKENS),)](
         logits_TX,
+        slots_T,
         choices_TC,
         shares_TC,
         logits_TX.stride(0),
@@ -71,6 +76,7 @@ def best_choices(
 @triton.jit(do_not_specialize=["tokens"])
 def _choose(
     logits_ptr,
+    slots_ptr,
     choices_ptr,
     shares_ptr,
     stride,
@@ -88,6 +94,8 @@ def _choose(
     is_real = is_token[:, None] & (expert[None, :] < EXPERTS)
     logits = tl.load(logits_ptr + token[:, None] * stride + expert[None, :], mask=is_real, other=0.0)
     chosen, share, _ = best_choices(logits.to(tl.float32), EXPERTS, CHOICES, TILE_T, TILE_X, TILE_C)
+    slot = tl.load(slots_ptr + token, mask=is_token, other=0)
+    chosen = tl.where(slot[:, None] == 0, -1, chosen)
     to = token[:, None] * CHOICES + choice[None, :]
     is_out = is_token[:, None] & (choice[None, :] < CHOICES)
     tl.store(choices_ptr + to, chosen, mask=is_out)

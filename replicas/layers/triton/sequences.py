@@ -22,7 +22,7 @@ class DeviceSequences:
     its cached tokens, those of this step included; 0 gives an output of zeros. `starts_C1` int32: the first
     flat token of each chunk, and the end of the last. The integers are known to the host and fixed in a
     captured graph: `max_context_tokens` is then the longest sequence the graph may ever serve. A padding row
-    has table 0 (the scratch block), length 1 and slot 0.
+    has table 0 (the scratch block), length 1 and slot 0, which no sequence has.
     """
 
     tables_BP: torch.Tensor

@@ -76,6 +76,11 @@ def test_our_own_rules_speak_for_themselves() -> None:
             "models[0]: attention is 'varlen', but limits.block_tokens is 16; varlen reads pages of a "
             "multiple of 256 tokens: set it to 256 (or set attention to auto)",
         ),
+        (
+            {"parallel": {"tensor": 4, "hosts": 3}},
+            "models[0].parallel: parallel.hosts=3 with 4 ranks: hosts have equally many; set hosts to one of "
+            "1, 2, 4, or change tensor and expert",
+        ),
         ({"parallel": {"tensor": "two"}}, "models[0].parallel.tensor: got 'two'; allowed: a whole number"),
         (
             {"limits": {"drain_s": float("nan")}},

@@ -16,6 +16,7 @@ NO_LATENCY = {"p50": None, "p95": None}
 def make_snapshot(**model: Any) -> dict[str, Any]:
     one = {
         "name": "m",
+        "replicas": {"ready": 1, "min": 2, "max": 2},
         "output_tokens_per_s": 12.3456789,
         "ttft_ms": {"p50": 20.0, "p95": 40.0},
         "tpot_ms": NO_LATENCY,
@@ -39,6 +40,7 @@ def test_a_point_holds_a_number_for_every_series() -> None:
     assert (row["output_tokens_per_s"], row["ttft_p95_ms"], row["running"]) == (12.3457, 40.0, 3)
     assert (row["tpot_p50_ms"], row["unattributed_w"], row["meter_w"]) == (None, None, 100.0)
     assert row["host_w"] == 42.0
+    assert (row["replicas_ready"], row["replicas_wanted"]) == (1, 2)
     assert point["t"] == 1000.0
 
 

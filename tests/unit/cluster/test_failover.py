@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 
@@ -70,6 +72,33 @@ def test_a_quarantined_prompt_is_refused_for_its_time_only() -> None:
     assert not quarantine.holds("other", (1, 2), now_s=1.0)
     assert not quarantine.holds("m", (1, 2), now_s=600.0)
     assert len(quarantine) == 0
+
+
+class Unread(Sequence[int]):
+    """A prompt of three tokens that nobody may look at."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, _: object) -> NoReturn:
+        raise AssertionError("was read")
+
+
+def test_no_prompt_is_read_that_has_not_the_length_of_one_in_quarantine() -> None:
+    quarantine = Quarantine(hold_s=600.0)
+    quarantine.add("m", (1, 2), now_s=0.0)
+    quarantine.add("other", (1, 2, 3), now_s=0.0)
+    assert not quarantine.holds("m", Unread(), now_s=1.0)
+
+
+def test_a_prompt_whose_time_is_over_is_forgotten_though_it_never_comes_again() -> None:
+    quarantine = Quarantine(hold_s=600.0)
+    for now_s in (0.0, 1.0):
+        quarantine.add("m", (1, 2, 3), now_s=now_s)
+    quarantine.add("m", (4,), now_s=2.0)
+    assert not quarantine.holds("m", (9, 9), now_s=601.0)
+    assert len(quarantine) == 1
+    assert not quarantine.holds("m", Unread(), now_s=601.0)
 
 
 def test_the_quarantine_lets_the_oldest_go() -> None:

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.link.replica_pool import ReplicaPool
-from cluster.monitoring.grafana import COLUMNS, EXPERTS, ROWS, build_dashboard
+from cluster.monitoring.grafana import COLUMNS, build_dashboard
+from cluster.monitoring.panels import EXPERTS, ROWS
 from cluster.monitoring.targets import target_groups
 from cluster.monitoring.write import write_all
 from replicas.expert_loads import ExpertLoads
@@ -40,6 +41,23 @@ def test_panels_do_not_overlap_and_have_numbers_of_their_own() -> None:
     assert len({panel["id"] for panel in panels}) == len(panels)
 
 
+def test_every_panel_says_what_it_shows_and_every_series_has_a_name() -> None:
+    dashboard: Any = build_dashboard()
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    assert [panel["title"] for panel in panels if len(panel["description"]) < 20] == []
+    assert all(target["legendFormat"] for panel in panels for target in panel["targets"])
+
+
+def test_the_meter_is_a_line_over_the_areas_that_add_up_to_it() -> None:
+    (panel,) = (panel for row in ROWS.values() for panel in row if panel.line)
+    assert [query.legend for query in panel.queries].count(panel.line) == 1
+    dashboard: Any = build_dashboard()
+    drawn = next(one for one in dashboard["panels"] if one["title"] == panel.title)
+    (override,) = drawn["fieldConfig"]["overrides"]
+    assert override["matcher"] == {"id": "byName", "options": "meter"}
+    assert {"id": "custom.stacking", "value": {"mode": "none"}} in override["properties"]
+
+
 def test_every_recorded_series_that_a_panel_or_rule_reads_is_recorded() -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     read = re.findall(r"\bmodel:wattline_\w+:\w+", json.dumps(build_dashboard()) + json.dumps(rules()))
@@ -54,11 +72,14 @@ def test_the_row_of_experts_reads_what_a_replica_with_experts_shows() -> None:
             assert set(re.findall(r"\bwattline_\w+", query.expr)) <= shown
 
 
-def test_alerts_say_what_to_do() -> None:
+def test_alerts_say_what_to_do_and_where_to_read_on() -> None:
+    sections = re.findall(r"^### (\w+)$", (FOLDER.parents[1] / "docs" / "monitoring.md").read_text(), re.M)
+    assert sections == [rule["alert"] for rule in rules() if "alert" in rule]
     for rule in rules():
         if "alert" in rule:
             assert rule["labels"]["severity"] in {"page", "ticket"}
-            assert set(rule["annotations"]) == {"summary", "description"}
+            assert set(rule["annotations"]) == {"summary", "description", "runbook"}
+            assert rule["annotations"]["runbook"] == f"docs/monitoring.md#{rule['alert'].lower()}"
 
 
 def test_every_alert_has_a_case_for_promtool() -> None:

@@ -37,6 +37,18 @@ def test_a_person_waiting_is_told_what_must_be_free() -> None:
     assert placement.describe() == "7 CPU and 4 GPU on one node"
 
 
+def test_over_hosts_each_has_one_bundle_with_all_its_ranks_on_a_node_of_its_own() -> None:
+    section = make_section(parallel={"tensor": 8, "hosts": 4})
+    placement = place(section, device="cuda")
+    assert placement.bundles() == [{"CPU": 3.0, "GPU": 2.0}] + [{"CPU": 2.0, "GPU": 2.0}] * 3
+    assert [placement.bundle_of(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    options = deployment_options(section, device="cuda", environment={})
+    assert options["placement_group_strategy"] == "STRICT_SPREAD"
+    assert placement.describe() == "3 CPU and 2 GPU on one node, 2 CPU and 2 GPU on each of 3 others"
+    two = place(make_section(parallel={"tensor": 2, "hosts": 2}), device="cpu")
+    assert two.describe() == "2 CPU on one node, 1 CPU on another"
+
+
 def test_own_ray_announces_the_plan_and_one_spare() -> None:
     config = make_config(
         {"name": "a", "parallel": {"tensor": 2}}, {"name": "b", "replicas": {"min": 2, "max": 2}}

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from cluster.serving.ray_ranks import Introduction, meet
+from cluster.serving.rank_host import Introduction
+from cluster.serving.ray_ranks import meet
 from replicas.errors import RankLost
 
 

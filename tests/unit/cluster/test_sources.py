@@ -24,6 +24,11 @@ def test_an_unknown_hub_id_offline_says_what_to_do(monkeypatch: pytest.MonkeyPat
     assert "hf download nobody/no-such-model --revision v1" in text
 
 
+def test_a_missing_folder_is_not_looked_for_on_the_hub() -> None:
+    with pytest.raises(SourceError, match="source '/no/such/model' is no folder on this machine"):
+        resolve_source("/no/such/model")
+
+
 def test_a_word_that_is_no_hub_id_is_refused() -> None:
     with pytest.raises(SourceError, match="cannot be fetched"):
         resolve_source("not a/hub id/at all")

@@ -169,6 +169,48 @@ def test_a_lost_router_is_said_and_its_numbers_stay() -> None:
     assert "1,234.5" in text
 
 
+def test_a_replica_that_just_went_is_told_even_on_a_small_terminal() -> None:
+    event = FleetEvent(model="m", replica_id="m#1", kind="lost", reason="rank 0 was killed", age_s=59.0)
+    state = replace(STATE, models=(MODEL,) * 2, last_requests=(REQUEST,) * 50, events=(event,) * 9)
+    for age_s, times in ((59.0, 1), (61.0, 0)):
+        out = io.StringIO()
+        screen = TopScreen()
+        screen.add(replace(state, events=(replace(event, age_s=age_s),) * 9))
+        Console(file=out, width=80).print(screen.render(height=24))
+        assert out.getvalue().count("lost: rank 0 was killed") == times
+        assert len(out.getvalue().splitlines()) == 24
+
+
+def test_a_model_says_how_many_of_its_replicas_are_ready() -> None:
+    assert "llama-demo  0 of 1 ready  estimated" in draw(STATE)
+
+
+def make_ledger(prefill_mj: int, decode_mj: int, idle_mj: int, unattributed_mj: int) -> LedgerState:
+    return replace(
+        LEDGER,
+        prefill_mj=prefill_mj,
+        decode_mj=decode_mj,
+        idle_mj=idle_mj,
+        unattributed_mj=unattributed_mj,
+        meter_mj=prefill_mj + decode_mj + idle_mj + unattributed_mj,
+    )
+
+
+def test_a_big_sum_fits_the_line_and_what_is_written_adds_up() -> None:
+    line = describe_ledger(make_ledger(1_234_567_890_123, 4_444_444_444_444, 999_999_999_999, 1)).plain
+    assert line == "ledger 1,234.568 + 4,444.444 + 1,000.000 + 0.000 = 6,679.012 MJ"
+    assert len(describe_ledger(make_ledger(*(24 * 10**13,) * 4)).plain) <= 80
+
+
+def test_a_wide_terminal_shows_a_longer_past() -> None:
+    screen = TopScreen()
+    for _ in range(HISTORY_POINTS):
+        screen.add(STATE)
+    out = io.StringIO()
+    Console(file=out, width=200).print(screen.render(width=200))
+    assert f"tok/s {'█' * HISTORY_POINTS} max 1,234  W {'█' * HISTORY_POINTS} max 100" in out.getvalue()
+
+
 def test_a_sum_that_does_not_add_up_is_not_written_as_one() -> None:
     assert "≠" in describe_ledger(replace(LEDGER, meter_mj=5101)).plain
 

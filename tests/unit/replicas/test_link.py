@@ -16,8 +16,9 @@ from replicas.config import ReplicaConfig
 from replicas.frames import Cancel, Stop, Submit
 from replicas.link.link import LinkSession, RouterLink
 from replicas.link.links import LinkPool, resolve_target
-from replicas.link.messages import PROTOCOL_VERSION, Drain, ReplicaCard, ReplicaLoad, RouterCommand
+from replicas.link.messages import Drain, ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
+from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.request import (
     CacheChange,
     EngineCosts,

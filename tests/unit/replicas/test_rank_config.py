@@ -12,6 +12,7 @@ from replicas.config import (
     NullEngineConfig,
     ParallelConfig,
     RankConfig,
+    Rendezvous,
     lookahead_on,
     rank_config_from_json,
     rank_config_to_json,
@@ -40,6 +41,18 @@ def test_a_spec_survives_it_too() -> None:
     spec = read_spec(EXAMPLES_DIR / "models" / "granite-moe-demo")
     config = replace(CONFIG, source="granite-moe-demo", spec=spec)
     assert rank_config_from_json(rank_config_to_json(config)) == config
+
+
+def test_a_rank_over_hosts_survives_it_and_only_rank_0_has_the_listeners() -> None:
+    meeting = Rendezvous(host="10.0.0.7", plan_port=5, store_port=6, plan_fd=3, store_fd=4)
+    parallel = ParallelConfig(tensor=4, hosts=2)
+    first, second = (
+        replace(CONFIG, parallel=parallel, rank=rank, rendezvous=meeting.told_to(rank)) for rank in (0, 3)
+    )
+    assert rank_config_from_json(rank_config_to_json(first)).rendezvous == meeting
+    told = rank_config_from_json(rank_config_to_json(second))
+    assert told.rendezvous == Rendezvous(host="10.0.0.7", plan_port=5, store_port=6)
+    assert (first.local_rank, told.local_rank) == (0, 1)
 
 
 def test_an_unknown_key_is_named() -> None:

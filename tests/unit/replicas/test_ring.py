@@ -16,7 +16,7 @@ import pytest
 from replicas.errors import RankLost
 from replicas.parallel.channel import PlanFollower, PlanLeader, StepReply
 from replicas.parallel.ring import REPLY_SLOTS, RingFollower, RingLeader, _Layout
-from replicas.parallel.shared_file import HEADER_BYTES, _create
+from replicas.parallel.shared_file import HEADER_BYTES, _make
 from replicas.parallel.tcp import TcpFollower, TcpLeader
 
 RING_BYTES = 1024
@@ -205,7 +205,7 @@ def test_a_rank_that_never_attaches_is_named(tmp_path: Path) -> None:
 def test_what_a_dead_group_left_behind_is_replaced(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     stale = tmp_path / "group.plans"
     layout = _Layout(1, RING_BYTES)
-    _create(stale, HEADER_BYTES + layout.num_bytes, size=2, epoch=7)
+    _make(stale, HEADER_BYTES + layout.num_bytes, size=2, epoch=7)
     leader, (follower,) = open_ring(tmp_path, pool)
     leader.publish(b"new life")
     assert follower.receive() == b"new life"
@@ -223,6 +223,29 @@ def test_tcp_turns_away_a_follower_of_another_life(pool: ThreadPoolExecutor) -> 
         stale.receive()
     TcpFollower(address, rank=1, size=2, epoch=7, attach_timeout_s=ATTACH_TIMEOUT_S)
     leader.result().close()
+
+
+def test_a_host_that_vanishes_ends_both_sides_of_a_connection(pool: ThreadPoolExecutor) -> None:
+    """Without a packet from it nothing else would: the kernel is told to probe, and to give up."""
+    leader, (follower,) = open_tcp(pool)
+    for connection in (*leader._connections, follower._connection):
+        options = {
+            name: connection.getsockopt(level, getattr(socket, name))
+            for level, name in (
+                (socket.SOL_SOCKET, "SO_KEEPALIVE"),
+                (socket.IPPROTO_TCP, "TCP_KEEPIDLE"),
+                (socket.IPPROTO_TCP, "TCP_KEEPINTVL"),
+                (socket.IPPROTO_TCP, "TCP_KEEPCNT"),
+                (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT"),
+            )
+        }
+        assert options == {
+            "SO_KEEPALIVE": 1,
+            "TCP_KEEPIDLE": 2,
+            "TCP_KEEPINTVL": 2,
+            "TCP_KEEPCNT": 3,
+            "TCP_USER_TIMEOUT": 8000,
+        }
 
 
 def test_an_idle_follower_uses_no_processor(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
