@@ -161,6 +161,7 @@ def test_a_tenant_has_a_cost_where_a_price_is_set() -> None:
     shown = out.getvalue()
     assert "cost EUR" in shown and "1.20" in shown and "1200 EUR/kWh" in shown
     assert "J host: of 2 of 4 requests" in shown
+    assert "J idle" not in shown and "idle joules are no tenant's" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 
