@@ -9,7 +9,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
-ASK_TIMEOUT_S = 0.5
+ASK_TIMEOUT_S = 1.5
 """New requests come in until the drain begins, which waits for the answer."""
 TAKEN_DOWN = "the model is taken down"
 UNKNOWN = "Ray Serve ends the replica and does not say why"
