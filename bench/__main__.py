@@ -304,15 +304,32 @@ def ledger(
 
 
 @app.command()
+def ledger_share(
+    checkpoint: Annotated[Path, typer.Option(help="folder of the model that both replicas serve")] = Path(
+        "examples/models/llama-demo"
+    ),
+    concurrency: Annotated[int, typer.Option(min=1, help="streams at once")] = 32,
+    output_tokens: Annotated[int, typer.Option(min=2, help="tokens each request produces")] = 32,
+    rounds: Annotated[int, typer.Option(min=2, help="turns of each, one after the other")] = 8,
+    json: JsonOption = None,
+) -> None:
+    """What the energy ledger takes of a line's throughput: one checkpoint with it and without, in turn."""
+    from bench.ledger_share import run_ledger_share
+
+    event_loop.run(run_ledger_share(checkpoint, concurrency, output_tokens, rounds, json))
+
+
+@app.command()
 def agent(
     poll_ms: Annotated[float, typer.Option(min=5.0, help="energy.poll_ms of the agents")] = 50.0,
-    seconds: Annotated[float, typer.Option(min=1.0, help="of measuring, all at once")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=1.0, help="of measuring, each load")] = 10.0,
+    only: Annotated[str, typer.Option(help="loads with this in their name")] = "",
     json: JsonOption = None,
 ) -> None:
     """What the energy agent costs its host, and how soon an edge comes behind the end of a request."""
     from bench.agent_cost import run_agent_cost
 
-    asyncio.run(run_agent_cost(poll_ms, seconds, json))
+    asyncio.run(run_agent_cost(poll_ms, seconds, only, json))
 
 
 @app.command()

@@ -52,7 +52,7 @@ class RayNodes:
         self.address = self._read()
 
     def tell(self, command: str) -> None:
-        """`add`; `lose PID`: the node of this process; `stop-gcs`; `start-gcs`. Returns when it is done."""
+        """`add [ADDRESS]`; `lose PID`: the node of this process; `stop-gcs`; `start-gcs`. Returns after."""
         self.process.stdin.write(f"{command}\n")
         self.process.stdin.flush()
         assert self._read() == "done"
@@ -106,8 +106,11 @@ def main(folder: Path, head_cpus: int) -> None:
         kill_family(raylet_pid(node))
         cluster.remove_node(node, allow_graceful=False)
 
+    def add(*address: str) -> None:
+        cluster.add_node(num_cpus=NODE_CPUS, **({"node_ip_address": address[0]} if address else {}))
+
     commands: dict[str, Callable[..., Any]] = {
-        "add": lambda: cluster.add_node(num_cpus=NODE_CPUS),
+        "add": add,
         "lose": lambda pid: lose(int(pid)),
         "stop-gcs": lambda: cluster.head_node.kill_gcs_server(),
         "start-gcs": lambda: cluster.head_node.start_gcs_server(),

@@ -77,7 +77,13 @@ def report(
 ) -> None:
     """Joules, kWh, g CO2e, cost and joules per token of what was served.
 
-    Measured and estimated joules are never added up: each has rows of its own.
+    J is what the requests drew, J idle what the model's devices drew for nobody, which is no tenant's. kWh
+    is all joules of a row at the building's meter (times PUE), SCI the g CO2e per 1,000 output tokens.
+
+    Measured (counter) and estimated (tdp, model_*) joules are never added up: each source has rows of its
+    own.
+
+    Example: wattline energy report --since 7d --by tenant --format csv > week.csv
     """
     from rich.console import Console
 
@@ -110,6 +116,9 @@ def export(
     """Write the ledger for other tools: requests one by one, MLPerf-style results, or OTLP metrics.
 
     jsonl: a request per line. mlperf: energy per model. otlp: for a collector's OTLP/HTTP JSON receiver.
+
+    Example: wattline energy export --format otlp | curl -d @- -H 'content-type: application/json'
+    http://collector:4318/v1/metrics
     """
     from cluster.ledger.formats import requests_to_jsonl, to_mlperf
     from cluster.ledger.otlp import to_otlp

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rich.console import Group
+from rich.console import Group as Screen
 from rich.table import Table
 from rich.text import Text
 
 from cluster.commands.status_screen import new_table, show_number
-from cluster.ledger.report import Report, ReportRow, Site
+from cluster.ledger.report import Group, Report, ReportRow, Site
 
 Column = tuple[str, Callable[[ReportRow], str]]
 
 
-def render_report(report: Report) -> Group | Text:
+def render_report(report: Report) -> Screen | Text:
     """Tables that fit eighty columns, and a line for each thing that a reader has to know of them."""
     if not report.rows:
         return Text("nothing was served in this time; --since all looks at everything that is kept")
     tables = [_table(report, columns) for columns in (_SERVED, _joules(report), _meanings(report.site))]
     parts = [part for table in tables for part in (table, Text(""))]
-    return Group(*parts, *(Text(line, style="dim") for line in _notes(report)))
+    return Screen(*parts, *(Text(line, style="dim") for line in _notes(report)))
 
 
 _SERVED: tuple[Column, ...] = (
@@ -33,18 +33,17 @@ _SERVED: tuple[Column, ...] = (
 
 
 def _joules(report: Report) -> tuple[Column, ...]:
-    """Those on no bill of this time, and of the hosts beside the devices, where there are any."""
-    columns: tuple[Column, ...] = (
-        ("J", lambda row: _tenths(row.energy_j)),
-        ("J idle", lambda row: _tenths(row.idle_j)),
-    )
+    """Idle and unbilled ones where they are somebody's, those of the hosts where any are known."""
+    has_idle = report.by is Group.MODEL
+    columns: tuple[Column, ...] = (("J", lambda row: _tenths(row.energy_j)),)
+    if has_idle:
+        columns += (("J idle", lambda row: _tenths(row.idle_j)),)
     if any(row.unbilled_j for row in report.rows):
         columns += (("J unbilled", lambda row: _tenths(row.unbilled_j)),)
     if any(row.host_j is not None or row.host_rest_j is not None for row in report.rows):
-        columns += (
-            ("J host", lambda row: _tenths(row.host_j)),
-            ("J host idle", lambda row: _tenths(row.host_rest_j)),
-        )
+        columns += (("J host", lambda row: _tenths(row.host_j)),)
+        if has_idle:
+            columns += (("J host idle", lambda row: _tenths(row.host_rest_j)),)
     return columns
 
 
@@ -79,6 +78,8 @@ def _notes(report: Report) -> list[str]:
     else:
         notes.append(f"{site.price_per_kwh:g} {site.currency}".rstrip() + "/kWh")
     lines = ["; ".join(notes)]
+    if report.by is Group.TENANT:
+        lines.append("idle joules are no tenant's: they are not in here; --by model has them")
     if known := report.coverage:
         lines.append(
             f"output tokens: {known.measured:.0%} measured, {known.estimated:.0%} estimated, "

@@ -8,6 +8,11 @@ import typer
 
 from cluster.commands.options import Json
 
+CHOICE = (
+    "energy.meter: auto reads nvml for replicas on GPUs and estimates by cpu-model for those on CPUs; the "
+    "others are taken by name."
+)
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -17,7 +22,7 @@ if TYPE_CHECKING:
 def meters(as_json: Json = False) -> None:
     """Show every energy meter of this host, how right it is, and why not more.
 
-    Needs neither a running agent nor anything up.
+    Needs neither a running agent nor anything up. The name of a meter is what `energy.meter` takes.
     """
     import json
     from dataclasses import asdict
@@ -31,7 +36,9 @@ def meters(as_json: Json = False) -> None:
         rows = [asdict(one) | {"confidence_factor": one.confidence_factor} for one in found]
         typer.echo(json.dumps(rows, indent=2))
         return
-    Console().print(render_meters(found))
+    console = Console()
+    console.print(render_meters(found))
+    console.print(f"\n{CHOICE}", style="dim", highlight=False)
 
 
 def render_meters(found: list[FoundMeter]) -> Table:

@@ -19,6 +19,15 @@ def monitoring(
         ),
     ] = None,
     scrape_s: Annotated[float, typer.Option(min=0.1, max=300.0, help="Seconds between scrapes.")] = 5.0,
+    key_file: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help="On Prometheus' machine, an operator's key: where there are tenants."
+        ),
+    ] = "",
+    ca: Annotated[
+        str, typer.Option(metavar="FILE", help="On Prometheus' machine, the CA of routers that speak TLS.")
+    ] = "",
 ) -> None:
     """Write scrape configuration, recording rules, alerts and a Grafana dashboard.
 
@@ -28,7 +37,7 @@ def monitoring(
 
     from cluster.command_error import CommandError
     from cluster.config import default_runtime_dir
-    from cluster.monitoring.write import write_all
+    from cluster.monitoring.write import ScrapeAccess, write_all
     from cluster.serving.run_folder import read_state
 
     if not router:
@@ -36,8 +45,9 @@ def monitoring(
         if state is None or not state.http:
             raise CommandError("no `wattline up` runs here; say where the router is with --router HOST:PORT")
         router = [state.http]
+    access = ScrapeAccess(key_file=key_file, ca_file=ca)
     try:
-        paths = write_all(out, routers=tuple(router), scrape_s=scrape_s)
+        paths = write_all(out, routers=tuple(router), scrape_s=scrape_s, access=access)
     except OSError as error:
         raise CommandError(f"--out {out}: cannot be written ({error.strerror}); give a folder") from error
     console = Console()

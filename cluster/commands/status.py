@@ -19,7 +19,11 @@ def status(
     as_json: Json = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second, until Ctrl-C.")] = False,
 ) -> None:
-    """Show every model with its replicas, ranks, speed and joules per token."""
+    """Show every model with its replicas, ranks, speed and joules per token.
+
+    J/out: joules per token of the answers of the last 30 s. source: where they come from; counter is
+    measured, tdp and model_* are estimates.
+    """
     import json
     import time
     from dataclasses import asdict

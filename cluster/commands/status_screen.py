@@ -25,7 +25,7 @@ def render_models(state: RouterState) -> Group:
     return Group(models, Text(""), replicas)
 
 
-RIGHT_OF_MODELS = (">active", ">wait", ">tok/s", ">J/tok")
+RIGHT_OF_MODELS = (">active", ">wait", ">tok/s", ">J/out")
 RIGHT_OF_REPLICAS = (">run", ">KV", ">step ms", ">W")
 
 

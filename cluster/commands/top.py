@@ -19,7 +19,12 @@ def top(
     api_key: ApiKey = "",
     once: Annotated[bool, typer.Option("--once", help="Print it once and return.")] = False,
 ) -> None:
-    """Show speed, latency, power and energy of every model, live. q quits."""
+    """Show speed, latency, power and energy of every model, live. q quits.
+
+    TTFT: time to first token; TPOT: time per later token; of half and of 95 of 100 answers. J/out: joules per
+    token of the answers, J/tok: prompts included. The ledger reads prefill + decode + idle + unattributed =
+    meter. In time: answers since the router started that kept the model's `slo`.
+    """
     from rich.console import Console
     from rich.live import Live
 

@@ -29,7 +29,8 @@ def why(
 ) -> None:
     """Tell a request's story: limits, queue, candidates with their scores, replicas, joules.
 
-    Routers remember the last thousand requests or so, and none of their text.
+    Routers remember the last thousand requests or so, and none of their text. The id is in every answer, in
+    the trailers, and on the dashboard; its first eight characters will do.
     """
     import json
 

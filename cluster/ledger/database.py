@@ -44,6 +44,10 @@ _SET_REPLICA = (
     f"{_insert_into('replicas', _REPLICA_COLUMNS)} ON CONFLICT DO UPDATE SET at_s = excluded.at_s, "
     f"{', '.join(f'{name} = excluded.{name}' for name in _DIVIDED)} WHERE excluded.meter_mj >= meter_mj"
 )
+_PAGE_OF_REQUESTS = (
+    "SELECT * FROM requests WHERE (ended_s, request_id) > (?, ?) AND ended_s < ? "
+    "ORDER BY ended_s, request_id LIMIT 512"
+)
 
 
 class LedgerFileError(OSError):
@@ -108,11 +112,15 @@ class Database:
         )
 
     def list_requests(self, *, since_s: float, until_s: float) -> Iterator[RequestEntry]:
-        """Requests that ended in [since, until) and are still kept one by one, oldest first."""
-        for row in self._connection.execute(
-            "SELECT * FROM requests WHERE ended_s >= ? AND ended_s < ? ORDER BY ended_s", (since_s, until_s)
-        ):
-            yield _entry_of(row)
+        """Requests that ended in [since, until) and are still kept one by one, oldest first.
+
+        By pages: a query that stays open while its reader takes its time keeps the log from being emptied.
+        """
+        after = (since_s, "")
+        while rows := self._connection.execute(_PAGE_OF_REQUESTS, (*after, until_s)).fetchall():
+            entries = [_entry_of(row) for row in rows]
+            yield from entries
+            after = (entries[-1].ended_s, entries[-1].request_id)
 
     def prune(self, *, now_s: float, request_days: float, sums_days: float, max_requests: int) -> int:
         """Drop what is too old or too much, by whole hours; returns how many requests went.

@@ -5,7 +5,7 @@ Each choice is delivered as if it were alone, failover included; the first error
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from hashlib import blake2b
 
@@ -31,7 +31,7 @@ def deliver_choices(
     runs: list[Run],
     num_choices: int,
     *,
-    submit: Callable[[int], Run],
+    submit: Callable[[int], Awaitable[Run]],
     deliver: Callable[[Run], AsyncGenerator[TextDelta, None]],
 ) -> AsyncGenerator[TextDelta, None]:
     """Deltas of all choices, as they come. `runs` has the first; those that are begun are added to it.
@@ -47,7 +47,7 @@ async def _fan_out(
     runs: list[Run],
     num_choices: int,
     *,
-    submit: Callable[[int], Run],
+    submit: Callable[[int], Awaitable[Run]],
     deliver: Callable[[Run], AsyncGenerator[TextDelta, None]],
 ) -> AsyncGenerator[TextDelta, None]:
     first = deliver(runs[0])
@@ -58,7 +58,7 @@ async def _fan_out(
                 break
             yield delta
         for index in range(1, num_choices):
-            runs.append(submit(index))
+            runs.append(await submit(index))
         yield delta
         async with aclosing(side_by_side([first, *(deliver(run) for run in runs[1:])])) as deltas:
             async for each in deltas:

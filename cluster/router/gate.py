@@ -26,7 +26,6 @@ from cluster.router.refusal import Refusals
 from cluster.router.route_finder import Errand, Place, RouteFinder
 from cluster.served_model import ServedModel
 
-FULL_RETRY_MS = 250
 TURNED_OUT_RETRY_MS = 1000
 TICK_S = 0.05
 """How often the queue looks for room that comes without a word, and for replicas that left."""
@@ -116,15 +115,6 @@ class Gate:
             yield held.place
         finally:
             held.drop()
-
-    def place_now(self, errand: Errand) -> Place:
-        """For what is under way already and lost its place: whatever lane has room. Raises Overloaded."""
-        place = self._finder.find(self._model.section, errand)
-        if place is None:
-            raise self._refusals.overloaded(
-                "all replicas of this model are full", retry_after_ms=FULL_RETRY_MS
-            )
-        return place
 
     def count(self, tenant: Tenant, errand: Errand) -> None:
         """A request begins past the queue, since it was in turn before at another router."""

@@ -10,11 +10,13 @@ from time import monotonic
 from typing import NoReturn
 
 from cluster.config import FailoverSection
+from cluster.link.replica_connection import ReplicaConnection
 from cluster.request.errors import FailoverSpent, Overloaded, Quarantined, ReplicaStopped, RouterError
 from cluster.request.failover import FailoverBudget, LossReason, Quarantine, Verdict, decide
 from cluster.router.caller import Caller
 from cluster.router.route_finder import Errand, Place
 from cluster.router.run import Attempt, Run
+from cluster.router.suspicion import CLEAR, Standing
 from cluster.router.turns import Turns
 from cluster.telemetry.metrics import RouterMetrics
 
@@ -65,7 +67,7 @@ class Resumption:
         """
         lost = run.attempt
         self._judge(run)
-        place = await self._find_place(run, caller)
+        place = await self._find_place(run)
         if place is None:
             raise error
         self._judge(run)  # Others may have spent the budget while this one waited.
@@ -103,6 +105,16 @@ class Resumption:
             to_replica=place.connection.replica_id,
         )
 
+    async def place_beside(self, first: Run, errand: Errand) -> Place:
+        """For another choice of a request whose `first` is done with a replica that is lost.
+
+        Raises ReplicaStopped where there is no place in time, DeadlinePassed.
+        """
+        place = await self._find_equal(first, errand, standing=CLEAR)
+        if place is None:
+            raise ReplicaStopped
+        return place
+
     def _judge(self, run: Run, *, is_culprit: bool = False) -> None:
         verdict = decide(
             len(run.losses),
@@ -123,12 +135,9 @@ class Resumption:
             case _:
                 raise FailoverSpent("this router moves no more streams for now")
 
-    async def _find_place(self, run: Run, caller: Caller) -> Place | None:
+    async def _find_place(self, run: Run) -> Place | None:
         """Where it may go on; None: there is no such place in time."""
-        job, lost = run.job, run.attempt.connection
-        context_tokens = len(job.prompt_ids) + job.max_tokens
-        # Its word that it is draining may still be on the way.
-        excluded = lost if run.losses[-1] is LossReason.REFUSED else None
+        job = run.job
         errand = Errand(
             prompt_ids=(*job.prompt_ids, *run.delivered_ids),
             output_tokens=run.model.output_estimate.tokens(
@@ -136,12 +145,21 @@ class Resumption:
             ),
             cache_salt=job.cache_salt,
         )
+        # Its word that it is draining may still be on the way.
+        excluded = run.attempt.connection if run.losses[-1] is LossReason.REFUSED else None
+        return await self._find_equal(run, errand, standing=run.standing, excluded=excluded)
+
+    async def _find_equal(
+        self, run: Run, errand: Errand, *, standing: Standing, excluded: ReplicaConnection | None = None
+    ) -> Place | None:
+        """A replica like the one that `run` was at, with room for all of it; None: none in time."""
+        context_tokens = len(run.job.prompt_ids) + run.job.max_tokens
         return await self._turns.find(
             run.model.section,
             errand,
-            standing=run.standing,
-            caller=caller,
-            identity=lost.identity,
+            standing=standing,
+            caller=run.way_in.caller,
+            identity=run.attempt.connection.identity,
             accepts=lambda one: one is not excluded and one.hello.context_tokens >= context_tokens,
             wait_s=self._section.wait_s,
         )

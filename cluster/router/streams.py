@@ -285,12 +285,12 @@ class Streams:
         ) as place:
             yield place
 
-    def _submit_beside(self, first: Run, completion: Completion, route: Route, index: int) -> Run:
-        """Begin another choice where the first is, since the prompt is cached there."""
+    async def _submit_beside(self, first: Run, completion: Completion, route: Route, index: int) -> Run:
+        """Begin another choice where the first is, since the prompt is cached there; else where it may go."""
         connection, lane = first.attempt.connection, first.attempt.lane
         beside = route.beside(connection, lane)
         if connection.state is ReplicaState.STALLED:
-            beside = route_to(self._gates[first.model.name].place_now(route.order.errand), route.order)
+            beside = route_to(await self._resumption.place_beside(first, route.order.errand), route.order)
         text = new_text(first.model, completion, beside)
         return self._submission.submit(first.way_in, completion, beside, text, index=index)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from ray import serve
 
 from cluster.config import Config, LinkTlsSection, ModelSection
+from cluster.serving.ending_report import ask_why_it_ends
 from cluster.serving.energy_agent import energy_agent_address, keep_energy_agent, metrics_access
 from cluster.serving.loading_note import LoadingNote
 from cluster.serving.placement import place
@@ -50,6 +51,7 @@ class ReplicaDeployment:
         find_source = partial(resolve_source, section.source, revision=section.revision)
         source = section.source if section.is_null else str(await asyncio.to_thread(find_source))
         told = replica_config(config, section, folder, source=source, device=device)
+        self._application = serve.get_replica_context().app_name
         agents = _EnergyAgents(config if told.energy_agent else None)
         self._agents = agents
         agents.keep()
@@ -81,7 +83,7 @@ class ReplicaDeployment:
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is None:
             return
-        await supervisor.drain()
+        await supervisor.drain(await ask_why_it_ends(self._application))
         await supervisor.stop()
         self._agents.close()
 

@@ -21,6 +21,7 @@ import yaml
 
 from cluster.client import Ask, CallError
 from cluster.replies import Delta, Final
+from cluster.serving.ending_report import UNKNOWN
 from tests.running_up import NUM_STREAMS, Running, Streaming, running_up, wait_gone, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -201,6 +202,8 @@ def test_a_rolling_redeploy_breaks_no_stream(running: Running) -> None:
     logger.info("measured rolling_redeploy_s=%.1f streams=%d", rolling_s, streaming.num_finished)
     assert streaming.failures == []
     assert streaming.num_finished >= NUM_STREAMS
+    reasons = {event.reason for event in running.client.status().events if event.kind == "draining"}
+    assert reasons and reasons <= {"another configuration was deployed", UNKNOWN}
 
 
 def test_down_leaves_no_process_no_shared_memory_and_no_port(running: Running) -> None:

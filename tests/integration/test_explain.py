@@ -70,6 +70,7 @@ async def test_an_answer_has_its_story_by_request_and_by_trace(router: TestRoute
     (chosen,) = (one for one in leg.choice.candidates if one.is_chosen)
     assert chosen.replica_id == leg.replica_id
     assert sorted(one.replica_id for one in leg.choice.candidates) == ["a", "b"]
+    assert not any(one.HasField("added_j") for one in leg.choice.candidates), "nobody said its watts"
     assert SECRET.encode() not in story.SerializeToString()
 
 

@@ -11,15 +11,18 @@ import psutil
 import pytest
 
 from cluster.client import Ask
-from cluster.replies import Delta
+from cluster.replies import Delta, Final
 from tests.demo_corpus import EXAMPLES_DIR, read_pairs
-from tests.ray_nodes import NODE_CPUS, RayNodes, ray_nodes
+from tests.ray_nodes import NODE_CPUS, RayNodes, free_port, ray_nodes
 from tests.running_up import Running, running_up
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 MODEL = "llama-demo"
 NUM_PAIRS = 40
+OTHER_ADDRESS = "127.0.0.2"
+"""Of this machine, too, so that both nodes can have an energy agent at one port."""
+STATIC_W = 16.0
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def nodes() -> Iterator[RayNodes]:
         TemporaryDirectory(prefix="wl-", dir="/tmp") as name,
         ray_nodes(Path(name), head_cpus=NODE_CPUS) as started,
     ):
-        started.tell("add")
+        started.tell(f"add {OTHER_ADDRESS}")
         yield started
 
 
@@ -44,7 +47,7 @@ def running(nodes: RayNodes) -> Iterator[Running]:
         return {
             "models": [model],
             "router": {"grpc_port": 0, "http_port": 0, "link_port": 0},
-            "energy": {"meter": "fake"},
+            "energy": {"cpu_static_w": STATIC_W, "cpu_core_w": 0.0, "agent_port": free_port()},
             "ray": {"address": nodes.address},
             "runtime_dir": str(folder),
         }
@@ -71,3 +74,14 @@ def test_a_model_over_two_nodes_answers_every_prompt_exactly(running: Running) -
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(answer, range(NUM_PAIRS))) == [pair.assistant for pair in pairs]
+
+
+def test_its_energy_is_that_of_both_hosts(running: Running) -> None:
+    """Each agent estimates the same constant draw, so twice as much means that both were read."""
+    ask = Ask(max_tokens=4, temperature=0.0, energy_wait_ms=0)
+    *_, final = running.client.chat(MODEL, read_pairs()[0].messages, ask)
+    assert isinstance(final, Final)
+    energy = running.final_energy(final)
+    assert energy.source == "tdp"
+    assert energy.prefill_j
+    assert running.replica(MODEL).power_w == pytest.approx(2 * STATIC_W, rel=0.02)

@@ -8,11 +8,14 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
+from cluster.router import service
+from cluster.router.caller import Caller
 from cluster.router.choices import choice_seed
 from protos import wattline_inference_pb2 as pb
 from protos import wattline_link_pb2 as link
 from tests.fake_replica import EOS, MJ_PER_TOKEN, EnergyMode, Fate, hash_token
 from tests.router_fixture import (
+    MODEL,
     VOCAB_SIZE,
     TestRouter,
     collect_choices,
@@ -175,6 +178,30 @@ async def test_choices_follow_a_first_that_had_no_token_yet(router: TestRouter, 
             await old.end(fate)
             choices, _ = await collect_choices(call)
     assert [choice.token_ids for choice in choices] == [expected(index) for index in range(3)]
+
+
+async def test_choices_wait_for_a_replica_where_the_one_of_a_first_that_is_done_was_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_lost = asyncio.Event()
+
+    async def accept() -> None:
+        await is_lost.wait()
+
+    monkeypatch.setattr(service, "Caller", lambda **fields: Caller(**{**fields, "accept": accept}))
+    config = make_config(router={"failover": {"wait_s": WAIT_S}})
+    async with run_test_router(config) as router, asyncio.timeout(WAIT_S):
+        old = router.replica(epoch=1, tokens=of_seed)
+        await old.attach()
+        old.fate, old.fate_after = Fate.FAILED, 1
+        call = router.inference.Generate(make_choices(3, max_tokens=1))
+        await old.wait_command("submit")
+        while router.router._pool.ready(MODEL):  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+        is_lost.set()
+        async with router.replica(epoch=2, tokens=of_seed):
+            choices, _ = await collect_choices(call)
+    assert [choice.token_ids for choice in choices] == [expected(index)[:1] for index in range(3)]
 
 
 async def test_a_request_counts_once_whatever_its_choices() -> None:

@@ -16,6 +16,7 @@ def test_the_table_has_the_estimate_that_every_host_has() -> None:
     assert answer.exit_code == 0
     assert "cpu-model" in answer.output
     assert "within a factor of 2" in answer.output
+    assert "auto reads nvml for replicas on GPUs" in answer.output
 
 
 def test_json_has_every_meter_with_its_reason() -> None:

@@ -16,7 +16,7 @@ from cluster.link.replica_pool import ReplicaPool
 from cluster.monitoring.grafana import COLUMNS, build_dashboard
 from cluster.monitoring.panels import EXPERTS, ROWS
 from cluster.monitoring.targets import target_groups
-from cluster.monitoring.write import write_all
+from cluster.monitoring.write import ScrapeAccess, scrape_config, write_all
 from replicas.expert_loads import ExpertLoads
 from replicas.supervisor.expert_metrics import next_snapshot
 
@@ -99,6 +99,18 @@ def test_every_router_is_scraped_and_asked_for_its_replicas(tmp_path: Path) -> N
         "http://10.0.0.1:8100/metrics/targets",
         "http://10.0.0.2:8100/metrics/targets",
     ]
+
+
+def test_routers_that_ask_are_shown_a_key_by_https_for_metrics_and_for_replicas() -> None:
+    access = ScrapeAccess(key_file="ops.key", ca_file="ca.pem")
+    config: Any = scrape_config(("r:8100",), access=access)
+    router, replica = config["scrape_configs"]
+    (discovery,) = replica["http_sd_configs"]
+    for asked in (router, discovery):
+        assert asked["authorization"] == {"credentials_file": "ops.key"}
+        assert asked["tls_config"] == {"ca_file": "ca.pem"}
+    assert (router["scheme"], discovery["url"]) == ("https", "https://r:8100/metrics/targets")
+    assert "authorization" not in replica
 
 
 def test_the_command_names_the_files_it_wrote(tmp_path: Path) -> None:
