@@ -1,7 +1,7 @@
 """What the energy agent costs its host, and how soon behind the end of a request its edge comes.
 
-An agent process per load, all at the same time, so that what else the machine does falls on each; and beside
-them a Python process that only wakes up, which is the floor of any program that polls here.
+An agent process per load, one after another: beside each other they would keep the processor's caches warm
+for one another. To compare, a Python process that only wakes up, which is the floor of any that polls here.
 """
 
 from __future__ import annotations
@@ -20,15 +20,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.record import write_results
+from cluster.config import EnergySection
 from replicas.energy.agent_client import watch_readings
 from replicas.energy.ask_pipe import Asker
 from replicas.energy.cpu_model import cpu_time_ns
 
-SETTLE_S = 2.0
-"""Imports and first readings are not what it costs to go on."""
+SETTLE_S = 8.0
+"""Imports, first readings and the learning of edges are not what it costs to go on."""
 SAY_S = 0.5
+BARE_NAME = "bare sleep, 20 times a second"
 BARE_SLEEP = "import sys, time\nprint('ready', flush=True)\nwhile True: time.sleep(0.05)"
+BUSY = """
+import os
+os.nice(19)
+print('ready', flush=True)
+memory = memoryview(bytearray(64 << 20))
+while True: sum(memory[::64])
+"""
+"""A neighbour that leaves nobody anything in the processor's caches."""
 SEED = 7
+CORE_W = EnergySection().cpu_core_w
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,36 +66,83 @@ LOADS = (
     Load(name="20 requests end a second", is_running=True, ends_per_s=20.0),
     Load(name="four meters, long requests", num_meters=4, is_running=True),
     Load(name="a counter with edges each 100 ms, long requests", meter="fake", is_running=True),
+    Load(name="such a counter, 5 requests end a second", meter="fake", is_running=True, ends_per_s=5.0),
 )
 
 
-async def run_agent_cost(poll_ms: float, seconds: float, path: Path | None) -> None:
-    """Measure an agent for each load: print and write its part of a core, and the wait for edges."""
-    waits_ms: dict[str, list[float]] = {load.name: [] for load in LOADS}
-    with tempfile.TemporaryDirectory(prefix="wlb-") as folder, _processes(folder, poll_ms) as found:
-        watches = [
-            asyncio.create_task(_watch(f"unix:{folder}/{index}.sock", load, number, waits_ms[load.name]))
-            for index, load in enumerate(LOADS)
-            for number in range(load.num_meters)
-        ]
-        await asyncio.sleep(SETTLE_S)
-        before, start_s = {name: _cpu_ns(one) for name, one in found.items()}, time.perf_counter()
-        await asyncio.sleep(seconds)
-        elapsed_s = time.perf_counter() - start_s
-        shares = {name: (_cpu_ns(one) - before[name]) / 1e9 / elapsed_s for name, one in found.items()}
-        assert not any(watch.done() for watch in watches), "a watch ended while it was measured"
-        for watch in watches:
-            watch.cancel()
-        await asyncio.gather(*watches, return_exceptions=True)
-    rows: list[dict[str, object]] = [
-        {"process": name, "poll_ms": poll_ms, "core_percent": round(100 * share, 4)}
-        | _wait_fields(waits_ms.get(name, ()))
-        | {"load_average": round(os.getloadavg()[0], 2)}
-        for name, share in shares.items()
-    ]
+async def run_agent_cost(poll_ms: float, seconds: float, only: str, path: Path | None) -> None:
+    """Measure an agent for each load whose name has `only` in it, one after another, as it is alone on its
+    host; beside nothing of ours, then beside a process on each core: its part of a core, and the waits."""
+    rows: list[dict[str, object]] = []
+    for neighbours in (0, os.cpu_count() or 1):
+        with _running([[sys.executable, "-c", BUSY]] * neighbours):
+            if only in BARE_NAME:
+                rows.append(await _measure_bare(seconds))
+            for load in LOADS:
+                if only in load.name:
+                    rows.append(await _measure(load, poll_ms, seconds))
+        for row in rows:
+            row.setdefault("busy_neighbours", neighbours)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     print(write_results("agent", rows, path))
+
+
+async def _measure_bare(seconds: float) -> dict[str, object]:
+    with _running([[sys.executable, "-c", BARE_SLEEP]]) as (process,):
+        await asyncio.sleep(SETTLE_S)
+        return {"process": BARE_NAME} | await _cost_fields(process.pid, seconds)
+
+
+async def _measure(load: Load, poll_ms: float, seconds: float) -> dict[str, object]:
+    """The agent of a load, in a process of its own; its watchers are in this one."""
+    waits_ms: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="wlb-") as folder:
+        address = f"unix:{folder}/energy.sock"
+        listen = ["-m", "replicas.energy.agent", "--listen", address, "--poll-ms", str(poll_ms)]
+        with _running([[sys.executable, *listen]]) as (process,):
+            watches = [
+                asyncio.create_task(_watch(address, load, number, waits_ms))
+                for number in range(load.num_meters)
+            ]
+            await asyncio.sleep(SETTLE_S)
+            waits_ms.clear()
+            cost = await _cost_fields(process.pid, seconds)
+            assert not any(watch.done() for watch in watches), "a watch ended while it was measured"
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)
+    return {"process": load.name, "poll_ms": poll_ms} | cost | _wait_fields(waits_ms)
+
+
+async def _cost_fields(pid: int, seconds: float) -> dict[str, object]:
+    """`power_mw`: that part of a core at the watts of a busy one in the estimate's model."""
+    before, start_s = _use(pid), time.perf_counter()
+    await asyncio.sleep(seconds)
+    after, elapsed_s = _use(pid), time.perf_counter() - start_s
+    share = (after.cpu_ns - before.cpu_ns) / 1e9 / elapsed_s
+    return {
+        "core_percent": round(100 * share, 4),
+        "wakeups_per_s": round((after.num_wakeups - before.num_wakeups) / elapsed_s, 1),
+        "power_mw": round(1e3 * share * CORE_W, 2),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """What a process has used since it began, all its threads."""
+
+    cpu_ns: int
+    num_wakeups: int
+
+
+def _use(pid: int) -> Use:
+    used_ns = cpu_time_ns(pid)
+    assert used_ns is not None, "it ended while it was measured"
+    threads = [one.read_text() for one in Path(f"/proc/{pid}/task").glob("*/status")]
+    waits = [int(one.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for one in threads]
+    return Use(cpu_ns=used_ns, num_wakeups=sum(waits))
 
 
 def _wait_fields(waits_ms: Sequence[float]) -> dict[str, object]:
@@ -98,22 +156,20 @@ def _wait_fields(waits_ms: Sequence[float]) -> dict[str, object]:
 
 
 @contextmanager
-def _processes(folder: str, poll_ms: float) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """By name, each ready; they end with the block."""
-    commands = {"bare sleep, 20 times a second": ["-c", BARE_SLEEP]}
-    for index, load in enumerate(LOADS):
-        listen = ["--listen", f"unix:{folder}/{index}.sock", "--poll-ms", str(poll_ms)]
-        commands[load.name] = ["-m", "replicas.energy.agent", *listen]
-    found: dict[str, subprocess.Popen[str]] = {}
+def _running(commands: Sequence[Sequence[str]]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Each ready; they end with the block."""
+    found: list[subprocess.Popen[str]] = []
     try:
-        for name, arguments in commands.items():
-            found[name] = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
-        for process in found.values():
+        for command in commands:
+            found.append(
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            )
+        for process in found:
             assert process.stdout is not None
             assert process.stdout.readline(), "it ended before it was ready"
         yield found
     finally:
-        for process in found.values():
+        for process in found:
             process.kill()
             process.wait()
 
@@ -151,9 +207,3 @@ async def _end_requests(load: Load, asker: Asker, ended_ns: list[int]) -> None:
         await asyncio.sleep(draw.uniform(0.5, 1.5) / load.ends_per_s - 0.1 * load.is_alone)
         ended_ns.append(time.monotonic_ns())
         asker.ask()
-
-
-def _cpu_ns(process: subprocess.Popen[str]) -> int:
-    used_ns = cpu_time_ns(process.pid)
-    assert used_ns is not None, "it ended while it was measured"
-    return used_ns

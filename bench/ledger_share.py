@@ -3,7 +3,8 @@
 Two replicas of the same checkpoint behind one router: one is metered, by an energy agent of its own, and its
 ledger divides each step; the other is not, and has no ledger. Clients of this process load them in turn, so
 what else the machine does falls on both. Beside the tokens a second stands the CPU time of a token, which
-hardly feels other work: of the rank, of all else (client, router, supervisor), and of the agent.
+feels other work less: of the rank, of all else (client, router, supervisor), and of the agent. Of all else,
+`cpu_samples.py` says how much is about joules, from the step record to the bill on the wire.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.closed_loop import run_closed_loop
+from bench.cpu_samples import sampling
 from bench.record import write_results
 from bench.workload import Draw, ModelShape, Workload, mix
 from cluster.config import parse_config
@@ -32,16 +34,27 @@ from replicas.supervisor.supervisor import Supervisor
 MODELS = ("metered", "bare")
 START_S = 300.0
 SHAPE = ModelShape(vocab_size=1000, context_tokens=1024)
+JOULE_FILES = ("replicas/energy/", "cluster/energy/", "supervisor/energy_account", "supervisor/meter_feed")
+JOULE_FUNCTIONS = frozenset(
+    {
+        *("settle_energy", "_report_provisional", "_state_energy", "ledger", "add_ledger", "add_energy"),
+        *("take_energy", "_book_ledger", "parse_energy", "_count_energy", "add_bill", "energy_message"),
+    }
+)
 WAVES = 2
 """Requests of a turn, by concurrency."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One model under load: tokens a second, and CPU microseconds per output token by who spent them."""
+    """One model under load: tokens a second, and CPU microseconds per output token by who spent them.
+
+    `joules_us` is the part of `rest` that was spent on joules.
+    """
 
     tokens_per_s: float
     cpu_us: Mapping[str, float]
+    joules_us: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +94,7 @@ async def run_ledger_share(
     rows = [
         {"model": model, "tokens_per_s": round(turn.tokens_per_s, 1)}
         | {f"{name}_us_per_token": round(us, 2) for name, us in turn.cpu_us.items()}
+        | {"joules_us_per_token": round(turn.joules_us, 2)}
         for pair in pairs
         for model, turn in pair.items()
     ]
@@ -89,30 +103,25 @@ async def run_ledger_share(
 
 
 def summarize(pairs: Sequence[Mapping[str, Turn]]) -> dict[str, object]:
-    """Percent by which the metered model is slower and dearer than the bare one beside it: medians."""
+    """By how much the metered model is slower than the bare one beside it, and what of its CPU is joules'."""
     slower = [100 * (1 - pair["metered"].tokens_per_s / pair["bare"].tokens_per_s) for pair in pairs]
-    costs_us = {model: [sum(pair[model].cpu_us.values()) for pair in pairs] for model in MODELS}
-    dearer = [100 * (on / off - 1) for on, off in zip(costs_us["metered"], costs_us["bare"], strict=True)]
-    quarters = statistics.quantiles(slower, n=4)
+    low, middle, high = statistics.quantiles(slower, n=4)
+    metered = [pair["metered"] for pair in pairs]
+    joules_us = [turn.joules_us + turn.cpu_us["agent"] for turn in metered]
+    shares = [us / sum(turn.cpu_us.values()) for us, turn in zip(joules_us, metered, strict=True)]
     return {
         "pairs": len(pairs),
-        "slower_percent_p50": round(statistics.median(slower), 2),
-        "slower_percent_p25_p75": [round(quarters[0], 2), round(quarters[2], 2)],
-        "cpu_percent_p50": round(statistics.median(dearer), 2),
-        "bare_cpu_us_per_token": round(statistics.median(costs_us["bare"]), 1),
-        "more_cpu_us_per_token": {
-            name: round(
-                statistics.median(pair["metered"].cpu_us[name] - pair["bare"].cpu_us[name] for pair in pairs),
-                2,
-            )
-            for name in pairs[0]["bare"].cpu_us
-        },
+        "slower_percent_p50": round(middle, 2),
+        "slower_percent_p25_p75": [round(low, 2), round(high, 2)],
+        "joules_us_per_token_p50": round(statistics.median(joules_us), 2),
+        "joules_cpu_percent_p50": round(100 * statistics.median(shares), 2),
     }
 
 
 async def take_turn(line: Line, model: str, workload: Workload) -> Turn:
     before = {name: read() for name, read in line.cpu_ns[model].items()}
-    run = await run_closed_loop(line.address, model, workload)
+    with sampling(is_about_joules) as samples:
+        run = await run_closed_loop(line.address, model, workload)
     num_tokens = workload.total_output_tokens
     assert (run.energy_j is None) == (model == "bare"), "the metered model has joules, the other none"
     return Turn(
@@ -120,7 +129,13 @@ async def take_turn(line: Line, model: str, workload: Workload) -> Turn:
         cpu_us={
             name: (read() - before[name]) / 1e3 / num_tokens for name, read in line.cpu_ns[model].items()
         },
+        joules_us=samples.hit_s * 1e6 / num_tokens,
     )
+
+
+def is_about_joules(file: str, function: str) -> bool:
+    """Whether this code would not run without a meter."""
+    return any(part in file for part in JOULE_FILES) or function in JOULE_FUNCTIONS
 
 
 @asynccontextmanager

@@ -1057,6 +1057,7 @@ class StoryCandidate(_message.Message):
     """Predicted."""
     tpot_ms: _builtins.float
     added_j: _builtins.float
+    """Unset where the replica has not said its watts and its pace: the balancer then goes by a guess."""
     has_kv: _builtins.bool
     is_hot: _builtins.bool
     is_in_time: _builtins.bool
@@ -1072,16 +1073,18 @@ class StoryCandidate(_message.Message):
         cached_tokens: _builtins.int = ...,
         ttft_ms: _builtins.float = ...,
         tpot_ms: _builtins.float = ...,
-        added_j: _builtins.float = ...,
+        added_j: _builtins.float | None = ...,
         has_kv: _builtins.bool = ...,
         is_hot: _builtins.bool = ...,
         is_in_time: _builtins.bool = ...,
         snapshot_age_ms: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_added_j", b"_added_j", "added_j", b"added_j"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_j", b"added_j", "cached_tokens", b"cached_tokens", "has_kv", b"has_kv", "is_chosen", b"is_chosen", "is_hot", b"is_hot", "is_in_time", b"is_in_time", "is_session", b"is_session", "lane", b"lane", "replica_id", b"replica_id", "requests", b"requests", "snapshot_age_ms", b"snapshot_age_ms", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_added_j", b"_added_j", "added_j", b"added_j", "cached_tokens", b"cached_tokens", "has_kv", b"has_kv", "is_chosen", b"is_chosen", "is_hot", b"is_hot", "is_in_time", b"is_in_time", "is_session", b"is_session", "lane", b"lane", "replica_id", b"replica_id", "requests", b"requests", "snapshot_age_ms", b"snapshot_age_ms", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__added_j: _TypeAlias = _typing.Literal["added_j"]  # noqa: Y015
+    _WhichOneofArgType__added_j: _TypeAlias = _typing.Literal["_added_j", b"_added_j"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__added_j) -> _WhichOneofReturnType__added_j | None: ...
 
 Global___StoryCandidate: _TypeAlias = StoryCandidate  # noqa: Y015

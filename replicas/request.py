@@ -99,8 +99,13 @@ class GenerationRequest:
     """Who pays, as the energy ledger's sums name it."""
     scores_prompt: bool = False
     """Also say the logprobs of the prompt. None of it is taken from the cache, which has no logits."""
-    trace_id: str = ""
-    """Of its caller's trace, for the supervisor's log; empty: none. The ranks do not get it."""
+    traceparent: str = ""
+    """W3C context of the span that waits for it, for the logs of supervisor and rank 0; empty: none."""
+
+    @property
+    def trace_id(self) -> str:
+        """Its part of `traceparent`."""
+        return self.traceparent[3:35]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,6 +51,7 @@ PROTOBUF_EDGES = {
     "cluster/router/siblings.py",
     "cluster/router/wire.py",
     "replicas/energy/agent.py",
+    "replicas/energy/agent_messages.py",
     "replicas/energy/agent_client.py",
     "replicas/frames.py",
     "replicas/link/link.py",

@@ -44,6 +44,11 @@ class LaneView:
         return self.waiting_prefill_tokens + self.unseen_prefill_tokens
 
     @property
+    def has_price(self) -> bool:
+        """Whether joules are predicted from what it has measured, and not from a guess."""
+        return bool(self.active_power_w and self.idle_power_w and self.prefill_tokens_per_s and self.step_ms)
+
+    @property
     def has_room(self) -> bool:
         """Whether the engine's queue still takes a request."""
         return self.num_requests < self.max_sequences + self.max_waiting

@@ -161,7 +161,7 @@ def _candidates(choice: pb.StoryChoice) -> RenderableType:
             str(one.cached_tokens),
             f"{one.ttft_ms:.1f}",
             f"{one.tpot_ms:.2f}",
-            show_number(one.added_j),
+            show_number(one.added_j if one.HasField("added_j") else None),
             f"{one.snapshot_age_ms:.0f}",
             ", ".join(_notes(one)),
         )

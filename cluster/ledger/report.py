@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from cluster.ledger.entries import ModelSums, RequestSums, Summary
-from replicas.energy.meter import MEASURED
+from replicas.energy.meter import ESTIMATED, MEASURED
 
 MJ_PER_KWH = 3_600_000_000
 """Millijoules."""
@@ -78,7 +78,10 @@ class ReportRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """Parts of the output tokens, by what is known of their joules; they add up to 1."""
+    """Parts of the output tokens, by what is known of their joules; they add up to 1.
+
+    Made up joules, of the null engine, are nothing that is known.
+    """
 
     measured: float
     estimated: float
@@ -188,7 +191,6 @@ def _coverage(requests: Sequence[RequestSums]) -> Coverage | None:
     if not total:
         return None
     measured = sum(one.output_tokens for one in requests if one.source in MEASURED)
-    unknown = sum(one.output_tokens for one in requests if not one.source)
-    return Coverage(
-        measured=measured / total, estimated=(total - measured - unknown) / total, unknown=unknown / total
-    )
+    estimated = sum(one.output_tokens for one in requests if one.source in ESTIMATED)
+    unknown = total - measured - estimated
+    return Coverage(measured=measured / total, estimated=estimated / total, unknown=unknown / total)

@@ -32,10 +32,9 @@ def submit_command(job: EngineJob, *, request_id: int) -> link.ToReplica:
         cache_salt=job.cache_salt,
         tenant=job.tenant,
         scores_prompt=job.scores_prompt,
+        traceparent=job.traceparent,
     )
-    submit = request_to_wire(request, now_ns=0)
-    submit.traceparent = job.traceparent
-    return link.ToReplica(submit=submit)
+    return link.ToReplica(submit=request_to_wire(request, now_ns=0))
 
 
 def parse_end(delta: link.SequenceDelta) -> End:

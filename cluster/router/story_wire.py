@@ -94,7 +94,7 @@ def _choice_message(decision: RecordedDecision) -> pb.StoryChoice:
                 cached_tokens=candidate.cached_tokens,
                 ttft_ms=score.ttft_s * 1e3,
                 tpot_ms=score.tpot_s * 1e3,
-                added_j=score.added_j,
+                added_j=score.added_j if candidate.lane.has_price else None,
                 has_kv=score.has_kv,
                 is_hot=score.is_hot,
                 is_in_time=score.is_in_time,

@@ -17,8 +17,8 @@ from cluster.servers.http_guard import PEER_NAMES
 MAX_HEAD_BYTES = 64 * 2**10
 """Of a request line and its headers; what one read brings is looked at as a whole."""
 HEAD_S = 30.0
-"""From a new connection, or from the end of an answer, to the end of the next head. And how long one that is
-closed may take none of what is left for it, or twice that."""
+"""From a new connection, or from the end of an answer, to the end of the next head. And how long a caller may
+take none of a document, or of what is left for one that is closed, or twice that."""
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -28,8 +28,8 @@ class HttpConnection(HttpToolsProtocol):
     _head_bytes = 0
     """Read since the last request was complete."""
     _is_in_head = True
-    _left_bytes = -1
-    """Not yet taken at the last look."""
+    _left_bytes = (-1, -1)
+    """Not yet taken, and not yet written, at the last look."""
     _looking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -68,6 +68,11 @@ class HttpConnection(HttpToolsProtocol):
         """No answer is under way."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def _unsent_bytes(self) -> int:
+        """Of an answer whose length was said. A stream of events ends by itself where its caller is slow."""
+        return 0 if self._is_idle else self.cycle.expected_content_length
+
     def _look_later(self) -> None:
         self._stop_looking()
         self._looking = self.loop.call_later(HEAD_S, self._look)
@@ -78,11 +83,10 @@ class HttpConnection(HttpToolsProtocol):
 
     def _look(self) -> None:
         """Nobody is waited for without end: not for a request, and not until an answer is read."""
-        left_bytes = self.transport.get_write_buffer_size()
-        if not self.transport.is_closing():
-            if self._is_idle:
-                self.transport.close()
-        elif left_bytes == self._left_bytes:
+        left_bytes = (self.transport.get_write_buffer_size(), self._unsent_bytes)
+        if self._is_idle and not self.transport.is_closing():
+            self.transport.close()
+        elif (self.transport.is_closing() or self._unsent_bytes) and left_bytes == self._left_bytes:
             self.transport.abort()
         self._left_bytes = left_bytes
         self._look_later()

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -22,12 +23,13 @@ from prometheus_client import CollectorRegistry
 from protos import wattline_energy_pb2 as wire
 from protos.wattline_energy_pb2_grpc import EnergyAgentServicer, add_EnergyAgentServicer_to_server
 from replicas.config import MetricsAccess
+from replicas.energy.agent_messages import key_of, meter_descriptions, reading_message
 from replicas.energy.agent_metrics import MeterSeries
 from replicas.energy.agent_options import agent_parser, metrics_access
 from replicas.energy.aside_call import AsideCalls
 from replicas.energy.ask_pipe import AskPipe
 from replicas.energy.edge_pipe import EdgePipe
-from replicas.energy.host_meter import open_host_meter
+from replicas.energy.host_meter import HostMeter, open_host_meter
 from replicas.energy.meter import Meter, MeterState, Reading, hold_the_same
 from replicas.energy.open_meter import MeterSettings, open_meter
 from replicas.energy.poll_thread import PollThread
@@ -35,14 +37,12 @@ from replicas.energy.polling import MeterPoller
 from replicas.energy.rapl import POWERCAP_DIR
 from replicas.energy.read_schedule import ReadSchedule
 from replicas.energy.socket_path import check_socket_path
-from replicas.energy.survey import survey_meters
-from replicas.energy.watch_key import WatchKey, watch_key
+from replicas.energy.watch_key import WatchKey
 from replicas.errors import MeterUnavailable
 from replicas.metrics_page import MetricsPage
 from replicas.strict_messages import add_strictly
 
 _LOG = logging.getLogger(__name__)
-_MAX_GROUP_CHARS = 256
 _MAX_WATCHES = 256
 _MAX_HUNG = 8
 _STOP_GRACE_S = 0.1
@@ -78,18 +78,20 @@ class EnergyAgent:
         self.registry = CollectorRegistry()
         self.clock = clock
         self._exit_after_idle_s = exit_after_idle_s
-        self._host = open_host_meter(host_meter, powercap_dir)
+        self._host: HostMeter | None = None
+        self._open_host = partial(open_host_meter, host_meter, powercap_dir)
+        self._opening: asyncio.Task[None] | None = None
         self._pollers: dict[WatchKey, MeterPoller] = {}
         self._making = asyncio.Lock()
         self._schedule = ReadSchedule(poll_s=poll_s, clock=clock)
-        self._thread = PollThread(self._schedule, host=self._host)
+        self._thread = PollThread(self._schedule)
         self._settings = MeterSettings(
             poll_ns=round(poll_s * 1e9), cpu_static_w=cpu_static_w, cpu_core_w=cpu_core_w, clock=clock
         )
         self._calls = AsideCalls()
         self._num_silent = 0
         self._series = MeterSeries(
-            self._pollers.values, host=self._host, count_reads=lambda: self._thread.num_reads
+            self._pollers.values, host=lambda: self._host, count_reads=lambda: self._thread.num_reads
         )
         self.registry.register(self._series)
         self._num_watches = self._num_pipes = 0
@@ -117,6 +119,7 @@ class EnergyAgent:
             for left_over in path.parent.glob(f"{path.name}{_PIPE_INFIX}*"):
                 left_over.unlink(missing_ok=True)
         self._schedule.asks = self._make_asks()
+        self._opening = asyncio.create_task(self._find_host())
         _LOG.info("energy_agent.started", extra={"addresses": bound})
         return bound
 
@@ -147,6 +150,8 @@ class EnergyAgent:
         if server is None:
             return
         await server.stop(_STOP_GRACE_S)
+        if self._opening is not None:
+            self._opening.cancel()
         page, self._page = self._page, None
         if page is not None:
             await asyncio.to_thread(page.close)
@@ -191,8 +196,10 @@ class EnergyAgent:
                     lambda: open_meter(key, self._settings), drop=lambda late: late.close()
                 )
                 self._check_once(meter)
-                poller = MeterPoller(meter, group=group, seat=self._host.seat(meter) if self._host else None)
+                poller = MeterPoller(meter, group=group)
                 self._pollers[key] = poller
+                if self._host is not None:
+                    poller.sit_at(self._host)
                 self._thread.add(poller)
                 _LOG.info("energy_agent.meter_opened", extra={"group": group, "meter": type(meter).__name__})
             subscriber = poller.subscribe(pipe)
@@ -208,6 +215,23 @@ class EnergyAgent:
                 del self._pollers[key]
                 self._series.retire(poller)
                 self._thread.end(poller)
+
+    async def _find_host(self) -> None:
+        """Its files may hang: then we go on without it, and take it when they answer after all."""
+        try:
+            self._sit_at(await self._calls.run(self._open_host, drop=self._sit_at))
+        except MeterUnavailable as error:
+            _LOG.warning("energy_agent.no_host_meter", extra={"error": str(error)})
+
+    def _sit_at(self, host: HostMeter | None) -> None:
+        if host is None:
+            return
+        if self._server is None:
+            host.close()
+            return
+        self._host = self._thread.host = host
+        for poller in self._pollers.values():
+            poller.sit_at(host)
 
     def _count_watch(self, change: int, *, can_ask: bool) -> None:
         self._num_watches += change
@@ -241,7 +265,7 @@ class EnergyAgent:
 
     async def describe(self) -> list[wire.MeterDescription]:
         """Every meter of the host. MeterUnavailable where a driver does not answer."""
-        return await self._calls.run(_describe_meters)
+        return await self._calls.run(meter_descriptions)
 
     def check_room(self) -> None:
         if self._num_watches >= _MAX_WATCHES:
@@ -281,7 +305,7 @@ class _Servicer(EnergyAgentServicer):
         context: aio.ServicerContext[wire.WatchEnergyRequest, wire.EnergyReadings],
     ) -> AsyncIterator[wire.EnergyReadings]:
         try:
-            key = _key(request)
+            key = key_of(request)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         try:
@@ -299,7 +323,7 @@ class _Servicer(EnergyAgentServicer):
             )
             async for told in edges:
                 if not isinstance(told, MeterState):
-                    yield wire.EnergyReadings(readings=[_message(reading) for reading in told])
+                    yield wire.EnergyReadings(readings=[reading_message(reading) for reading in told])
                 elif request.can_ask:
                     yield wire.EnergyReadings(state=told.value)
         except MeterUnavailable as error:
@@ -325,41 +349,6 @@ class _Servicer(EnergyAgentServicer):
             return wire.DescribeMetersResponse(meters=await self._agent.describe())
         except MeterUnavailable as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-
-
-def _key(request: wire.WatchEnergyRequest) -> WatchKey:
-    """ValueError says what is wrong with the watch."""
-    if len(request.group) > _MAX_GROUP_CHARS:
-        raise ValueError(
-            f"group has {len(request.group)} characters, {_MAX_GROUP_CHARS} is the limit; shorten it"
-        )
-    return watch_key(request.meter, request.gpu_uuids, request.pids)
-
-
-def _message(reading: Reading) -> wire.EnergyReading:
-    return wire.EnergyReading(
-        t_ns=reading.t_ns,
-        energy_mj=reading.energy_mj,
-        static_mj=reading.static_mj,
-        host_mj=reading.host_mj,
-        source=reading.source.value,
-        confidence_factor=reading.confidence_factor,
-        gap=reading.gap,
-    )
-
-
-def _describe_meters() -> list[wire.MeterDescription]:
-    return [
-        wire.MeterDescription(
-            name=one.name,
-            source=one.source.value,
-            device=one.device,
-            available=one.is_available,
-            detail=one.detail,
-            confidence_factor=one.confidence_factor,
-        )
-        for one in survey_meters()
-    ]
 
 
 async def _serve(options: argparse.Namespace) -> None:

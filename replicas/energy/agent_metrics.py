@@ -32,12 +32,12 @@ class MeterSeries(Collector):
         self,
         pollers: Callable[[], Iterable[MeterPoller]],
         *,
-        host: HostMeter | None = None,
+        host: Callable[[], HostMeter | None] = lambda: None,
         count_reads: Callable[[], int] = lambda: 0,
     ) -> None:
         self._pollers = pollers
         self._count_reads = count_reads
-        self._host = host
+        self._find_host = host
         self._retired_mj: dict[_Series, int] = {}
 
     def retire(self, poller: MeterPoller) -> None:
@@ -61,13 +61,14 @@ class MeterSeries(Collector):
             energy.add_metric(_labels(*key), energy_mj / 1e3)
         yield energy
         yield power
-        if self._host is not None:
+        meter = self._find_host()
+        if meter is not None:
             host = CounterMetricFamily(
                 "wattline_host_meter_joules",
                 "What the CPUs and memory of the host drew while devices were watched.",
                 labels=["source"],
             )
-            host.add_metric([Source.SHARED.value], self._host.energy_mj / 1e3)
+            host.add_metric([Source.SHARED.value], meter.energy_mj / 1e3)
             yield host
         yield from _health_families({poller.group: poller.health for poller in _worst_last(self._pollers())})
         yield CounterMetricFamily("wattline_energy_agent_reads", "Meter reads.", value=self._count_reads())

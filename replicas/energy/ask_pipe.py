@@ -13,8 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-_RUNNING = b"r"
-_ASK = b"a"
+RUNNING = b"r"
+ASK = b"a"
 _WORDS_BYTES = 4096
 _SAY_RUNNING_NS = 2_000_000_000
 
@@ -35,18 +35,17 @@ class AskPipe:
         """Sleep so long, or until somebody speaks; says whether somebody did."""
         return bool(self._poll.poll(timeout_s * 1e3))
 
-    def take(self) -> tuple[bool, bool]:
-        """Whether anything was said since the last time, and whether an edge was asked for."""
+    def take(self) -> bytes:
+        """The words that were said since the last time; empty: none."""
         try:
-            words = os.read(self._file, _WORDS_BYTES)
+            return os.read(self._file, _WORDS_BYTES)
         except BlockingIOError:
-            return False, False
-        return True, _ASK in words
+            return b""
 
     def wake(self) -> None:
         """Ask, for somebody who has just come. From any thread."""
         with suppress(BlockingIOError):
-            os.write(self._file, _ASK)
+            os.write(self._file, ASK)
 
     def close(self, *, keeps_file: bool) -> None:
         """`keeps_file`: a thread may still wait there."""
@@ -76,12 +75,12 @@ class Asker:
 
     def ask(self) -> None:
         """A request begins or ends here: an edge is wanted soon."""
-        self._say(_ASK)
+        self._say(ASK)
 
     def note_running(self) -> None:
         """Call it as often as you like while requests run."""
         if self._file is not None and self._clock() - self._said_ns >= _SAY_RUNNING_NS:
-            self._say(_RUNNING)
+            self._say(RUNNING)
 
     def _say(self, word: bytes) -> None:
         """Into a pipe that is full or has no agent any more, nothing: the next dial opens another."""

@@ -4,7 +4,8 @@ A driver moves the counter of a GPU every 20 to 100 ms, and nobody is told. Blin
 edge to half of that, and every second one finds nothing. Locked, one read per edge is nearly enough, made
 where the edge is expected. If the counter has moved by then, the next edge is expected a little sooner; if
 not, it is read again a little later, and expected there. So the expectation stays within a few milliseconds
-of the edge, on either side of it in turn.
+of the edge, on either side of it in turn. Of edges that are wanted rarely each takes two reads: one before
+it, so that it is seen to come; and the better the period is known, the further ahead it is trusted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ _SOONER_NS = _MS // 2
 _CALM_SOONER = 6
 _MOST_SOONER = 13
 """So often in a row the counter has moved already: from 6 on we look for the edge in steps that double."""
-_PERIOD_GAIN = 0.2
+_NOISE_PERIODS = 4
+"""A period found over so many is believed as much as the one known before."""
+_MOST_AHEAD = 64
+_BLUR_NS = 8 * _MS
+"""An edge may come so much sooner than expected."""
+_EARLY_NS = 12 * _MS
+"""An edge that comes so much sooner than it is wanted will do."""
 _NEAR = 0.9
 _ROUNDING = 1e-6
 _FIRST_REST_NS = 2_000 * _MS
@@ -57,26 +64,38 @@ class EdgeLock:
         self._rest_ns = _FIRST_REST_NS
         self._scan_ns = now_ns
         """It scans from then on."""
+        self._sharp_ns = now_ns
+        """The last edge that was known from both sides."""
+        self._num_ahead = 1
+        """So many periods ahead of that one we trust it; twice as many with each."""
 
     @property
     def period_ns(self) -> int | None:
         """None: not locked."""
         return None if self._period_ns is None else round(self._period_ns)
 
-    def due_ns(self, now_ns: int, *, gap_ns: int) -> int:
-        """When to read next; edges less than about `gap_ns` apart are not needed."""
+    def due_ns(self, now_ns: int, *, after_ns: int) -> int:
+        """When to read next: an edge is wanted that is later than about `after_ns`, and than now."""
         period_ns = self._period_ns
         if period_ns is None:
             return self._read_ns + (_SCAN_STEP_NS if self._read_ns >= self._scan_ns else self._poll_ns)
         if period_ns <= self._poll_ns:
-            return self._read_ns + max(gap_ns, self._poll_ns)
+            return max(after_ns + round(period_ns / 2), self._read_ns + self._poll_ns)
         if self._num_again:
             return self._read_ns + (_AGAIN_NS << self._num_again - 1)
-        since_ns = max(_NEAR * gap_ns, now_ns - self._edge_ns)
-        target_ns = self._edge_ns + round(ceil(since_ns / period_ns - _ROUNDING) * period_ns)
+        trusted_ns = self._sharp_ns + round(self._num_ahead * period_ns)
+        since_ns = max(min(after_ns - _EARLY_NS, trusted_ns), now_ns) - self._edge_ns
+        target_ns = self._edge_ns + round(max(1, ceil(since_ns / period_ns - _ROUNDING)) * period_ns)
         if self._target_ns is None or target_ns < self._target_ns:
             self._target_ns = target_ns
-        return self._target_ns if self._is_armed else self._target_ns - round(period_ns / 2)
+        if self._is_armed:
+            return self._target_ns
+        # A read just before the edge may find it already, and the next one would wait for it in vain.
+        if now_ns > self._target_ns - _BLUR_NS:
+            return self._target_ns + _AGAIN_NS
+        # Awake between the last edge before it and this one, for whatever reason: that read serves.
+        half_ns = self._target_ns - round(period_ns / 2)
+        return now_ns if self._target_ns - _NEAR * period_ns <= now_ns < half_ns else half_ns
 
     def edge_ns(self, now_ns: int) -> int:
         """Where the last edge is that a read now finds: as expected, else halfway from the last read."""
@@ -113,6 +132,7 @@ class EdgeLock:
             period_ns = edge_ns - self._edge_ns
             if is_sharp and self._is_sharp and _SHORTEST_NS <= period_ns <= _LONGEST_NS:
                 self._period_ns, self._locked_ns = float(period_ns), now_ns
+                self._sharp_ns, self._num_ahead = edge_ns, 1
             self._edge_ns, self._is_sharp = edge_ns, is_sharp
         if self._period_ns is None and now_ns >= self._scan_ns + _SCAN_LASTS_NS:
             self._rest(now_ns)
@@ -127,14 +147,20 @@ class EdgeLock:
             return
         self._target_ns = None
         if was_late:
-            error_ns, self._num_sooner = edge_ns - target_ns, 0
+            self._num_sooner = 0
+            self._period_ns = period_ns = self._sharpened_ns(edge_ns, period_ns)
+            self._sharp_ns, self._num_ahead = edge_ns, min(2 * self._num_ahead, _MOST_AHEAD)
         else:
             self._num_sooner += 1
-            error_ns = -_SOONER_NS << max(0, self._num_sooner - _CALM_SOONER)
-            self._edge_ns += error_ns
-        self._period_ns = period_ns + _PERIOD_GAIN * min(max(error_ns, -_AGAIN_NS), _AGAIN_NS)
-        if self._num_sooner > _MOST_SOONER or not _SHORTEST_NS <= self._period_ns <= _LONGEST_NS:
+            self._edge_ns -= _SOONER_NS << max(0, self._num_sooner - _CALM_SOONER)
+        if self._num_sooner > _MOST_SOONER or not _SHORTEST_NS <= period_ns <= _LONGEST_NS:
             self._lose(now_ns)
+
+    def _sharpened_ns(self, edge_ns: int, period_ns: float) -> float:
+        """The period, by an edge that is known from both sides: its distance from the last such one."""
+        num_periods = max(1, round((edge_ns - self._sharp_ns) / period_ns))
+        found_ns = (edge_ns - self._sharp_ns) / num_periods
+        return period_ns + num_periods / (num_periods + _NOISE_PERIODS) * (found_ns - period_ns)
 
     def _miss(self, now_ns: int, period_ns: float) -> None:
         """The counter stood still: the edge comes later than expected, or not at all."""

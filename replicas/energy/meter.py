@@ -27,7 +27,9 @@ class Source(StrEnum):
 
 
 MEASURED = frozenset({Source.COUNTER, Source.POWER_INTEGRATED, Source.SHARED})
-"""Sources that a meter stands behind; the others are estimates, or made up."""
+"""Sources that a meter stands behind."""
+ESTIMATED = frozenset({Source.MODEL_CALIBRATED, Source.MODEL_TABLE, Source.TDP})
+"""Sources that a model of the hardware stands behind; what is in neither is made up."""
 
 CONFIDENCE_FACTORS = {
     Source.COUNTER: 1.05,

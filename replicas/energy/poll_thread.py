@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from replicas.energy.host_meter import HostMeter
@@ -38,18 +39,19 @@ class PollThread:
     def __init__(self, schedule: ReadSchedule, *, host: HostMeter | None = None, hang_s: float = 2.0) -> None:
         self.num_reads = 0
         self._schedule = schedule
-        self._host = host
+        self.host = host
         self._hang_s = hang_s
         self._pollers: tuple[MeterPoller, ...] = ()
+        self._readable: tuple[MeterPoller, ...] = ()
+        """Those of them that do not hang."""
         self._ended: tuple[MeterPoller, ...] = ()
         """To be closed."""
         self._hung: tuple[MeterPoller | HostMeter, ...] = ()
-        self._called: MeterPoller | HostMeter | None = None
-        """The one whose meter is called just now."""
+        self._called: list[MeterPoller | HostMeter] = []
+        """The one whose meter is called just now. Taken out by the thread when the call returns, or by the
+        guard before: whoever does it first goes on, so neither needs a lock for it."""
         self._thread: threading.Thread | None = None
-        self._turn = 0
-        """Which thread reads: the one that was started with this number."""
-        self._is_running = self._is_guarded = False
+        self._is_running = self._is_guarded = self._has_changed = False
         self._changing = threading.Lock()
         """To change any of these but `_called`; never held while a meter is called."""
 
@@ -81,91 +83,101 @@ class PollThread:
         self._schedule.close(is_waiting=thread is not None and thread.is_alive())
 
     def _start(self) -> None:
-        """Under the lock."""
+        """After each change, under the lock."""
+        self._readable = _without(self._pollers, *self._hung)
+        self._has_changed = True
         if self._is_running:
             return
         self._is_running = True
-        self._turn += 1
-        self._thread = threading.Thread(target=self._run, args=(self._turn,), name=_NAME, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=_NAME, daemon=True)
         self._thread.start()
         if not self._is_guarded:
             self._is_guarded = True
             threading.Thread(target=self._guard, name="energy-guard", daemon=True).start()
 
-    def _run(self, turn: int) -> None:
-        while self._goes_on(turn):
-            pollers = _without(self._pollers, *self._hung) if self._hung else self._pollers
-            due = self._schedule.wait(pollers)
-            for poller in due if self._host is None else self._with_host(self._host, due):
-                if not self._call(poller, poller.poll, turn):
+    def _run(self) -> None:
+        """What is in here runs ten times a second, with cold caches: it takes no lock, and calls little."""
+        wait = self._schedule.wait
+        while True:
+            if self._has_changed:
+                if not self._settle():
+                    return
+                has_counter = any(poller.edges is not None for poller in self._readable)
+                wait = self._schedule.wait_for_edges if has_counter else self._schedule.wait
+            due = wait(self._readable)
+            for poller in due if self.host is None else self._with_host(self.host, due):
+                if not self._call(poller, poller.poll):
                     return
 
-    def _goes_on(self, turn: int) -> bool:
+    def _settle(self) -> bool:
         """Close what has ended. False if none is left to read: the next poller gets a thread of its own."""
-        while self._ended or self._hung or not self._pollers:
+        while True:
             with self._changing:
-                if turn != self._turn:
-                    return False
                 closable = _without(self._ended, *self._hung)
                 if not closable:
-                    self._is_running = bool(_without(self._pollers, *self._hung))
+                    self._has_changed = False
+                    self._is_running = bool(self._readable)
                     return self._is_running
-                poller = closable[0]
-                self._ended = _without(self._ended, poller)
-            if not self._call(poller, poller.close, turn):
+                self._ended = _without(self._ended, closable[0])
+            if not self._call(closable[0], closable[0].close):
                 return False
-        return True
 
     def _with_host(self, host: HostMeter, due: Sequence[MeterPoller]) -> Sequence[MeterPoller | HostMeter]:
         is_due = host not in self._hung and any(poller.has_seat for poller in due)
         return (host, *due) if is_due else due
 
-    def _call(self, poller: MeterPoller | HostMeter, call: Callable[[], None], turn: int) -> bool:
+    def _call(self, poller: MeterPoller | HostMeter, call: Callable[[], None]) -> bool:
         """False: it took too long, and others read by now. A meter that breaks is alone in that."""
-        self._called = poller
+        called = self._called = [poller]
         try:
             call()
         except Exception as error:
-            with self._changing:
-                self._pollers = _without(self._pollers, poller)
-            poller.fail(error)
-        with self._changing:
-            self.num_reads += 1
-            if turn == self._turn:
-                self._called = None
-                return True
+            self._drop(poller, error)
+        try:
+            called.pop()
+        except IndexError:
             self._take_back(poller)
             return False
+        self.num_reads += 1
+        return True
+
+    def _drop(self, poller: MeterPoller | HostMeter, error: Exception) -> None:
+        with self._changing:
+            self._pollers = _without(self._pollers, poller)
+            self._readable = _without(self._readable, poller)
+            self._has_changed = True
+        poller.fail(error)
 
     def _guard(self) -> None:
         """Twice the same call at two looks: it hangs."""
-        seen: tuple[object, int] | None = None
+        seen: list[MeterPoller | HostMeter] = []
         while True:
             time.sleep(self._hang_s)
             with self._changing:
                 if not self._is_running:
                     self._is_guarded = False
                     return
-                called, last = self._called, seen
-                seen = (called, self.num_reads)
-                if called is not None and seen == last:
-                    self._set_aside(called)
+                last, seen = seen, self._called
+                if seen is last:
+                    with suppress(IndexError):
+                        self._set_aside(seen.pop())
 
     def _set_aside(self, poller: MeterPoller | HostMeter) -> None:
         """Under the lock."""
         _LOG.error("energy_agent.read_hangs", extra={"group": poller.group})
         self._hung = (*self._hung, poller)
-        self._called = None
         poller.set_hangs(True)
         self._is_running = False
         self._start()
 
     def _take_back(self, poller: MeterPoller | HostMeter) -> None:
-        """Under the lock: the call into it has returned after all."""
-        _LOG.warning("energy_agent.read_returned", extra={"group": poller.group})
-        self._hung = _without(self._hung, poller)
-        poller.set_hangs(False)
-        self._start()
+        """The call into it has returned after all."""
+        with self._changing:
+            _LOG.warning("energy_agent.read_returned", extra={"group": poller.group})
+            self.num_reads += 1
+            self._hung = _without(self._hung, poller)
+            poller.set_hangs(False)
+            self._start()
         self._schedule.wake()
 
 

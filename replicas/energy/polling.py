@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import replace
 
 from replicas.energy.edge_pipe import EdgePipe
-from replicas.energy.host_meter import HostSeat
+from replicas.energy.host_meter import HostMeter, HostSeat
 from replicas.energy.meter import Meter, MeterHealth, MeterScope, MeterState, Reading, Source
 
 _EDGES_KEPT = 256
@@ -71,18 +71,16 @@ class Subscriber:
 class MeterPoller:
     """Reads `meter` when the poll thread says so, and hands each edge to the subscribers."""
 
-    def __init__(self, meter: Meter, *, group: str, seat: HostSeat | None = None) -> None:
-        """`seat`: where its part of the host's own energy is known, if anywhere."""
+    def __init__(self, meter: Meter, *, group: str) -> None:
         self.group = group
         self.last: Reading | None = None
-        self.has_seat = seat is not None
         self.sums_mj: dict[Source, int] = {}
         """What was counted since its making, by the source of each edge; replaced, never changed."""
         self._marks: tuple[Reading, Reading] | None = None
         self._meter = meter
         self.edges = meter.edges
         """When to read it, where its counter moves by itself."""
-        self._seat = seat
+        self._seat: HostSeat | None = None
         self._subscribers: tuple[Subscriber, ...] = ()
         self._failure: Exception | None = None
         self._hangs = self._owes_gap = False
@@ -91,6 +89,11 @@ class MeterPoller:
     @property
     def scope(self) -> MeterScope:
         return self._meter.scope
+
+    @property
+    def edge_ns(self) -> int:
+        """Of the last one; 0: there is none yet."""
+        return 0 if self.last is None else self.last.t_ns
 
     @property
     def health(self) -> MeterHealth:
@@ -102,8 +105,16 @@ class MeterPoller:
         return self._power_w(self.last)
 
     @property
+    def has_seat(self) -> bool:
+        return self._seat is not None
+
+    @property
     def is_watched(self) -> bool:
         return bool(self._subscribers)
+
+    def sit_at(self, host: HostMeter) -> None:
+        """From the next edge on its part of the host's own energy is known."""
+        self._seat = host.seat(self._meter)
 
     def close(self) -> None:
         """After its last poll."""

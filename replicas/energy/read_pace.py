@@ -13,61 +13,72 @@ _IDLE_POLLS = 20
 _IDLE_NS = 1_000_000_000
 _RUNNING_NS = 3_000_000_000
 """Watchers say every 2 s that requests run (`ask_pipe.py`)."""
-_CREDIT_POLLS = 20
+_PRICE_POLLS = 2.2
+_CREDIT_READS = 10
+_TRAIN_READS = 3
 
 
 class ReadPace:
-    """In units of `poll_ns` (50 ms by default): a read every 10 while requests run, every 20 while none do;
+    """In units of `poll_ns` (50 ms by default): an edge every 10 while requests run, every 20 while none do;
     not less than one each half second and each second, unless a unit is longer.
 
     A read that is asked for comes at once, but half of one after the last at the earliest, and on average at
-    most one in 2: reads that were not needed are saved up, ten of them. A watcher that cannot ask
-    (`is_silent`) gets one every 2, always.
+    most one in 2.2: reads that were not needed are saved up, ten of them. Who has used them up is taken to
+    ask for the next three reads as well: to listen costs as much as to read. A watcher that cannot ask
+    (`is_silent`) gets one every 2, always. A counter that moves by itself (`edge_due_ns`) has edges when its
+    driver moves it, and no two that are asked for within 2 of these.
     """
 
     def __init__(self, *, poll_ns: int, now_ns: int) -> None:
         self.is_silent = False
-        self.is_asked = False
-        """A read is wanted sooner than it comes by itself."""
-        self.deaf_until_ns = now_ns
-        """Until then nothing that is said makes it come sooner; only told once all that was saved is used."""
+        self.num_assumed = 0
+        """Reads to come that count as asked for, whatever is said."""
         self._poll_ns = poll_ns
         self._silent_ns = _SILENT_POLLS * poll_ns
         self._usual_ns = max(self._silent_ns, min(_USUAL_POLLS * poll_ns, _USUAL_NS))
         self._idle_ns = max(self._silent_ns, min(_IDLE_POLLS * poll_ns, _IDLE_NS))
+        self._price_ns = round(_PRICE_POLLS * poll_ns)
         self._last_ns = now_ns - self._idle_ns
         self._paid_ns = now_ns
-        """Reads up to now are paid for until then, at 2 each."""
-        self._running_until_ns = now_ns
+        """Reads up to now are paid for until then."""
+        self._running_until_ns = self._asked_ns = self._last_ns - 1
 
-    def hear_running(self, now_ns: int) -> None:
+    @property
+    def is_asked(self) -> bool:
+        """A read is wanted sooner than it comes by itself."""
+        return self.is_edge_asked(self._last_ns)
+
+    def is_edge_asked(self, edge_ns: int) -> bool:
+        """As above, of a counter whose last edge was then."""
+        return self._asked_ns >= edge_ns or self.num_assumed > 0
+
+    def hear(self, now_ns: int, *, has_ask: bool) -> None:
+        """Requests run; `has_ask`: one began or ended, so an edge is wanted that is later than `now_ns`."""
         self._running_until_ns = now_ns + _RUNNING_NS
-
-    def hear_ask(self, now_ns: int) -> None:
-        """A request began or ended: an edge is wanted that is later than `now_ns`."""
-        self.hear_running(now_ns)
-        self.is_asked = True
+        if has_ask:
+            self._asked_ns = now_ns
 
     def note_read(self, now_ns: int) -> None:
+        was_asked = self._asked_ns >= self._last_ns
         self._last_ns = now_ns
-        self._paid_ns = max(self._paid_ns, now_ns) + self._silent_ns
-        soonest_ns = self._soonest_ns()
-        self.deaf_until_ns = soonest_ns if self.is_asked and soonest_ns > now_ns + self._poll_ns else now_ns
-        self.is_asked = False
-
-    def edge_gap_ns(self, now_ns: int) -> int:
-        """The least time between two edges of a counter that moves by itself."""
-        is_running = self.is_silent or now_ns < self._running_until_ns
-        return self._silent_ns if is_running else self._idle_ns
+        self._paid_ns = max(self._paid_ns, now_ns) + self._price_ns
+        if self.num_assumed:
+            self.num_assumed -= 1
+        elif was_asked and self._soonest_ns() > now_ns + self._poll_ns:
+            self.num_assumed = _TRAIN_READS
 
     def due_ns(self) -> int:
         """The next read, if nobody asks for it sooner."""
-        if self.is_asked:
-            return self._soonest_ns()
+        return self._soonest_ns() if self.is_asked else self._last_ns + self._gap_ns(self._last_ns)
+
+    def edge_due_ns(self, edge_ns: int) -> int:
+        """From when on the next edge is wanted of a counter that moves by itself: the last was then."""
+        return edge_ns + (self._silent_ns if self.is_edge_asked(edge_ns) else self._gap_ns(edge_ns))
+
+    def _gap_ns(self, last_ns: int) -> int:
         if self.is_silent:
-            return self._last_ns + self._silent_ns
-        is_running = self._last_ns < self._running_until_ns
-        return self._last_ns + (self._usual_ns if is_running else self._idle_ns)
+            return self._silent_ns
+        return self._usual_ns if last_ns < self._running_until_ns else self._idle_ns
 
     def _soonest_ns(self) -> int:
-        return max(self._last_ns + self._poll_ns // 2, self._paid_ns - _CREDIT_POLLS * self._poll_ns)
+        return max(self._last_ns + self._poll_ns // 2, self._paid_ns - _CREDIT_READS * self._price_ns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from replicas.energy.ask_pipe import AskPipe
+from replicas.energy.ask_pipe import ASK, AskPipe
 from replicas.energy.polling import MeterPoller
 from replicas.energy.read_pace import ReadPace
 
@@ -34,49 +34,51 @@ class ReadSchedule:
             asks.close(keeps_file=is_waiting)
 
     def wait(self, pollers: Sequence[MeterPoller]) -> Sequence[MeterPoller]:
-        """Those to read now; empty when something was said meanwhile that may change what is due."""
+        """Meters that can be read at any time, when they are due; empty when something was said meanwhile
+        that may change when that is. The less code runs here, the less it costs."""
         pace, now_ns = self.pace, self._clock()
-        paced_ns = pace.due_ns()
-        if not any(one.edges for one in pollers):
-            return self._wait_paced(pollers, now_ns, paced_ns)
-        dues_ns = [
-            paced_ns if one.edges is None else one.edges.due_ns(now_ns, gap_ns=pace.edge_gap_ns(now_ns))
-            for one in pollers
-        ]
-        first_ns = max(min(dues_ns), now_ns)
-        if first_ns > now_ns and self._hears(now_ns, first_ns):
+        due_ns = pace.due_ns()
+        if due_ns > now_ns and self._hears(now_ns, due_ns, is_asked=pace.is_asked):
             return ()
-        if first_ns >= paced_ns:
+        pace.note_read(max(now_ns, due_ns))
+        return pollers
+
+    def wait_for_edges(self, pollers: Sequence[MeterPoller]) -> Sequence[MeterPoller]:
+        """As above, where counters are among them that move by themselves: those that are due."""
+        pace, now_ns = self.pace, self._clock()
+        paced_ns, is_asked, has_paced = pace.due_ns(), False, False
+        dues_ns = []
+        for one in pollers:
+            if one.edges is None:
+                has_paced, due_ns = True, paced_ns
+                is_asked = is_asked or pace.is_asked
+            else:
+                due_ns = one.edges.due_ns(now_ns, after_ns=pace.edge_due_ns(one.edge_ns))
+                is_asked = is_asked or pace.is_edge_asked(one.edge_ns)
+            dues_ns.append(due_ns)
+        first_ns = max(min(dues_ns), now_ns)
+        if first_ns > now_ns and self._hears(now_ns, first_ns, is_asked=is_asked):
+            return ()
+        if first_ns >= paced_ns or not has_paced:
             pace.note_read(first_ns)
         return [one for one, due_ns in zip(pollers, dues_ns, strict=True) if due_ns <= first_ns]
 
-    def _wait_paced(
-        self, pollers: Sequence[MeterPoller], now_ns: int, paced_ns: int
-    ) -> Sequence[MeterPoller]:
-        """As above, of meters that are all read together: the less code runs, the less it costs."""
-        if paced_ns > now_ns and self._hears(now_ns, paced_ns):
-            return ()
-        self.pace.note_read(max(now_ns, paced_ns))
-        return pollers
-
-    def _hears(self, now_ns: int, until_ns: int) -> bool:
+    def _hears(self, now_ns: int, until_ns: int, *, is_asked: bool) -> bool:
         """Sleep until then, or until something is said that may change what is due: then True.
 
-        A plain sleep is the cheapest, and serves for as long as no word could be heeded.
+        What is asked for already comes no sooner by another word: a plain sleep serves, the cheapest of all.
         """
-        asks, pace = self.asks, self.pace
-        deaf_ns = until_ns if asks is None or pace.is_asked else min(until_ns, pace.deaf_until_ns)
-        if deaf_ns > now_ns:
-            time.sleep((deaf_ns - now_ns) / 1e9)
-            if asks is None or self._take(asks) or deaf_ns == until_ns:
-                return deaf_ns < until_ns
-        return asks is not None and asks.wait((until_ns - max(now_ns, deaf_ns)) / 1e9) and self._take(asks)
+        asks, left_s = self.asks, (until_ns - now_ns) / 1e9
+        if asks is not None and not is_asked:
+            return asks.wait(left_s) and self._take(asks)
+        time.sleep(left_s)
+        if asks is not None and not self.pace.num_assumed:
+            self._take(asks)
+        return False
 
     def _take(self, asks: AskPipe) -> bool:
         """Whether anything was said."""
-        has_word, has_ask = asks.take()
-        if has_ask:
-            self.pace.hear_ask(self._clock())
-        elif has_word:
-            self.pace.hear_running(self._clock())
-        return has_word
+        words = asks.take()
+        if words:
+            self.pace.hear(self._clock(), has_ask=ASK in words)
+        return bool(words)

@@ -6,6 +6,7 @@ is the runner's work; this file only joins them. Synchronous and single-threaded
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,8 +16,11 @@ from replicas.engine.load import LoadAverages
 from replicas.engine.prefill_pace import PrefillPace
 from replicas.engine.scheduled_step import ScheduledStep
 from replicas.engine.scheduler import Scheduler
+from replicas.logged_traces import list_traces
 from replicas.plan import PendingStep, Runner, StepOutcome
 from replicas.request import GenerationRequest, LoadSnapshot, StepRecord, StepResult, StepRows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +109,11 @@ class Engine:
             scheduled = self._scheduler.schedule(now_ns=now_ns, pace=self._pace)
             if scheduled is None:
                 return
-            pending = self._runner.launch(scheduled.plan)
+            try:
+                pending = self._runner.launch(scheduled.plan)
+            except Exception:
+                _log_failure(scheduled)
+                raise
             self._flights.append(_Flight(scheduled=scheduled, pending=pending, launched_ns=now_ns))
 
     def _run(self) -> _Landing | None:
@@ -114,7 +122,11 @@ class Engine:
             assert self._scheduler.is_idle, "a live sequence can always be planned or is under way"
             return None
         flight = self._flights.popleft()
-        outcome = flight.pending.result()
+        try:
+            outcome = flight.pending.result()
+        except Exception:
+            _log_failure(flight.scheduled)
+            raise
         # A step launched early begins when the one before it ends.
         start_ns = max(flight.launched_ns, self._landed_ns)
         self._landed_ns = self._clock()
@@ -145,3 +157,9 @@ class Engine:
             record=record,
             cache=self._scheduler.take_cache_changes(),
         )
+
+
+def _log_failure(step: ScheduledStep) -> None:
+    """Last words: an exception out of a step ends the group, and what was in the step may be the cause."""
+    traces = list_traces(row.sequence.request.trace_id for row in reversed(step.rows))
+    logger.error("step_failed step=%d sequences=%d traces=%s", step.plan.step, len(step.rows), traces)

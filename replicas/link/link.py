@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Coroutine, MutableMapping
 from random import Random
 from typing import Protocol, TypeAlias
 
@@ -209,13 +209,14 @@ class RouterLink:
         reason = "this replica is closing"
         try:
             self._handler.on_attached(session)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._receive(call, session))
-                tasks.create_task(self._send(call, session))
-                tasks.create_task(_end_on_overflow(session))
-                tasks.create_task(_watch(session))
-        except* _STREAM_ERRORS as group:
-            reason = _describe(group.exceptions[0])
+            await _run_until_one_fails(
+                self._receive(call, session),
+                self._send(call, session),
+                _end_on_overflow(session),
+                _watch(session),
+            )
+        except _STREAM_ERRORS as error:
+            reason = _describe(error)
         finally:
             self._session = None
             del self._attached[session.router_id]
@@ -258,6 +259,24 @@ class RouterLink:
                 # Cancelling at once could overtake the Goodbye; a router ends the stream when it has read it.
                 await asyncio.sleep(GOODBYE_TIMEOUT_S)
                 raise LinkEndedError("this replica said Goodbye")
+
+
+async def _run_until_one_fails(*works: Coroutine[None, None, None]) -> None:
+    """Side by side; raises what the first one raised, when all have ended.
+
+    No task group: one of Python 3.11 that ends with an error keeps a cancel that comes meanwhile to itself,
+    and the link would be dialled for ever.
+    """
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        failed = [task for task in tasks if task.done() and not task.cancelled()]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in failed:
+        task.result()
 
 
 async def _watch(session: LinkSession) -> None:

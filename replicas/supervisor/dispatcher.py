@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 
 from replicas.energy.bill import RequestJoules, nothing_owed
 from replicas.expert_heat import ExpertHeat
@@ -26,13 +25,12 @@ from replicas.link.messages import (
     ReplicaLoad,
     RouterCommand,
 )
+from replicas.logged_traces import list_traces
 from replicas.request import CacheChange, FinishReason, GenerationRequest, SequenceDelta
 from replicas.step_report import StepReport, TokenRun
 from replicas.supervisor.cache_mirror import CacheMirror
 from replicas.supervisor.energy_account import EnergyAccount
 from replicas.supervisor.in_flight import Flight, InFlight
-
-MAX_LOGGED_TRACES = 32
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +82,13 @@ class Dispatcher:
         return self._in_flight.num_unproven
 
     @property
-    def traces(self) -> list[str]:
-        """Of the requests that somebody waits for, oldest first; a few of them, for a log."""
-        live = islice(self._in_flight.live(), MAX_LOGGED_TRACES)
-        return [flight.trace_id for flight in live if flight.trace_id]
+    def traces(self) -> str:
+        """Of the requests that somebody waits for, oldest first, for a log."""
+        return list_traces(flight.trace_id for flight in self._in_flight.live())
+
+    def trace_of(self, engine_id: int) -> str:
+        """Of a request that the engine holds; empty: it has none, or the engine ended it."""
+        return self._in_flight.trace_of(engine_id)
 
     @property
     def num_links(self) -> int:

@@ -119,6 +119,11 @@ class InFlight(Generic[LinkT]):
         """The live flight with this number; None if muted or unknown. Asked for every token."""
         return self._heard.get(engine_id)
 
+    def trace_of(self, engine_id: int) -> str:
+        """Of a request that the engine holds, muted or not; empty: it has none, or the engine ended it."""
+        flight = self._in_engine.get(engine_id)
+        return "" if flight is None else flight.trace_id
+
     def land(self, engine_id: int) -> None:
         """The engine ended it: from now on it only waits for its energy."""
         flight = self._in_engine.pop(engine_id, None)

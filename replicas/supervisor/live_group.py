@@ -20,6 +20,7 @@ from replicas.expert_loads import ExpertLoads
 from replicas.frames import Command, EngineFailure, Event, Submit
 from replicas.link.links import LinkPool
 from replicas.link.messages import ReplicaCard
+from replicas.request import StepRecord
 from replicas.step_report import StepReport
 from replicas.supervisor.dispatcher import Dispatcher
 from replicas.supervisor.energy_account import EnergyAccount
@@ -29,6 +30,7 @@ from replicas.supervisor.feed import MeterFeed
 from replicas.supervisor.learned_energy import LearnedFile
 from replicas.supervisor.metrics import MetricsSnapshot, ReplicaMetrics
 from replicas.supervisor.rank_group import RankGroup
+from replicas.supervisor.step_log import StepLog
 from replicas.supervisor.step_watch import StepWatch
 
 TICK_S = 0.1
@@ -80,6 +82,7 @@ class LiveGroup:
             )
             self._energy = EnergyAccount(ledger, clock=time.monotonic_ns)
         self.dispatcher = Dispatcher(card=card, send=self._send, energy=self._energy)
+        self._log = StepLog(self._watch, self.dispatcher.trace_of)
         self._links = LinkPool(
             addresses=card.config.routers,
             handler=self.dispatcher,
@@ -130,16 +133,25 @@ class LiveGroup:
                 self.dispatcher.experts = heat_of(event, self._experts.recent)
             if not isinstance(event, StepReport):
                 continue
-            record = event.record
-            self._watch.note_step(None if record is None else (record.end_ns - record.start_ns) / 1e9)
-            if record is not None:
-                self._num_steps += 1
-                self._metrics.observe_step(record)
-                if self._feed is not None:
-                    self._feed.note_step(record)
+            if event.record is not None:
+                self._note_record(event.record)
+            else:
+                self._watch.note_step(None)
+            for delta in event.deltas:
+                if delta.error is not None:
+                    self._log.note_failure(event.step, delta.request_id, delta.error)
             self.dispatcher.on_step(event)
             if self._feed is not None and any(delta.finish is not None for delta in event.deltas):
                 self._feed.want_edge()
+
+    def _note_record(self, record: StepRecord) -> None:
+        """While the dispatcher still knows all who were in the step."""
+        self._log.note_step(record)
+        self._watch.note_step((record.end_ns - record.start_ns) / 1e9)
+        self._num_steps += 1
+        self._metrics.observe_step(record, self.dispatcher.trace_of)
+        if self._feed is not None:
+            self._feed.note_step(record)
 
     def _send(self, command: Command) -> None:
         """To the engine. What was drawn before the first request is not this one's, so a window ends here."""

@@ -8,6 +8,7 @@ in whole millijoules, and all is in it that a router has been told. What nobody 
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -27,6 +28,7 @@ from replicas.supervisor.expert_metrics import ExpertSnapshot
 
 STEP_SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+EXEMPLAR_PERIOD_NS = 1_000_000_000
 SNAPSHOT_TIMEOUT_S = 1.0
 """A scrape that the loop keeps waiting for longer shows what the one before it saw."""
 
@@ -69,6 +71,7 @@ class ReplicaMetrics(Collector):
             buckets=BATCH_BUCKETS,
             registry=registry,
         )
+        self._next_exemplar_ns = [0] * (len(STEP_SECONDS_BUCKETS) + 1)
         registry.register(self)
         self._registry = registry
         self._page: MetricsPage | None = None
@@ -87,8 +90,21 @@ class ReplicaMetrics(Collector):
         loop = asyncio.get_running_loop()
         self._ask = lambda answer: loop.call_soon_threadsafe(lambda: answer.set_result(take()))
 
-    def observe_step(self, record: StepRecord) -> None:
-        self._step_seconds.observe((record.end_ns - record.start_ns) / 1e9)
+    def observe_step(self, record: StepRecord, trace_of: Callable[[int], str]) -> None:
+        """`trace_of` a request in it, by its number in the engine; empty: unknown.
+
+        The exemplar of a time is a trace that was in the step; only the OpenMetrics format shows it. The last
+        row's: chunks of prompts come behind the decoding sequences. A bucket gets a new one now and then,
+        since that costs twice as much as to count, and the rare, slow steps have buckets of their own.
+        """
+        seconds = (record.end_ns - record.start_ns) / 1e9
+        bucket = bisect_left(STEP_SECONDS_BUCKETS, seconds)
+        trace_id = ""
+        if record.end_ns >= self._next_exemplar_ns[bucket] and len(record.rows):
+            trace_id = trace_of(record.rows.ids[-1])
+        if trace_id:
+            self._next_exemplar_ns[bucket] = record.end_ns + EXEMPLAR_PERIOD_NS
+        self._step_seconds.observe(seconds, {"trace_id": trace_id} if trace_id else None)
         self._batch.observe(len(record.rows))
 
     def collect(self) -> Iterator[Metric]:

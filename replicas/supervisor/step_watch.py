@@ -1,4 +1,6 @@
-"""Notices that an engine with work in flight stopped stepping. Pure: the time comes in with every call.
+"""Notices that an engine with work in flight stopped stepping, or that a step took far longer than others.
+
+Pure: the time comes in with every call.
 
 The supervisor's loop calls `tick` several times a second and `note_step` at every step frame. Waiting is
 counted in ticks of bounded width: a supervisor that was itself frozen does not blame its ranks for the gap.
@@ -13,6 +15,9 @@ RECENT_STEPS = 512
 P99_FACTOR = 5.0
 MAX_TICK_S = 0.5
 """The most one tick adds to the waiting time."""
+MIN_SLOW_S = 0.25
+MIN_COMPARED_STEPS = 100
+"""Of fewer there is no 99th percentile to speak of."""
 
 
 class StepWatch:
@@ -49,6 +54,15 @@ class StepWatch:
     def is_stalled(self) -> bool:
         # The floor first: the limit sorts the recent steps, and this is asked many times a second.
         return self._waited_s > self._floor_s and self._waited_s > self.limit_s
+
+    def is_slow(self, duration_s: float) -> bool:
+        """Whether a step that is not noted yet stands out from those before it."""
+        # The floor first, as above.
+        return (
+            duration_s >= MIN_SLOW_S
+            and len(self._recent_s) >= MIN_COMPARED_STEPS
+            and duration_s > P99_FACTOR * self.step_s_p99
+        )
 
     def note_step(self, duration_s: float | None) -> None:
         """A step frame arrived; `duration_s` is None if no forward pass ran in it."""

@@ -283,7 +283,7 @@ class Supervisor:
         logger.error(
             "group_lost id=%s epoch=%d reason=%s in_flight=%d traces=%s",
             *(self._config.replica_id, self.epoch, reason, group.dispatcher.num_in_flight),
-            ",".join(group.dispatcher.traces),
+            group.dispatcher.traces,
         )
         await asyncio.gather(group.close_links(reason), self._ranks.kill())
         await self._release()

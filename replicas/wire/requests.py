@@ -11,8 +11,8 @@ NS_PER_MS = 1_000_000
 MAX_TENANT_CHARS = 128
 MAX_DEADLINE_MS = 2**32 - 1
 """The most the wire holds, 49 days; a caller may have more time, which no answer needs."""
-TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
-"""W3C trace context; the group is the id of the trace."""
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+"""W3C trace context. What is none is left out: it is for logs, and these are read line by line."""
 
 
 def request_to_wire(request: GenerationRequest, *, now_ns: int) -> link_pb2.Submit:
@@ -32,6 +32,7 @@ def request_to_wire(request: GenerationRequest, *, now_ns: int) -> link_pb2.Subm
         priority=request.priority,
         deadline_ms=deadline_ms,
         lane=request.lane,
+        traceparent=request.traceparent,
         cache_salt=request.cache_salt,
         prompt_logprobs=request.scores_prompt,
         tenant=request.tenant,
@@ -54,7 +55,7 @@ def request_from_wire(message: link_pb2.Submit, *, now_ns: int) -> GenerationReq
         cache_salt=message.cache_salt,
         scores_prompt=message.prompt_logprobs,
         tenant=message.tenant[:MAX_TENANT_CHARS],
-        trace_id=found[1] if (found := TRACEPARENT.fullmatch(message.traceparent)) else "",
+        traceparent=message.traceparent if TRACEPARENT.fullmatch(message.traceparent) else "",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -184,6 +185,32 @@ async def test_an_edge_tells_what_the_host_drew_beside_the_devices(
         await agent.stop()
     assert set(hosts_mj) == {None, 0, 1_000}
     assert hosts_mj[0] is None
+
+
+async def test_a_counter_of_the_host_that_hangs_holds_up_nothing_and_is_taken_when_it_answers(
+    socket_address: str, tmp_path: Path
+) -> None:
+    package = tmp_path / "intel-rapl:0"
+    package.mkdir()
+    for name, text in (("name", "package-0"), ("max_energy_range_uj", "262143328850")):
+        (package / name).write_text(text)
+    count = package / "energy_uj"
+    os.mkfifo(count)
+    agent = EnergyAgent(poll_s=0.01, powercap_dir=tmp_path)
+    await agent.start(socket_address)
+    try:
+        stream = watch_readings(socket_address, group="test", meter="fake")
+        async with asyncio.timeout(WAIT_S), aclosing(stream):
+            assert [(await anext(stream)).host_mj for _ in range(3)] == [None] * 3
+            pipe = await asyncio.to_thread(os.open, count, os.O_WRONLY)
+            count.unlink()
+            count.write_text("7000000")
+            os.write(pipe, b"7000000")
+            os.close(pipe)
+            while (await anext(stream)).host_mj is None:
+                pass
+    finally:
+        await agent.stop()
 
 
 async def test_the_cpus_of_a_module_are_not_counted_twice(

@@ -160,7 +160,7 @@ async def test_pickers_find_the_names_they_know_and_the_ledger_adds_up(router: T
         await replica.report_ledger(totals)
         text = ""
         async with asyncio.timeout(60):
-            while "wattline_energy_joules_total{" not in text:
+            while 'wattline_energy_meter_joules_total{model="tiny",source="counter"} 1.111' not in text:
                 _, text = await get(router, "/metrics")
     for line in (
         'vllm:num_requests_running{model_name="tiny"} 0.0',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -161,6 +162,13 @@ def test_prediction_adds_prefill_ahead_the_step_and_the_wait_for_a_row() -> None
     lane = make_lane(waiting_prefill_tokens=400, running=8)
     # Half a second of prefill, a step, and an eighth of an answer until a row is free.
     assert predicted_ttft_s(lane, uncached_tokens=100, output_tokens=80) == pytest.approx(0.5 + 0.01 + 0.1)
+
+
+@pytest.mark.parametrize("unknown", ["active_power_w", "idle_power_w", "prefill_tokens_per_s", "step_ms"])
+def test_a_lane_has_a_price_where_all_that_makes_it_was_measured(unknown: str) -> None:
+    assert make_lane().has_price
+    unsaid: dict[str, Any] = {unknown: 0.0}
+    assert not make_lane(**unsaid).has_price
 
 
 def test_added_joules_fall_with_the_company() -> None:

@@ -112,6 +112,14 @@ def test_unknown_joules_are_no_joules_at_all() -> None:
     assert (report.coverage.measured, report.coverage.estimated, report.coverage.unknown) == (0.75, 0.15, 0.1)
 
 
+def test_made_up_joules_cover_nothing() -> None:
+    made_up = sums("a", "m", "fake", output_tokens=300, energy_mj=900_000)
+    summary = replace(SUMMARY, requests=(made_up, sums("b", "m", "tdp", output_tokens=100, energy_mj=1000)))
+    coverage = make_report(summary, by=Group.MODEL, site=SITE, since_s=0.0, until_s=60.0).coverage
+    assert coverage is not None
+    assert (coverage.measured, coverage.estimated, coverage.unknown) == (0.0, 0.25, 0.75)
+
+
 def test_idle_energy_is_no_tenants() -> None:
     report = make_report(SUMMARY, by=Group.TENANT, site=SITE, since_s=0.0, until_s=60.0)
     assert [(row.group, row.source) for row in report.rows] == [

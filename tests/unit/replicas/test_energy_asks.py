@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from replicas.energy.aside_call import AsideCalls
-from replicas.energy.ask_pipe import Asker, AskPipe
+from replicas.energy.ask_pipe import ASK, RUNNING, Asker, AskPipe
 from replicas.errors import MeterUnavailable
 
 SECOND_NS = 1_000_000_000
@@ -20,18 +20,18 @@ def test_words_of_all_watchers_come_out_as_one(tmp_path: Path) -> None:
     pipe = AskPipe(tmp_path / "asks")
     askers = [Asker(clock=lambda: now_ns[0]) for _ in range(2)]
     askers[0].ask()
-    assert pipe.take() == (False, False), "nobody has opened it"
+    assert pipe.take() == b"", "nobody has opened it"
     for asker in askers:
         asker.open(str(pipe.path))
     askers[0].note_running()
     assert pipe.wait(60.0)
-    assert pipe.take() == (True, False)
+    assert pipe.take() == RUNNING
     askers[0].note_running()
-    assert pipe.take() == (False, False), "it was said a moment ago"
+    assert pipe.take() == b"", "it was said a moment ago"
     now_ns[0] += 2 * SECOND_NS
     askers[0].note_running()
     askers[1].ask()
-    assert pipe.take() == (True, True)
+    assert pipe.take() == RUNNING + ASK
     pipe.close(keeps_file=False)
     askers[0].ask()
     assert not pipe.path.exists()
@@ -45,7 +45,7 @@ def test_a_pipe_that_nobody_empties_stops_no_watcher(tmp_path: Path) -> None:
     asker.open(str(pipe.path))
     for _ in range(70_000):
         asker.ask()
-    assert pipe.take() == (True, True)
+    assert ASK in pipe.take()
     asker.close()
     pipe.close(keeps_file=False)
 

@@ -144,13 +144,10 @@ def test_the_state_of_a_meter_is_one_of_four_series() -> None:
 
 def test_the_hosts_own_meter_has_a_series_of_its_own() -> None:
     host = HostMeter(ScriptedMeter(make_reading(0, 500), make_reading(100, 2500)))
-    poller = MeterPoller(
-        ScriptedMeter(make_reading(0, 0), make_reading(100, 4000)),
-        group="llama-0",
-        seat=host.seat(ScriptedMeter(None)),
-    )
+    poller = make_poller(ScriptedMeter(make_reading(0, 0), make_reading(100, 4000)))
+    poller.sit_at(host)
     registry = CollectorRegistry()
-    registry.register(MeterSeries(lambda: [poller], host=host))
+    registry.register(MeterSeries(lambda: [poller], host=lambda: host))
     for one in (host, poller, host, poller):
         one.poll()
     text = generate_latest(registry).decode()

@@ -28,7 +28,7 @@ def test_the_first_read_is_at_once_and_later_ones_are_rare_while_nothing_runs(pa
 
 def test_while_requests_run_a_read_comes_every_half_second(pace: ReadPace) -> None:
     pace.note_read(0)
-    pace.hear_running(100 * MS)
+    pace.hear(100 * MS, has_ask=False)
     assert pace.due_ns() == 500 * MS
     pace.note_read(4_000 * MS)
     assert pace.due_ns() == 5_000 * MS
@@ -36,19 +36,26 @@ def test_while_requests_run_a_read_comes_every_half_second(pace: ReadPace) -> No
 
 def test_a_read_that_is_asked_for_is_half_a_poll_behind_the_last_one(pace: ReadPace) -> None:
     pace.note_read(0)
-    pace.hear_ask(10 * MS)
+    pace.hear(10 * MS, has_ask=True)
     assert pace.due_ns() == 25 * MS
     pace.note_read(50 * MS)
     assert pace.due_ns() == 550 * MS
 
 
-def test_while_it_is_asked_all_the_time_it_need_not_listen_until_the_next_read(pace: ReadPace) -> None:
-    for _ in range(30):
-        pace.hear_ask(pace.due_ns())
+def test_who_asks_all_the_time_is_taken_to_ask_for_the_next_three_reads_as_well(pace: ReadPace) -> None:
+    """And these cost no listening."""
+    now_ns = 0
+    while not pace.num_assumed:
+        pace.hear(now_ns + MS, has_ask=True)
+        now_ns = pace.due_ns()
+        pace.note_read(now_ns)
+    reads_ns = [pace.due_ns()]
+    for _ in range(3):
+        assert pace.is_asked
         pace.note_read(pace.due_ns())
-    last_ns = pace.deaf_until_ns - 100 * MS
-    pace.hear_ask(last_ns + 10 * MS)
-    assert pace.due_ns() == pace.deaf_until_ns
+        reads_ns.append(pace.due_ns())
+    assert not pace.is_asked
+    assert [later - earlier for earlier, later in pairwise(reads_ns)] == [110 * MS, 110 * MS, 500 * MS]
 
 
 def test_a_long_poll_is_the_shortest_wait_of_all() -> None:
@@ -61,20 +68,25 @@ def test_for_a_watcher_that_cannot_ask_a_read_comes_every_tenth_of_a_second(pace
     pace.is_silent = True
     pace.note_read(0)
     assert pace.due_ns() == 100 * MS
-    assert pace.edge_gap_ns(0) == 100 * MS
+    assert pace.edge_due_ns(0) == 100 * MS
 
 
-def test_edges_of_a_counter_are_wanted_ten_times_a_second_and_once_while_nothing_runs(pace: ReadPace) -> None:
-    assert pace.edge_gap_ns(0) == SECOND_NS
-    pace.hear_running(0)
-    assert pace.edge_gap_ns(2_900 * MS) == 100 * MS
-    assert pace.edge_gap_ns(3_000 * MS) == SECOND_NS
+def test_of_a_counter_an_edge_is_wanted_as_often_as_of_other_meters_and_after_each_ask(
+    pace: ReadPace,
+) -> None:
+    assert pace.edge_due_ns(0) == SECOND_NS
+    pace.hear(0, has_ask=False)
+    assert pace.edge_due_ns(2_900 * MS) == 3_400 * MS
+    assert pace.edge_due_ns(3_000 * MS) == 4_000 * MS
+    pace.hear(1_000 * MS, has_ask=True)
+    assert pace.edge_due_ns(900 * MS) == 1_000 * MS
+    assert pace.edge_due_ns(1_001 * MS) == 1_501 * MS
 
 
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=400))
 @settings(max_examples=60, derandomize=True, deadline=None)
-def test_however_often_it_is_asked_reads_come_in_time_and_ten_a_second(pauses_ms: list[int]) -> None:
-    """Of a request that ends, the read is at most 100 ms later; in the long run they are 100 ms apart."""
+def test_however_often_it_is_asked_reads_come_in_time_and_nine_a_second(pauses_ms: list[int]) -> None:
+    """Of a request that ends, the read is at most 110 ms later; in the long run they are 110 ms apart."""
     pace = ReadPace(poll_ns=POLL_NS, now_ns=0)
     now_ns, reads_ns = 0, [0]
     pace.note_read(0)
@@ -84,7 +96,7 @@ def test_however_often_it_is_asked_reads_come_in_time_and_ten_a_second(pauses_ms
             reads_ns.append(pace.due_ns())
             pace.note_read(pace.due_ns())
         now_ns = asked_ns
-        pace.hear_ask(now_ns)
-        assert pace.due_ns() - now_ns <= 100 * MS
+        pace.hear(now_ns, has_ask=True)
+        assert pace.due_ns() - now_ns <= 110 * MS
     assert all(later - earlier >= POLL_NS // 2 for earlier, later in pairwise(reads_ns))
-    assert len(reads_ns) <= 12 + now_ns / (100 * MS)
+    assert len(reads_ns) <= 12 + now_ns / (110 * MS)

@@ -155,6 +155,16 @@ def test_wasted_tokens_are_a_part_of_the_weight() -> None:
     assert member.wasted == pytest.approx(member.weight / 4)
 
 
+def test_a_prefix_hit_pays_for_reading_what_is_cached_and_not_for_computing_it() -> None:
+    cached = StepMember(request_id=2, new_tokens=16, context_tokens=1984, is_prefill=True)
+    whole, hit, short = step_weights(
+        make_step(prefill(1, 2000), cached, prefill(3, 16), duration_ms=60), LLAMA_8B, GPU_COEFFICIENTS
+    )
+    read_j = 1984 * LLAMA_8B.kv_bytes_per_token * GPU_COEFFICIENTS.joules_per_byte
+    assert short.weight + read_j < hit.weight < short.weight + 3 * read_j
+    assert hit.weight < whole.weight / 20
+
+
 def test_on_a_cpu_time_alone_weighs() -> None:
     one = step_weights(make_step(decode(1), duration_ms=10), LLAMA_8B, CPU_COEFFICIENTS)
     two = step_weights(make_step(prefill(1, 50), duration_ms=10), LLAMA_8B, CPU_COEFFICIENTS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -382,6 +382,49 @@ def test_logits_that_are_not_finite_fail_their_row_alone() -> None:
     timing = transcript.last[1].timing
     assert timing is not None and timing.trail is not None
     assert (timing.trail.last_step, timing.trail.num_steps, timing.trail.first_token_step) == (1, 1, None)
+
+
+@dataclass(slots=True)
+class FailingRunner:
+    """Fails at a step: when it is launched, or when it is waited for."""
+
+    inner: NullRunner
+    bad_step: int
+    fails_late: bool
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        pending = self.inner.launch(plan)
+        if plan.step < self.bad_step:
+            return pending
+        if self.fails_late:
+            return _Broken()
+        raise RuntimeError("broken")
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class _Broken:
+    def result(self) -> StepOutcome:
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("fails_late", [False, True])
+def test_a_step_that_fails_leaves_its_number_and_the_traces_in_it(
+    fails_late: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = make_limits(lookahead=1)
+    inner = NullRunner(INSTANT, limits)
+    runner = FailingRunner(inner, bad_step=3, fails_late=fails_late)
+    engine = Engine(runner, Scheduler(limits, inner.shape), lookahead=1, clock=FakeClock())
+    traces = ["a" * 32, "b" * 32]
+    for request_id, trace_id in enumerate(traces):
+        request = make_request(request_id, (4, 5), max_tokens=12 if request_id else 2)
+        engine.submit(replace(request, traceparent=f"00-{trace_id}-{'c' * 16}-01"))
+    with pytest.raises(RuntimeError, match="broken"):
+        run(engine)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"step_failed step=3 sequences=1 traces={traces[1]}"
 
 
 def test_the_record_names_everybody_in_the_step() -> None:

@@ -73,6 +73,7 @@ REQUEST = GenerationRequest(
     attempt=2,
     first_offset=1,
     cache_salt=bytes(range(16)),
+    traceparent=f"00-{'a' * 32}-{'b' * 16}-01",
 )
 LOAD = LoadSnapshot(
     step=4,

@@ -84,3 +84,12 @@ def test_what_another_replica_had_is_unproven_until_it_gave_a_few_tokens_or_is_g
     flights.land(moved[1].engine_id)
     flights.drop_link("c")
     assert flights.num_unproven == 0
+
+
+def test_a_request_is_known_by_its_trace_while_the_engine_holds_it() -> None:
+    flights: InFlight[str] = InFlight()
+    flight = flights.open("a", request_id=1, attempt=1, trace_id="t")
+    flights.mute(flight)
+    assert flights.trace_of(flight.engine_id) == "t"
+    flights.land(flight.engine_id)
+    assert flights.trace_of(flight.engine_id) == ""

@@ -17,7 +17,7 @@ from replicas.frames import Cancel, Stop, Submit
 from replicas.link.link import LinkSession, RouterLink
 from replicas.link.links import LinkPool, resolve_target
 from replicas.link.messages import Drain, ReplicaCard, ReplicaLoad, RouterCommand
-from replicas.link.outbox import Outbox
+from replicas.link.outbox import Outbox, Parcel
 from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.request import (
     CacheChange,
@@ -64,7 +64,7 @@ CARD = ReplicaCard(
         ),
         load=LOAD,
     ),
-    ranks=(RankProcess(rank=0, pid=11, device="cpu"),),
+    ranks=(RankProcess(rank=0, pid=11, device="cpu", node="far", address="10.0.0.7"),),
     tokenizer_digest="t",
     engine_version="0.1.0",
     host="h",
@@ -158,7 +158,7 @@ async def test_hello_says_who_this_is() -> None:
         )
         assert (hello.weights_digest, hello.tokenizer_digest, hello.energy_source) == ("w", "t", "fake")
         assert (list(hello.load.free_blocks), hello.load.power_w) == ([7], 80.0)
-        assert hello.ranks[0] == link_pb2.RankProcess(rank=0, pid=11, device="cpu")
+        assert hello.ranks[0] == link_pb2.RankProcess(rank=0, pid=11, device="cpu", address="10.0.0.7")
 
 
 @pytest.mark.parametrize("context", ["", "00-ab-cd-01", f"00-{'A' * 32}-{'0' * 16}-01", "x\ntraces=y"])
@@ -243,6 +243,31 @@ async def test_a_router_that_does_not_welcome_is_dialled_again(monkeypatch: pyte
     task.cancel()
     await asyncio.wait({task})
     server.close()
+
+
+class LateCancel(Outbox):
+    """Cancels the link's task while its stream is being torn down."""
+
+    task: asyncio.Task[None]
+
+    async def take(self) -> Parcel:
+        try:
+            return await super().take()
+        except asyncio.CancelledError:
+            self.task.cancel()
+            raise
+
+
+async def test_a_link_that_is_cancelled_while_its_stream_breaks_is_dialled_no_more() -> None:
+    recorder, outbox = Recorder(), LateCancel()
+    async with SmallRouter() as router, asyncio.timeout(WAIT_S):
+        link = RouterLink(
+            target=router.address, handler=recorder, attached={}, random=Random(1), make_outbox=lambda: outbox
+        )
+        outbox.task = asyncio.create_task(link.run())
+        (await router.attached()).hang_up()
+        await asyncio.wait({outbox.task})
+    assert outbox.task.cancelled() and len(recorder.sessions) == 1
 
 
 class Babbler(grpc.GenericRpcHandler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import urllib.request
 
@@ -27,21 +28,29 @@ LOAD = LoadSnapshot(
 ENGINE = {"device": "cpu", "kernels": "avx2-float32"}
 
 
-def scrape(metrics: ReplicaMetrics) -> dict[str, float]:
+MS = 1_000_000
+
+
+def read_page(metrics: ReplicaMetrics, **headers: str) -> str:
     address = metrics.serve(MetricsAccess())
     try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
-            text = str(answer.read(), "utf-8")
+        request = urllib.request.Request(f"http://{address}/metrics", headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return str(answer.read(), "utf-8")
     finally:
         metrics.close()
-    lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+
+
+def scrape(metrics: ReplicaMetrics) -> dict[str, float]:
+    lines = [line.rsplit(" ", 1) for line in read_page(metrics).splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in lines}
 
 
 def test_lanes_are_added_up_and_steps_observed() -> None:
     metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD, num_steps=3, wasted_tokens=2), engine=ENGINE)
     member = StepMember(request_id=1, new_tokens=1, context_tokens=0, is_prefill=False)
-    metrics.observe_step(StepRecord(step=1, start_ns=0, end_ns=4_000_000, rows=StepRows.of([member, member])))
+    record = StepRecord(step=1, start_ns=0, end_ns=4_000_000, rows=StepRows.of([member, member]))
+    metrics.observe_step(record, lambda engine_id: "")
     values = scrape(metrics)
     assert values["wattline_engine_kv_blocks_free"] == 11
     assert values["wattline_engine_kv_blocks"] == 16
@@ -51,6 +60,34 @@ def test_lanes_are_added_up_and_steps_observed() -> None:
     assert values['wattline_engine_tokens_total{kind="wasted"}'] == 2
     assert values['wattline_step_seconds_bucket{le="0.005"}'] == 1
     assert values["wattline_step_sequences_sum"] == 2
+
+
+def test_a_step_time_has_a_trace_that_was_in_the_step_in_every_bucket_and_a_new_one_now_and_then() -> None:
+    """The last row's: a prompt's chunk lengthens a step, and comes behind the decoding sequences."""
+    metrics = ReplicaMetrics(MetricsSnapshot(load=LOAD), engine=ENGINE)
+    for end_ms, duration_ms, last_id in ((1_000, 4, 11), (1_500, 4, 12), (1_600, 300, 13), (2_000, 4, 14)):
+        members = [StepMember(each, 1, 0, is_prefill=False) for each in (1, last_id)]
+        record = StepRecord(
+            step=1,
+            start_ns=(end_ms - duration_ms) * MS,
+            end_ns=end_ms * MS,
+            rows=StepRows.of(members),
+        )
+        metrics.observe_step(record, lambda engine_id: f"trace-{engine_id}")
+        if end_ms == 1_500:
+            assert exemplars(metrics) == {"0.005": "trace-11"}
+    assert exemplars(metrics) == {"0.005": "trace-14", "0.5": "trace-13"}
+
+
+def exemplars(metrics: ReplicaMetrics) -> dict[str, str]:
+    """Of step times: by the upper bound of the bucket, as the OpenMetrics format shows them."""
+    return {
+        bucket: trace_id
+        for line in read_page(metrics, Accept="application/openmetrics-text").splitlines()
+        for bucket, trace_id in re.findall(
+            r'wattline_step_seconds_bucket{le="(.*)"} .* # {trace_id="(.*)"}', line
+        )
+    }
 
 
 def test_unknown_energy_has_no_series() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from replicas.supervisor.step_watch import MAX_TICK_S, StepWatch
+from replicas.supervisor.step_watch import MAX_TICK_S, MIN_COMPARED_STEPS, StepWatch
 
 
 def wait(watch: StepWatch, *, start_s: float, seconds: float, has_work: bool = True) -> float:
@@ -63,3 +63,20 @@ def test_a_supervisor_that_was_frozen_does_not_blame_its_ranks() -> None:
     watch.tick(3600.0, has_work=True)
     assert watch.waited_s == MAX_TICK_S
     assert not watch.is_stalled
+
+
+def test_a_step_is_slow_that_lasts_five_times_as_long_as_nearly_all_before_it() -> None:
+    watch = StepWatch(floor_s=2.0)
+    for _ in range(MIN_COMPARED_STEPS):
+        assert not watch.is_slow(60.0), "there is nothing to compare it with yet"
+        watch.note_step(0.1)
+    assert watch.is_slow(0.51)
+    assert not watch.is_slow(0.5)
+
+
+def test_a_step_of_no_length_to_speak_of_is_never_slow() -> None:
+    watch = StepWatch(floor_s=2.0)
+    for _ in range(MIN_COMPARED_STEPS):
+        watch.note_step(0.001)
+    assert not watch.is_slow(0.24)
+    assert watch.is_slow(0.25)
