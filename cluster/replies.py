@@ -95,9 +95,12 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankState:
+    """`address`: of its node, where that is not the supervisor's; the pid is one there."""
+
     rank: int
     pid: int
     device: str
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,7 +58,8 @@ def to_replica_state(replica: pb.ReplicaStatus) -> replies.ReplicaState:
         supervisor_pid=hello.supervisor_pid,
         metrics_address=hello.metrics_address,
         ranks=tuple(
-            replies.RankState(rank=rank.rank, pid=rank.pid, device=rank.device) for rank in hello.ranks
+            replies.RankState(rank=rank.rank, pid=rank.pid, device=rank.device, address=rank.address)
+            for rank in hello.ranks
         ),
         requests_in_flight=replica.requests_in_flight,
         attached_s=replica.attached_s,

@@ -163,7 +163,10 @@ def view_replica(connection: ReplicaConnection, fleet: FleetRecord) -> Json:
         "quantization": hello.quantization,
         "tensor_parallel": hello.tensor_parallel,
         "expert_parallel": hello.expert_parallel,
-        "ranks": [{"rank": rank.rank, "pid": rank.pid, "device": rank.device} for rank in hello.ranks],
+        "ranks": [
+            {"rank": rank.rank, "pid": rank.pid, "device": rank.device, "address": rank.address}
+            for rank in hello.ranks
+        ],
         "in_flight": connection.in_flight,
         "running": sum(load.running),
         "waiting": sum(load.waiting),

@@ -44,7 +44,10 @@ def encode_hello(card: ReplicaCard, load: ReplicaLoad) -> link_pb2.FromReplica:
         dtype=engine.dtype,
         device=engine.device,
         energy_source=load.energy_source,
-        ranks=[link_pb2.RankProcess(rank=rank.rank, pid=rank.pid, device=rank.device) for rank in card.ranks],
+        ranks=[
+            link_pb2.RankProcess(rank=rank.rank, pid=rank.pid, device=rank.device, address=rank.address)
+            for rank in card.ranks
+        ],
         host=card.host,
         supervisor_pid=card.supervisor_pid,
         block_tokens=engine.block_tokens,

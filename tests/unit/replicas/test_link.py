@@ -64,7 +64,7 @@ CARD = ReplicaCard(
         ),
         load=LOAD,
     ),
-    ranks=(RankProcess(rank=0, pid=11, device="cpu"),),
+    ranks=(RankProcess(rank=0, pid=11, device="cpu", node="far", address="10.0.0.7"),),
     tokenizer_digest="t",
     engine_version="0.1.0",
     host="h",
@@ -158,7 +158,7 @@ async def test_hello_says_who_this_is() -> None:
         )
         assert (hello.weights_digest, hello.tokenizer_digest, hello.energy_source) == ("w", "t", "fake")
         assert (list(hello.load.free_blocks), hello.load.power_w) == ([7], 80.0)
-        assert hello.ranks[0] == link_pb2.RankProcess(rank=0, pid=11, device="cpu")
+        assert hello.ranks[0] == link_pb2.RankProcess(rank=0, pid=11, device="cpu", address="10.0.0.7")
 
 
 @pytest.mark.parametrize("context", ["", "00-ab-cd-01", f"00-{'A' * 32}-{'0' * 16}-01", "x\ntraces=y"])
