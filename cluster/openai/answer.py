@@ -107,7 +107,7 @@ class Answer:
                 if event.is_empty and not ask.has_token_ids:
                     continue
                 index = position * ask.num_choices + event.index
-                if ask.echo and index not in echoed:
+                if ask.echo and index not in echoed and not event.is_empty:
                     echoed.add(index)
                     if completion.wants_prompt_logprobs and event.index == 0:
                         echo.logprobs = _of_prompt(echo, event)

@@ -15,7 +15,7 @@ import pytest
 
 from cluster.router.choices import choice_seed
 from protos import wattline_link_pb2 as link
-from tests.fake_replica import MJ_PER_TOKEN, EnergyMode, hash_token
+from tests.fake_replica import MJ_PER_TOKEN, EnergyMode, Fate, hash_token
 from tests.router_fixture import (
     MODEL,
     VOCAB_SIZE,
@@ -193,6 +193,30 @@ async def test_an_echo_with_logprobs_says_those_of_the_prompt(
     for choice in several.choices:
         assert choice.logprobs is not None and choice.logprobs.token_logprobs == [None, -1.0, -2.0, 0.0]
     assert asked == [True, True, True, False]
+
+
+async def test_an_echo_outlives_a_replica_that_had_said_nothing(
+    router: TestRouter, client: openai.AsyncOpenAI
+) -> None:
+    """Its loss is told beside the answer, in a new resume token, before there is anything of the prompt."""
+    async with router.replica(replica_id="old") as old, asyncio.timeout(WAIT_S):
+        old.running.clear()
+        asking = asyncio.create_task(
+            client.completions.create(
+                model=MODEL,
+                prompt="abc",
+                max_tokens=1,
+                logprobs=0,
+                echo=True,
+                extra_body={"return_token_ids": True},
+            )
+        )
+        await old.wait_command("submit")
+        async with router.replica(replica_id="new", tokens=script(*spell("!"))):
+            await old.end(Fate.FAILED)
+            (choice,) = (await asking).choices
+    assert choice.text == "abc!"
+    assert choice.logprobs is not None and choice.logprobs.token_logprobs == [None, -1.0, -2.0, 0.0]
 
 
 async def test_a_token_without_text_moves_none_behind_it(
