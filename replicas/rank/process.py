@@ -7,6 +7,7 @@ rank 0 are an `EngineFailure`, and the supervisor kills the rest. Knows no model
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import time
@@ -47,6 +48,8 @@ GOLDEN_PROMPT_TOKENS = 4
 GOLDEN_TOKENS = 3
 MAX_GOLDEN_STEPS = 64
 NS_PER_US = 1_000
+
+logger = logging.getLogger(__name__)
 
 
 def serve_rank(config: RankConfig, build: RunnerFactory) -> None:
@@ -174,20 +177,26 @@ def _run_plans(runner: Runner, follower: PlanFollower, *, lookahead: int) -> Non
     asks for answers as late, so the last ones before an idle time come with the next plan.
     """
     flights: deque[tuple[int, PendingStep, int]] = deque()
-    while (payload := follower.receive()) is not None:
-        plan = decode_plan(payload)
-        flights.append((plan.step, runner.launch(plan), time.monotonic_ns()))
-        while len(flights) > lookahead:
-            step, pending, started_ns = flights.popleft()
-            outcome = pending.result()
-            follower.reply(
-                StepReply(
-                    step=step,
-                    compute_us=(time.monotonic_ns() - started_ns) // NS_PER_US,
-                    experts_hit=outcome.experts_hit,
-                    digest=digest_ids(outcome.sampled_ids),
+    newest_step = 0
+    try:
+        while (payload := follower.receive()) is not None:
+            plan = decode_plan(payload)
+            newest_step = plan.step
+            flights.append((plan.step, runner.launch(plan), time.monotonic_ns()))
+            while len(flights) > lookahead:
+                step, pending, started_ns = flights.popleft()
+                outcome = pending.result()
+                follower.reply(
+                    StepReply(
+                        step=step,
+                        compute_us=(time.monotonic_ns() - started_ns) // NS_PER_US,
+                        experts_hit=outcome.experts_hit,
+                        digest=digest_ids(outcome.sampled_ids),
+                    )
                 )
-            )
+    except Exception:
+        logger.error("rank_failed newest_step=%d", newest_step)
+        raise
 
 
 def _open_leader(config: RankConfig) -> PlanLeader | None:

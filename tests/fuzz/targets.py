@@ -18,7 +18,6 @@ from google.protobuf.message import DecodeError, Message
 from cluster.config import ConfigError
 from cluster.config.load import parse_config, read_yaml
 from cluster.foreign.json_body import Body, read_body
-from cluster.link.messages import parse_end, parse_energy
 from cluster.oip.asks import infer_ask
 from cluster.openai.asks import Ask, chat_ask, completion_ask
 from cluster.openai.bodies import ChatBody, CompletionBody
@@ -31,8 +30,8 @@ from protos import wattline_inference_pb2 as pb
 from protos import wattline_ledger_pb2 as ledger
 from protos import wattline_link_pb2 as link
 from protos import wattline_oip_pb2 as oip
-from replicas.wire.deltas import logprobs_from_wire
 from tests.fuzz.ledger import RECORD, SUMMARY, fuzz_batch, fuzz_listed, fuzz_summary
+from tests.fuzz.replica import BILLS, FROM_REPLICA, read_from_replica
 from tests.fuzz.trust import (
     BASIC,
     KEY,
@@ -87,15 +86,6 @@ def fuzz_token(content: bytes) -> None:
 def fuzz_config(content: bytes) -> None:
     with suppress(ConfigError):
         parse_config(read_yaml(content, origin="fuzz"), origin="fuzz")
-
-
-def read_from_replica(message: link.FromReplica) -> None:
-    for delta in message.step.deltas:
-        parse_end(delta)
-        logprobs_from_wire(delta.logprobs)
-        logprobs_from_wire(delta.prompt_logprobs)
-    for entry in message.energy.requests:
-        parse_energy(entry)
 
 
 SAMPLING = {
@@ -162,13 +152,6 @@ SAMPLED = oip.ModelInferRequest(
     ],
     outputs=[oip.InferRequestedOutputTensor(name="text_output")],
 )
-FROM_REPLICA = link.FromReplica(
-    epoch=7,
-    step=link.StepOutput(
-        deltas=[link.SequenceDelta(request_id=1, token_ids=[5, 6], finish=link.ENGINE_FINISH_STOP)]
-    ),
-    energy=link.EnergyReport(requests=[link.RequestEnergy(request_id=1, prefill_mj=5, source="fake")]),
-)
 CONFIG = b"""
 models:
   - {name: tiny, source: "null", replicas: {min: 1, max: 2}, limits: {drain_s: 8}, slo: {ttft_ms: 200}}
@@ -192,7 +175,8 @@ TARGETS = {
         (TENSORS.SerializeToString(), SAMPLED.SerializeToString()),
     ),
     "link": Target(
-        partial(fuzz_message, link.FromReplica, read_from_replica), (FROM_REPLICA.SerializeToString(),)
+        partial(fuzz_message, link.FromReplica, read_from_replica),
+        (FROM_REPLICA.SerializeToString(), BILLS.SerializeToString()),
     ),
     "openai-completion": Target(
         partial(fuzz_body, CompletionBody, lambda body: completion_ask(body, BOUNDS, draw_seed)),

@@ -100,6 +100,7 @@ async def test_a_failover_is_two_legs_and_its_reason(router: TestRouter) -> None
     assert (second.replica_id, second.loss, second.first_offset) == ("new", "", 7)
     assert first.output_tokens + second.output_tokens == story.output_tokens == 40
     assert [one.replica_id for one in second.choice.candidates] == ["new"]
+    assert (first.HasField("trail"), second.HasField("trail")) == (False, True)
     assert len(read_decisions(story.recording)) == 2
 
 
@@ -122,6 +123,7 @@ async def test_choices_beside_each_other_have_a_leg_each(router: TestRouter) -> 
         _, final = await collect_choices(router.inference.Generate(request))
         (story,) = await explain(router, final.request_id)
     assert [(leg.choice_index, leg.HasField("choice")) for leg in story.legs] == [(0, True), (1, False)]
+    assert all(leg.HasField("trail") for leg in story.legs)
 
 
 async def test_who_waited_is_told_what_the_queue_knew() -> None:

@@ -214,7 +214,9 @@ async def test_a_deadline_ends_the_answer(tmp_path: Path) -> None:
         assert (await link.finished(1)).finish == link_pb2.ENGINE_FINISH_DEADLINE
 
 
-async def test_a_prompt_that_does_not_fit_fails_alone(tmp_path: Path) -> None:
+async def test_a_prompt_that_does_not_fit_fails_alone_and_its_trace_is_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with SmallRouter() as router:
         config = replace(make_config(tmp_path, router), null=replace(NULL, context_tokens=512))
         async with running(config):
@@ -227,6 +229,8 @@ async def test_a_prompt_that_does_not_fit_fails_alone(tmp_path: Path) -> None:
                 assert (last.finish, last.error.code) == (link_pb2.ENGINE_FINISH_ERROR, "INVALID_ARGUMENT")
                 assert "prompt_ids" in last.error.message
             assert (await link.finished(1)).finish == link_pb2.ENGINE_FINISH_LENGTH
+    told = next(text for text in caplog.messages if text.startswith("sequence_failed"))
+    assert "code=INVALID_ARGUMENT" in told and told.endswith(f" trace={2:032x}")
 
 
 async def test_more_than_the_queue_holds_is_refused(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ export function showTiles(model, attainment) {
     milliseconds(model.tpot_ms.p50), "p50", `p95 ${milliseconds(model.tpot_ms.p95)}`);
   tile("speed", "Output", "Tokens sent per second, all answers together, over the last ten seconds.",
     number(model.output_tokens_per_s), "tok/s", `${count(model.active)} under way`);
-  tile("cost", "Energy per token", "Joules of the requests billed in the last 30 s, divided by the tokens of their answers; and by all their tokens, prompts included.",
-    number(model.j_per_output_token), "J/output", `${number(model.j_per_total_token)} J/total token`);
+  tile("cost", "Energy per token", "Joules of the requests billed in the last 30 s, divided by the tokens of their answers (J/out); and by all their tokens, prompts included.",
+    number(model.j_per_output_token), "J/out", `${number(model.j_per_total_token)} J/total token`);
   tile("power", "Power", "What the devices of this model's replicas draw now, by the meter.",
     number(power?.meter_w), "W", besidePower(model));
   tile("batch", "Batch", "Requests the engines work on together, and those that wait for a place. Orange when more wait than run.",
@@ -60,7 +60,7 @@ function objective({ ttft_ms: first, tpot_ms: later }) {
 const attained = (ratio) => (!isKnown(ratio) ? UNKNOWN : ratio === 1 ? "100" : (Math.floor(ratio * 1e4) / 100).toFixed(2));
 
 function replicasReady({ ready, min }) {
-  if (ready < min) return `${ready} of ${min} replicas ready`;
+  if (ready < min) return `${ready} of ${min} replicas`;
   return ready === 1 ? "1 replica ready" : `${ready} replicas ready`;
 }
 

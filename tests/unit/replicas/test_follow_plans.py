@@ -17,6 +17,7 @@ class Log:
 
     events: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=lambda: [1, 2, 3])
+    bad_step: int = 0
 
     def receive(self) -> bytes | None:
         if not self.steps:
@@ -30,6 +31,8 @@ class Log:
         raise AssertionError("nothing fails here")
 
     def launch(self, plan: StepPlan) -> PendingStep:
+        if plan.step == self.bad_step:
+            raise RuntimeError("broken")
         self.events.append(f"launch {plan.step}")
         return Pending(self, plan.step)
 
@@ -71,3 +74,10 @@ def test_plans_are_launched_as_they_come(lookahead: int, wanted: list[str]) -> N
     log = Log()
     _run_plans(log, log, lookahead=lookahead)
     assert log.events == wanted
+
+
+def test_a_rank_that_fails_says_in_which_step(caplog: pytest.LogCaptureFixture) -> None:
+    log = Log(bad_step=2)
+    with pytest.raises(RuntimeError, match="broken"):
+        _run_plans(log, log, lookahead=0)
+    assert caplog.messages == ["rank_failed newest_step=2"]
