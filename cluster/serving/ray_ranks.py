@@ -176,7 +176,9 @@ async def _end_there(node: str, ranks: Sequence[RunningRank]) -> None:
     try:
         async with asyncio.timeout(GONE_TIMEOUT_S):
             heads = [rank.met.process for rank in ranks]
-            alive = await _until_end(end_them.remote(heads, GONE_TIMEOUT_S / 2))
+            # In a thread: without its GCS, Ray would hold up the loop that says Goodbye.
+            task = await asyncio.to_thread(end_them.remote, heads, GONE_TIMEOUT_S / 2)
+            alive = await _until_end(task)
         reason = f"{len(alive)} processes live on: {alive}"
     except (TimeoutError, RayError) as error:
         alive, reason = [rank.met.pid for rank in ranks], f"its node does not answer ({type(error).__name__})"
