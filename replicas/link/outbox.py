@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from replicas.link.cache_news import CacheNews
-from replicas.link.messages import EnergyStatement
+from replicas.link.messages import EnergyStatement, Goodbye
 from replicas.request import SequenceDelta
 from replicas.step_report import TokenColumns, TokenRun
 
@@ -24,19 +24,15 @@ MIN_GAP_S = 0.001
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parcel:
-    """Everything that was waiting; it goes in the order of the fields.
-
-    `step` is that of the newest token or delta, `goodbye` the last word on the stream, `num_unproven` what it
-    says of the requests that other replicas had before.
-    """
+    """Everything that was waiting; it goes in the order of the fields. `step` is that of the newest token or
+    delta, `goodbye` the last word on the stream."""
 
     step: int
     tokens: TokenColumns
     deltas: tuple[SequenceDelta, ...]
     energy: tuple[EnergyStatement, ...]
     draining: str | None
-    goodbye: str | None
-    num_unproven: int = 0
+    goodbye: Goodbye | None
 
 
 class Outbox:
@@ -57,8 +53,7 @@ class Outbox:
         self._pending_tokens = 0
         self._energy: dict[tuple[int, int], EnergyStatement] = {}
         self._draining: str | None = None
-        self._goodbye: str | None = None
-        self._num_unproven = 0
+        self._goodbye: Goodbye | None = None
         self.taken_s = float("-inf")
         """When the last parcel was taken, on the clock of the event loop."""
         self._wake = asyncio.Event()
@@ -99,9 +94,9 @@ class Outbox:
         self._draining = reason
         self._wake.set()
 
-    def add_goodbye(self, reason: str, *, num_unproven: int = 0) -> None:
+    def add_goodbye(self, goodbye: Goodbye) -> None:
         """Nothing is sent after it."""
-        self._goodbye, self._num_unproven = reason, num_unproven
+        self._goodbye = goodbye
         self._wake.set()
 
     def nudge(self) -> None:
@@ -122,7 +117,6 @@ class Outbox:
             energy=tuple(self._energy.values()),
             draining=self._draining,
             goodbye=self._goodbye,
-            num_unproven=self._num_unproven,
         )
         self._deltas.clear()
         self._pending_tokens = 0
