@@ -135,8 +135,8 @@ class RayRankGroup:
             await asyncio.wait([rank.end for rank in far], timeout=FAREWELL_S)
         # Before Ray is told: it calls an actor dead at once then, and lets a stopped process live for 5 s.
         hung = [rank for rank in far if not _has_ended(rank.end)]
-        for actor in self._actors:
-            ray.kill(actor, no_restart=True)
+        # It waits for Ray's control plane, and Goodbye goes out meanwhile.
+        await asyncio.to_thread(_end_actors, self._actors)
         nodes = {rank.met.node for rank in hung}
         await asyncio.gather(*(_end_there(node, [r for r in hung if r.met.node == node]) for node in nodes))
         if self._ranks:
@@ -159,6 +159,11 @@ async def meet(actors: Sequence[Any], *, timeout_s: float) -> list[Introduction]
             f"Ray did not start the processes of {len(actors)} ranks within {timeout_s:g} s, though their "
             "bundles are reserved; its logs of workers and raylet say more"
         ) from error
+
+
+def _end_actors(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor, no_restart=True)
 
 
 async def _until_end(reference: Any) -> Any:
