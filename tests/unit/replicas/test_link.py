@@ -128,14 +128,14 @@ class Recorder:
 
 
 @asynccontextmanager
-async def linked(router: SmallRouter, *, max_pending_tokens: int = 1 << 18) -> AsyncIterator[Recorder]:
+async def linked(router: SmallRouter, *, max_pending_bytes: int = 1 << 20) -> AsyncIterator[Recorder]:
     recorder = Recorder()
     link = RouterLink(
         target=router.address,
         handler=recorder,
         attached={},
         random=Random(1),
-        make_outbox=lambda: Outbox(max_pending_tokens=max_pending_tokens),
+        make_outbox=lambda: Outbox(max_pending_bytes=max_pending_bytes),
     )
     task = asyncio.create_task(link.run())
     try:
@@ -214,7 +214,7 @@ async def test_a_router_that_hangs_up_is_dialled_again() -> None:
 
 
 async def test_a_router_that_does_not_read_loses_its_link() -> None:
-    async with SmallRouter() as router, linked(router, max_pending_tokens=1_000_000) as recorder:
+    async with SmallRouter() as router, linked(router, max_pending_bytes=4_000_000) as recorder:
         replica = await router.attached()
         replica.is_reading.clear()
         outbox = recorder.sessions[0].outbox
