@@ -323,13 +323,14 @@ def ledger_share(
 def agent(
     poll_ms: Annotated[float, typer.Option(min=5.0, help="energy.poll_ms of the agents")] = 50.0,
     seconds: Annotated[float, typer.Option(min=1.0, help="of measuring, each load")] = 10.0,
+    neighbours: Annotated[int, typer.Option(min=0, help="busy processes beside it")] = 0,
     only: Annotated[str, typer.Option(help="loads with this in their name")] = "",
     json: JsonOption = None,
 ) -> None:
     """What the energy agent costs its host, and how soon an edge comes behind the end of a request."""
     from bench.agent_cost import run_agent_cost
 
-    asyncio.run(run_agent_cost(poll_ms, seconds, only, json))
+    asyncio.run(run_agent_cost(poll_ms, seconds, neighbours, only, json))
 
 
 @app.command()

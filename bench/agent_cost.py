@@ -70,20 +70,20 @@ LOADS = (
 )
 
 
-async def run_agent_cost(poll_ms: float, seconds: float, only: str, path: Path | None) -> None:
+async def run_agent_cost(
+    poll_ms: float, seconds: float, neighbours: int, only: str, path: Path | None
+) -> None:
     """Measure an agent for each load whose name has `only` in it, one after another, as it is alone on its
-    host; beside nothing of ours, then beside a process on each core: its part of a core, and the waits."""
+    host, beside so many busy processes of ours: its part of a core, and the waits."""
     rows: list[dict[str, object]] = []
-    for neighbours in (0, os.cpu_count() or 1):
-        with _running([[sys.executable, "-c", BUSY]] * neighbours):
-            if only in BARE_NAME:
-                rows.append(await _measure_bare(seconds))
-            for load in LOADS:
-                if only in load.name:
-                    rows.append(await _measure(load, poll_ms, seconds))
-        for row in rows:
-            row.setdefault("busy_neighbours", neighbours)
+    with _running([[sys.executable, "-c", BUSY]] * neighbours):
+        if only in BARE_NAME:
+            rows.append(await _measure_bare(seconds))
+        for load in LOADS:
+            if only in load.name:
+                rows.append(await _measure(load, poll_ms, seconds))
     for row in rows:
+        row["busy_neighbours"] = neighbours
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     print(write_results("agent", rows, path))
 

@@ -1195,7 +1195,7 @@ Global___Draining: _TypeAlias = Draining  # noqa: Y015
 
 @_typing.final
 class Goodbye(_message.Message):
-    """The last word. After Draining it means that the replica is drained; else, that its group is lost.
+    """The last word. After Draining it means that the replica is drained, unless is_lost; else, that its group is lost.
     Requests still under way go on at another replica; the joules known of them came before.
     """
 
@@ -1203,20 +1203,24 @@ class Goodbye(_message.Message):
 
     REASON_FIELD_NUMBER: _builtins.int
     NUM_UNPROVEN_FIELD_NUMBER: _builtins.int
+    IS_LOST_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     num_unproven: _builtins.int
     """Requests of all routers that came from another replica and have given fewer than four tokens here: one of
     them may be what the group died of. 0: none, or not counted.
     """
+    is_lost: _builtins.bool
+    """A rank died or stalled, or the engine failed: while the replica drained, too."""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
         num_unproven: _builtins.int = ...,
+        is_lost: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_unproven", b"num_unproven", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_lost", b"is_lost", "num_unproven", b"num_unproven", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -58,6 +58,8 @@ class Fate(Enum):
     """Goodbye, because its group is lost."""
     DRAINED = auto()
     """Draining, then Goodbye with streams still under way."""
+    LOST_WHILE_DRAINING = auto()
+    """The same, but because its group is lost meanwhile."""
     FROZEN = auto()
     """It neither speaks nor listens until `thaw`."""
 
@@ -184,6 +186,10 @@ class FakeReplica:
             case Fate.DRAINED:
                 await self.say_draining()
                 await self.leave()
+            case Fate.LOST_WHILE_DRAINING:
+                await self.say_draining()
+                await self.send(link.FromReplica(goodbye=link.Goodbye(reason="test", is_lost=True)))
+                await self.leave(says_goodbye=False)
             case Fate.FROZEN:
                 self.freeze()
 

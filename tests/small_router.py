@@ -38,8 +38,7 @@ class AttachedReplica:
         self.num_heartbeats = 0
         self.epochs = {hello.epoch}
         self.draining: str | None = None
-        self.goodbye: str | None = None
-        self.num_unproven = 0
+        self.goodbye: link_pb2.Goodbye | None = None
         self.has_ended = False
         self.is_reading = asyncio.Event()
         self.is_reading.set()
@@ -144,8 +143,7 @@ class AttachedReplica:
             case "draining":
                 self.draining = message.draining.reason
             case "goodbye":
-                self.goodbye = message.goodbye.reason
-                self.num_unproven = message.goodbye.num_unproven
+                self.goodbye = message.goodbye
 
     async def commands(self) -> AsyncIterator[link_pb2.ToReplica]:
         while (command := await self._commands.get()) is not None:

@@ -7,22 +7,32 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from cluster.commands.event_line import describe_event
 from cluster.replies import Final, ModelState, ReplicaState, RouterState
 
+SHOWN_EVENTS = 3
 STATE_STYLES = {"ready": "green", "draining": "yellow", "stalled": "red"}
 
 
 def render_models(state: RouterState) -> Group:
-    """A line per model, then a line per replica."""
+    """A line per model, then a line per replica, then what happened to models that are short of them."""
     models = new_table("model", "engine", "ready", *RIGHT_OF_MODELS, "source")
     replicas = new_table("replica", "state", "ranks (pid)", *RIGHT_OF_REPLICAS)
     for model in state.models:
         models.add_row(*_model_row(model))
         for replica in model.replicas:
             replicas.add_row(*_replica_row(replica))
-    if not any(model.replicas for model in state.models):
-        return Group(models)
-    return Group(models, Text(""), replicas)
+    parts: list[Table | Text] = [models]
+    if any(model.replicas for model in state.models):
+        parts += [Text(""), replicas]
+    if told := _told(state):
+        parts += [Text(""), *told]
+    return Group(*parts)
+
+
+def _told(state: RouterState) -> list[Text]:
+    short = {model.name for model in state.models if model.num_ready < model.min_replicas}
+    return [describe_event(event) for event in state.events if event.model in short][:SHOWN_EVENTS]
 
 
 RIGHT_OF_MODELS = (">active", ">wait", ">tok/s", ">J/out")

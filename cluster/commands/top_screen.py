@@ -14,6 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from cluster.commands.event_line import EVENT_STYLES, describe_event, show_duration
 from cluster.commands.status_screen import STATE_STYLES, new_table, show_number, show_step
 from cluster.replies import (
     ExpertState,
@@ -50,7 +51,6 @@ WIDTHS |= {"J/tok": 7, "step ms": 7, "W": 6, "ago": 3}
 """Columns that are as wide now as in the next second, whatever the number."""
 LEDGER_UNITS = (("J", 1e3), ("kJ", 1e6), ("MJ", 1e9), ("GJ", 1e12))
 """In millijoules."""
-EVENT_STYLES = {"lost": "red", "frozen": "red", "silent": "yellow", "draining": "yellow"}
 
 
 @dataclass(slots=True)
@@ -103,7 +103,7 @@ class TopScreen:
             parts.append(self._line_row(model, width=width))
             if model.experts is not None:
                 parts.append(describe_experts(model.experts))
-        parts += [*gap, _replicas(state.models), *map(describe_event, events)]
+        parts += [*gap, _replicas(state.models), *map(_event_line, events)]
         parts += [*gap, _requests(state.last_requests[:num_requests])]
         return Group(*parts)
 
@@ -147,6 +147,13 @@ def _lines_taken(state: RouterState) -> int:
 def _cells(bounds: tuple[int, int], spare: int) -> int:
     least, most = bounds
     return max(least, min(most, least + spare))
+
+
+def _event_line(event: FleetEvent) -> Text:
+    """One line, whatever the reason: lines are counted here."""
+    line = describe_event(event)
+    line.no_wrap, line.overflow = True, "ellipsis"
+    return line
 
 
 def _is_fresh_loss(event: FleetEvent) -> bool:
@@ -248,17 +255,6 @@ def describe_experts(experts: ExpertState) -> Text:
     return text
 
 
-def describe_event(event: FleetEvent) -> Text:
-    """Example: `3m ago  llama#4f0a  draining: the replica is being replaced`."""
-    text = Text(
-        f"{show_duration(event.age_s):>4} ago  ", style="bright_black", overflow="ellipsis", no_wrap=True
-    )
-    text.append(f"{event.replica_id or event.model}  ", "none")
-    text.append(event.kind, EVENT_STYLES.get(event.kind, "green"))
-    text.append(f": {event.reason}" if event.reason else "")
-    return text
-
-
 def describe_source(source: str, confidence_factor: float) -> str:
     """Example: `estimated (tdp, ×2)`."""
     kind = "simulated" if source == "fake" else "measured" if source in MEASURED else "estimated"
@@ -313,13 +309,6 @@ def show_ms(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value / 1e3:.3g}s" if value >= 1000 else f"{value:.3g}ms"
-
-
-def show_duration(seconds: float) -> str:
-    """Example: `42s`, `7m`, `3h`."""
-    if seconds < 60:
-        return f"{seconds:.0f}s"
-    return f"{seconds / 60:.0f}m" if seconds < 3600 else f"{seconds / 3600:.0f}h"
 
 
 def draw_line(values: Iterable[float | None], *, width: int) -> str:

@@ -293,11 +293,11 @@ class ReplicaConnection:
             if account.is_settled:
                 del self._accounts[entry.request_id]
 
-    def take_goodbye(self, reason: str, *, num_unproven: int = 0) -> None:
+    def take_goodbye(self, goodbye: link.Goodbye) -> None:
         """The replica leaves. One that drained has done nothing wrong; any other has lost its group."""
-        self.num_unproven = num_unproven
-        if self._draining_why is None:
-            self.close(LossReason.FAILED, Standing(stand=Stand.LOST, reason=reason))
+        self.num_unproven = goodbye.num_unproven
+        if goodbye.is_lost or self._draining_why is None:
+            self.close(LossReason.FAILED, Standing(stand=Stand.LOST, reason=goodbye.reason))
         else:
             self.close(LossReason.DRAINED, Standing(stand=Stand.DRAINED, reason=self._draining_why))
 

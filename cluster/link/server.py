@@ -178,9 +178,9 @@ class LinkServicer(link_grpc.ReplicaLinkServicer):
                     connection.mark_draining(message.draining.reason)
                     self._pool.changed(connection)
                 case "goodbye":
-                    reason = message.goodbye.reason
-                    logger.info("replica_goodbye id=%s reason=%s", connection.replica_id, reason)
-                    connection.take_goodbye(reason, num_unproven=message.goodbye.num_unproven)
+                    goodbye = message.goodbye
+                    logger.info("replica_goodbye id=%s reason=%s", connection.replica_id, goodbye.reason)
+                    connection.take_goodbye(goodbye)
                     return
                 case _:
                     logger.warning("link_message_unexpected id=%s event=%s", connection.replica_id, event)

@@ -84,12 +84,15 @@ def metrics_access(telemetry: TelemetrySection) -> MetricsAccess:
 
 
 async def keep_energy_agent(config: Config, node_id: str = "") -> None:
-    """See to it that a node (empty: this one) has its agent, for as long as this coroutine runs."""
+    """See to it that a node (empty: this one) has its agent, for as long as this coroutine runs.
+
+    Ray asks its control plane for the actor and waits: aside, because links run on this event loop.
+    """
     node_id = node_id or ray.get_runtime_context().get_node_id()
     address = energy_agent_address(Path(config.runtime_dir), node_id)
     while True:
         try:
-            agent = _find_or_make(address, node_id)
+            agent = await asyncio.to_thread(_find_or_make, address, node_id)
             await agent.run.remote(address, config)
         except (RayError, ValueError) as error:
             logger.warning("energy_agent_lost address=%s error=%s", address, type(error).__name__)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import yaml
 
 from cluster.config import Config
+from cluster.serving.child_log import open_log
 from cluster.serving.run_folder import RunFolder
 
 STOP_TIMEOUT_S = 5.0
@@ -48,7 +49,7 @@ class LedgerProcess:
         config_path = self._folder.path / "ledger.yaml"
         config_path.write_text(yaml.safe_dump(self._config.model_dump(mode="json")), encoding="utf-8")
         command = [sys.executable, "-m", "replicas.rank.launch", str(os.getpid()), "cluster.ledger"]
-        with self._folder.ledger_log_path.open("ab") as log:
+        with open_log(self._folder.ledger_log_path) as log:
             self._child = subprocess.Popen(
                 [*command, "--config", str(config_path)],
                 stdin=subprocess.DEVNULL,

@@ -135,8 +135,8 @@ class RayRankGroup:
             await asyncio.wait([rank.end for rank in far], timeout=FAREWELL_S)
         # Before Ray is told: it calls an actor dead at once then, and lets a stopped process live for 5 s.
         hung = [rank for rank in far if not _has_ended(rank.end)]
-        for actor in self._actors:
-            ray.kill(actor, no_restart=True)
+        # It waits for Ray's control plane, and Goodbye goes out meanwhile.
+        await asyncio.to_thread(_end_actors, self._actors)
         nodes = {rank.met.node for rank in hung}
         await asyncio.gather(*(_end_there(node, [r for r in hung if r.met.node == node]) for node in nodes))
         if self._ranks:
@@ -161,6 +161,11 @@ async def meet(actors: Sequence[Any], *, timeout_s: float) -> list[Introduction]
         ) from error
 
 
+def _end_actors(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor, no_restart=True)
+
+
 async def _until_end(reference: Any) -> Any:
     """A coroutine around an ObjectRef, which asyncio cannot wait for itself."""
     return await reference
@@ -176,7 +181,9 @@ async def _end_there(node: str, ranks: Sequence[RunningRank]) -> None:
     try:
         async with asyncio.timeout(GONE_TIMEOUT_S):
             heads = [rank.met.process for rank in ranks]
-            alive = await _until_end(end_them.remote(heads, GONE_TIMEOUT_S / 2))
+            # In a thread: without its GCS, Ray would hold up the loop that says Goodbye.
+            task = await asyncio.to_thread(end_them.remote, heads, GONE_TIMEOUT_S / 2)
+            alive = await _until_end(task)
         reason = f"{len(alive)} processes live on: {alive}"
     except (TimeoutError, RayError) as error:
         alive, reason = [rank.met.pid for rank in ranks], f"its node does not answer ({type(error).__name__})"

@@ -21,6 +21,7 @@ from cluster.addresses import RouterAddresses, read_addresses
 from cluster.command_error import CommandError
 from cluster.config import Config
 from cluster.router.siblings import file_stem
+from cluster.serving.child_log import open_log
 from cluster.serving.run_folder import RunFolder, last_words
 
 START_TIMEOUT_S = 120.0
@@ -89,7 +90,7 @@ class RouterProcess:
             command += ["--index", str(self._index)]
         if self.addresses and self._config.router.processes > 1:
             command.append("--again")
-        with self._folder.router_log_path.open("ab") as log:
+        with open_log(self._folder.router_log_path) as log:
             self._child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )

@@ -20,6 +20,7 @@ import psutil
 from cluster.addresses import read_addresses
 from cluster.command_error import CommandError
 from cluster.router.siblings import index_of_file, socket_name
+from cluster.serving.child_log import bound_log
 
 MAX_PATH_CHARS = 38
 """Unix socket paths end at 107 characters, and Ray appends 68."""
@@ -71,6 +72,11 @@ class RunFolder:
     @property
     def ledger_log_path(self) -> Path:
         return self.path / "ledger.log"
+
+    def bound_logs(self) -> None:
+        """Call it now and then: a child's log of `MAX_LOG_BYTES` is put aside, and the one before it goes."""
+        for path in (self.router_log_path, self.ledger_log_path):
+            bound_log(path)
 
     @property
     def ray_dir(self) -> Path:

@@ -158,9 +158,10 @@ class Stack:
         self._folder.write_state(self._state)
 
     def tend(self) -> None:
-        """Call often: starts dead routers again. Raises CommandError when one cannot live."""
+        """Call often: starts dead routers again, bounds logs. Raises CommandError when one cannot live."""
         self._routers.tend()
         self._ledger.tend()
+        self._folder.bound_logs()
 
     def roll_routers(self) -> None:
         """Replace the routers one after another; `tend` goes on with it. One alone has nobody to stand in."""

@@ -31,6 +31,7 @@ class ReadPace:
 
     def __init__(self, *, poll_ns: int, now_ns: int) -> None:
         self.is_silent = False
+        """Heeded from the next read on."""
         self.num_assumed = 0
         """Reads to come that count as asked for, whatever is said."""
         self._poll_ns = poll_ns
@@ -42,43 +43,45 @@ class ReadPace:
         self._paid_ns = now_ns
         """Reads up to now are paid for until then."""
         self._running_until_ns = self._asked_ns = self._last_ns - 1
-
-    @property
-    def is_asked(self) -> bool:
-        """A read is wanted sooner than it comes by itself."""
-        return self.is_edge_asked(self._last_ns)
-
-    def is_edge_asked(self, edge_ns: int) -> bool:
-        """As above, of a counter whose last edge was then."""
-        return self._asked_ns >= edge_ns or self.num_assumed > 0
+        self._plan()
 
     def hear(self, now_ns: int, *, has_ask: bool) -> None:
         """Requests run; `has_ask`: one began or ended, so an edge is wanted that is later than `now_ns`."""
         self._running_until_ns = now_ns + _RUNNING_NS
         if has_ask:
             self._asked_ns = now_ns
+        self._plan()
 
     def note_read(self, now_ns: int) -> None:
-        was_asked = self._asked_ns >= self._last_ns
-        self._last_ns = now_ns
+        was_asked, self._last_ns = self._asked_ns >= self._last_ns, now_ns
         self._paid_ns = max(self._paid_ns, now_ns) + self._price_ns
         if self.num_assumed:
             self.num_assumed -= 1
-        elif was_asked and self._soonest_ns() > now_ns + self._poll_ns:
+        elif was_asked and self._paid_ns - _CREDIT_READS * self._price_ns > now_ns + self._poll_ns:
             self.num_assumed = _TRAIN_READS
+        self._plan()
 
-    def due_ns(self) -> int:
-        """The next read, if nobody asks for it sooner."""
-        return self._soonest_ns() if self.is_asked else self._last_ns + self._gap_ns(self._last_ns)
+    def is_edge_asked(self, edge_ns: int) -> bool:
+        """Of a counter that moves by itself, whose last edge was then: whether the next is asked for."""
+        return self._asked_ns >= edge_ns or self.num_assumed > 0
 
     def edge_due_ns(self, edge_ns: int) -> int:
-        """From when on the next edge is wanted of a counter that moves by itself: the last was then."""
+        """From when on its next edge is wanted."""
         return edge_ns + (self._silent_ns if self.is_edge_asked(edge_ns) else self._gap_ns(edge_ns))
+
+    def _plan(self) -> None:
+        """Once for each change, not for each look: what is not run again need not be in a cache."""
+        last_ns = self._last_ns
+        self.is_asked = self._asked_ns >= last_ns or self.num_assumed > 0
+        """A read is wanted sooner than it comes by itself."""
+        if self.is_asked:
+            paid_ns = self._paid_ns - _CREDIT_READS * self._price_ns
+            self.due_ns = max(last_ns + self._poll_ns // 2, paid_ns)
+            """The next read, if nobody asks for it sooner."""
+        else:
+            self.due_ns = last_ns + self._gap_ns(last_ns)
 
     def _gap_ns(self, last_ns: int) -> int:
         if self.is_silent:
             return self._silent_ns
         return self._usual_ns if last_ns < self._running_until_ns else self._idle_ns
-
-    def _soonest_ns(self) -> int:
-        return max(self._last_ns + self._poll_ns // 2, self._paid_ns - _CREDIT_READS * self._price_ns)

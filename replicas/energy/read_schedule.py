@@ -37,7 +37,7 @@ class ReadSchedule:
         """Meters that can be read at any time, when they are due; empty when something was said meanwhile
         that may change when that is. The less code runs here, the less it costs."""
         pace, now_ns = self.pace, self._clock()
-        due_ns = pace.due_ns()
+        due_ns = pace.due_ns
         if due_ns > now_ns and self._hears(now_ns, due_ns, is_asked=pace.is_asked):
             return ()
         pace.note_read(max(now_ns, due_ns))
@@ -46,7 +46,7 @@ class ReadSchedule:
     def wait_for_edges(self, pollers: Sequence[MeterPoller]) -> Sequence[MeterPoller]:
         """As above, where counters are among them that move by themselves: those that are due."""
         pace, now_ns = self.pace, self._clock()
-        paced_ns, is_asked, has_paced = pace.due_ns(), False, False
+        paced_ns, is_asked, has_paced = pace.due_ns, False, False
         dues_ns = []
         for one in pollers:
             if one.edges is None:

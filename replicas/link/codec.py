@@ -81,7 +81,8 @@ def encode_parcel(epoch: int, parcel: Parcel, load: ReplicaLoad) -> list[link_pb
         draining = link_pb2.Draining(reason=parcel.draining)
         messages.append(link_pb2.FromReplica(epoch=epoch, draining=draining))
     if parcel.goodbye is not None:
-        goodbye = link_pb2.Goodbye(reason=parcel.goodbye, num_unproven=parcel.num_unproven)
+        last = parcel.goodbye
+        goodbye = link_pb2.Goodbye(reason=last.reason, is_lost=last.is_lost, num_unproven=last.num_unproven)
         messages.append(link_pb2.FromReplica(epoch=epoch, goodbye=goodbye))
     return messages
 

@@ -29,7 +29,7 @@ from replicas.link.codec import (
     encode_parcel,
 )
 from replicas.link.dial import dial
-from replicas.link.messages import LedgerState, ReplicaCard, ReplicaLoad, RouterCommand
+from replicas.link.messages import Goodbye, LedgerState, ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox
 from replicas.request import CacheChange
 from replicas.wire.caches import cache_to_wire
@@ -158,11 +158,11 @@ class RouterLink:
             )
             await asyncio.sleep(self._backoff_s())
 
-    def close(self, goodbye: str, *, num_unproven: int = 0) -> None:
+    def close(self, goodbye: Goodbye) -> None:
         """Send what is due and then Goodbye; `run` returns when it is out."""
         self._is_closing = True
         if self._session is not None:
-            self._session.outbox.add_goodbye(goodbye, num_unproven=num_unproven)
+            self._session.outbox.add_goodbye(goodbye)
 
     def _backoff_s(self) -> float:
         ceiling_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2.0 ** min(self._failed_dials, 10))

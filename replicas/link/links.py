@@ -14,6 +14,7 @@ from ipaddress import ip_address
 
 from replicas.config import LinkCredentials
 from replicas.link.link import LinkHandler, LinkSession, RouterLink
+from replicas.link.messages import Goodbye
 
 REFRESH_S = 5.0
 CLOSE_TIMEOUT_S = 2.0
@@ -85,11 +86,11 @@ class LinkPool:
             if not self._is_closing:
                 self._cancel()
 
-    async def close(self, goodbye: str, *, num_unproven: int = 0) -> None:
+    async def close(self, goodbye: Goodbye) -> None:
         """Say Goodbye on every link; return when it is out, bounded by `CLOSE_TIMEOUT_S`."""
         self._is_closing = True
         for link, task in self._links.values():
-            link.close(goodbye, num_unproven=num_unproven)
+            link.close(goodbye)
             if not link.is_attached:
                 task.cancel()
         if self._links:

@@ -34,6 +34,16 @@ class ReplicaCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Goodbye:
+    """The last word on every link. `is_lost`: the group is, and a request may have been the cause;
+    `num_unproven`: how many there are that another replica had before, and that are not proven harmless."""
+
+    reason: str
+    is_lost: bool = False
+    num_unproven: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLoad:
     """The engine's load and what its work costs now; empty and None while no meter is known.
 

@@ -1,4 +1,4 @@
-"""What is waiting to go up one link, merged per request: a slow router costs memory by requests and tokens.
+"""What is waiting to go up one link, merged per request: a slow router costs memory, within a bound.
 
 The step path adds and never waits; the link's writer takes all there is and sends it. While the writer keeps
 up a parcel is one step; when it falls behind, the steps it missed travel as one.
@@ -12,40 +12,42 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from replicas.link.cache_news import CacheNews
-from replicas.link.messages import EnergyStatement
+from replicas.link.messages import EnergyStatement, Goodbye
 from replicas.request import SequenceDelta
 from replicas.step_report import TokenColumns, TokenRun
 
-MAX_PENDING_TOKENS = 1 << 18
+MAX_PENDING_BYTES = 7 * 2**20
+"""As sent, where a message has 8 MiB at most; in memory likely tokens take fifteen times as much.
+A prompt of 131,072 tokens may come with the five likeliest of each."""
 MAX_PENDING_ENTRIES = 1 << 16
+TOKEN_BYTES = 4
+DELTA_BYTES = 64
+LOGPROBS_BYTES = 12
+LIKELY_TOKEN_BYTES = 8
 MIN_GAP_S = 0.001
 """Between two parcels: a message has its price, and only a toy engine steps faster than this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parcel:
-    """Everything that was waiting; it goes in the order of the fields.
-
-    `step` is that of the newest token or delta, `goodbye` the last word on the stream, `num_unproven` what it
-    says of the requests that other replicas had before.
-    """
+    """Everything that was waiting; it goes in the order of the fields. `step` is that of the newest token or
+    delta, `goodbye` the last word on the stream."""
 
     step: int
     tokens: TokenColumns
     deltas: tuple[SequenceDelta, ...]
     energy: tuple[EnergyStatement, ...]
     draining: str | None
-    goodbye: str | None
-    num_unproven: int = 0
+    goodbye: Goodbye | None
 
 
 class Outbox:
     """Deltas and energy of one link, in its numbering. Lives on one event loop, owned by one link session."""
 
     def __init__(
-        self, *, max_pending_tokens: int = MAX_PENDING_TOKENS, max_pending_entries: int = MAX_PENDING_ENTRIES
+        self, *, max_pending_bytes: int = MAX_PENDING_BYTES, max_pending_entries: int = MAX_PENDING_ENTRIES
     ) -> None:
-        self._max_pending_tokens = max_pending_tokens
+        self._max_pending_bytes = max_pending_bytes
         self._max_pending_entries = max_pending_entries
         self.cache = CacheNews()
         """Goes along with whatever is sent next; wakes nobody."""
@@ -54,11 +56,10 @@ class Outbox:
         self._token_ids: dict[tuple[int, int], list[int]] = {}
         """Of the same requests, in the same order."""
         self._deltas: dict[tuple[int, int], SequenceDelta] = {}
-        self._pending_tokens = 0
+        self._pending_bytes = 0
         self._energy: dict[tuple[int, int], EnergyStatement] = {}
         self._draining: str | None = None
-        self._goodbye: str | None = None
-        self._num_unproven = 0
+        self._goodbye: Goodbye | None = None
         self.taken_s = float("-inf")
         """When the last parcel was taken, on the clock of the event loop."""
         self._wake = asyncio.Event()
@@ -70,7 +71,7 @@ class Outbox:
         waiting = self._token_ids
         for request_id, attempt, first_offset, token_ids in runs:
             key = (request_id, attempt)
-            self._pending_tokens += len(token_ids)
+            self._pending_bytes += TOKEN_BYTES * len(token_ids)
             if key in waiting:
                 waiting[key].extend(token_ids)
             elif key in self._deltas:
@@ -86,7 +87,7 @@ class Outbox:
             key = (delta.request_id, delta.attempt)
             waiting = self._deltas.get(key)
             self._deltas[key] = delta if waiting is None else _joined(waiting, delta)
-            self._pending_tokens += len(delta.token_ids)
+            self._pending_bytes += _wire_bytes(delta)
         self._note_added()
 
     def add_energy(self, statements: Iterable[EnergyStatement]) -> None:
@@ -99,9 +100,9 @@ class Outbox:
         self._draining = reason
         self._wake.set()
 
-    def add_goodbye(self, reason: str, *, num_unproven: int = 0) -> None:
+    def add_goodbye(self, goodbye: Goodbye) -> None:
         """Nothing is sent after it."""
-        self._goodbye, self._num_unproven = reason, num_unproven
+        self._goodbye = goodbye
         self._wake.set()
 
     def nudge(self) -> None:
@@ -122,10 +123,9 @@ class Outbox:
             energy=tuple(self._energy.values()),
             draining=self._draining,
             goodbye=self._goodbye,
-            num_unproven=self._num_unproven,
         )
         self._deltas.clear()
-        self._pending_tokens = 0
+        self._pending_bytes = 0
         self._energy.clear()
         self._draining = None
         self._wake.clear()
@@ -158,9 +158,17 @@ class Outbox:
 
     def _note_added(self) -> None:
         num_entries = len(self._token_ids) + len(self._deltas) + len(self._energy)
-        if self._pending_tokens > self._max_pending_tokens or num_entries > self._max_pending_entries:
+        if self._pending_bytes > self._max_pending_bytes or num_entries > self._max_pending_entries:
             self._overflow.set()
         self._wake.set()
+
+
+def _wire_bytes(delta: SequenceDelta) -> int:
+    """About what it takes in a message."""
+    size_bytes = DELTA_BYTES + TOKEN_BYTES * len(delta.token_ids)
+    for said in (*delta.logprobs, *delta.prompt_logprobs):
+        size_bytes += LOGPROBS_BYTES + LIKELY_TOKEN_BYTES * len(said.top)
+    return size_bytes
 
 
 def _joined(earlier: SequenceDelta, later: SequenceDelta) -> SequenceDelta:

@@ -37,42 +37,45 @@ class TcpLeader:
         self.timeout_s = timeout_s
         with listener:
             joined = _accept_all(listener, size, epoch, time.monotonic() + attach_timeout_s)
-        self._connections = [joined[rank] for rank in sorted(joined)]
+        self._connections = [joined[rank][0] for rank in sorted(joined)]
+        self._names = [f"rank {rank} at {joined[rank][1]}" for rank in sorted(joined)]
 
     def publish(self, payload: bytes) -> None:
         if len(payload) > MAX_MESSAGE_BYTES:
             raise RankLost(f"a plan of {len(payload)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
-        for rank, connection in enumerate(self._connections, 1):
-            self._send(rank, connection, _SIZE.pack(len(payload)) + payload)
+        for name, connection in zip(self._names, self._connections, strict=True):
+            self._send(name, connection, _SIZE.pack(len(payload)) + payload)
 
     def collect(self) -> tuple[StepReply, ...]:
         replies = []
-        for rank, connection in enumerate(self._connections, 1):
+        for name, connection in zip(self._names, self._connections, strict=True):
             connection.settimeout(self.timeout_s)
             try:
                 replies.append(decode_reply(_receive_exactly(connection, REPLY_BYTES)))
-            except TimeoutError as error:
-                raise RankLost(f"rank {rank} kept rank 0 waiting for {self.timeout_s:g} s") from error
             except OSError as error:
-                raise RankLost(f"rank {rank} is gone: {error}") from error
+                # Both are a TimeoutError; that of a host that answers no probe has the kernel's number.
+                is_late = isinstance(error, TimeoutError) and error.errno is None
+                what = f"kept rank 0 waiting for {self.timeout_s:g} s" if is_late else f"is gone: {error}"
+                raise RankLost(f"{name} {what}") from error
         return tuple(replies)
 
     def close(self) -> None:
-        for rank, connection in enumerate(self._connections, 1):
+        for name, connection in zip(self._names, self._connections, strict=True):
             try:
-                self._send(rank, connection, _SIZE.pack(_GOODBYE))
+                self._send(name, connection, _SIZE.pack(_GOODBYE))
             except RankLost:
                 continue  # Gone already, which is what close is for.
             finally:
                 connection.close()
         self._connections.clear()
+        self._names.clear()
 
-    def _send(self, rank: int, connection: socket.socket, message: bytes) -> None:
+    def _send(self, name: str, connection: socket.socket, message: bytes) -> None:
         connection.settimeout(self.timeout_s)
         try:
             connection.sendall(message)
         except OSError as error:
-            raise RankLost(f"rank {rank} does not read its plans: {error}") from error
+            raise RankLost(f"{name} does not read its plans: {error}") from error
 
 
 class TcpFollower:
@@ -111,20 +114,21 @@ class TcpFollower:
 
 def _accept_all(
     listener: socket.socket, size: int, epoch: int, deadline_s: float
-) -> dict[int, socket.socket]:
-    joined: dict[int, socket.socket] = {}
+) -> dict[int, tuple[socket.socket, str]]:
+    """The connection of each other rank, and the address it came from."""
+    joined: dict[int, tuple[socket.socket, str]] = {}
     port = listener.getsockname()[1]
     try:
         while len(joined) < size - 1:
             listener.settimeout(max(deadline_s - time.monotonic(), 0.001))
-            connection, _ = listener.accept()
+            connection, (host, *_) = listener.accept()
             rank = _greet(connection, size, epoch)
             if rank is None or rank in joined:
                 connection.close()
             else:
-                joined[rank] = connection
+                joined[rank] = (connection, host)
     except TimeoutError as error:
-        for connection in joined.values():
+        for connection, _ in joined.values():
             connection.close()
         missing = sorted(set(range(1, size)) - set(joined))
         raise RankLost(

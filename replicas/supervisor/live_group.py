@@ -19,7 +19,7 @@ from replicas.expert_heat import heat_of
 from replicas.expert_loads import ExpertLoads
 from replicas.frames import Command, EngineFailure, Event, Submit
 from replicas.link.links import LinkPool
-from replicas.link.messages import ReplicaCard
+from replicas.link.messages import Goodbye, ReplicaCard
 from replicas.request import StepRecord
 from replicas.step_report import StepReport
 from replicas.supervisor.dispatcher import Dispatcher
@@ -116,10 +116,11 @@ class LiveGroup:
                 f"with {self.dispatcher.num_in_flight} requests in flight"
             )
 
-    async def close_links(self, goodbye: str) -> None:
+    async def close_links(self, reason: str, *, is_lost: bool = False) -> None:
         """Send what is due and Goodbye on every link. Works after `run` ended too."""
         self.dispatcher.bill_unfinished()
-        await self._links.close(goodbye, num_unproven=self.dispatcher.num_unproven)
+        num_unproven = self.dispatcher.num_unproven
+        await self._links.close(Goodbye(reason=reason, is_lost=is_lost, num_unproven=num_unproven))
         if self._learned_file and self._energy and self._energy.learned:
             self._learned_file.write(self._energy.learned)
         if self._links_task is not None:

@@ -285,7 +285,7 @@ class Supervisor:
             *(self._config.replica_id, self.epoch, reason, group.dispatcher.num_in_flight),
             group.dispatcher.traces,
         )
-        await asyncio.gather(group.close_links(reason), self._ranks.kill())
+        await asyncio.gather(group.close_links(reason, is_lost=True), self._ranks.kill())
         await self._release()
         self._on_fatal(reason)
 

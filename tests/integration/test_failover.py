@@ -67,6 +67,7 @@ async def metric(router: TestRouter, reason: str) -> float:
         (PATIENT, Fate.KILLED, "killed"),
         (PATIENT, Fate.FAILED, "failed"),
         (PATIENT, Fate.DRAINED, "drained"),
+        (PATIENT, Fate.LOST_WHILE_DRAINING, "failed"),
         (IMPATIENT, Fate.FROZEN, "frozen"),
     ],
     indirect=["router"],

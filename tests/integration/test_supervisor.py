@@ -280,17 +280,22 @@ async def test_a_restarted_router_is_found_again(tmp_path: Path) -> None:
                 await link.finished(1)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "is_draining"), [(0, False), (1, False), (1, True)])
 async def test_a_killed_rank_takes_the_group_with_it(
-    tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, rank: int, is_draining: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with SmallRouter() as router, running(make_config(tmp_path, router)) as replica:
         link = await router.attached()
         await stream_under_way(link, 1)
+        drain = asyncio.create_task(replica.supervisor.drain()) if is_draining else None
+        if drain is not None:
+            await link.wait(lambda: link.draining, "Draining")
         os.kill(replica.pids[rank], signal.SIGKILL)
         reason = await replica.lost()
         await link.ended()
-        assert link.goodbye == reason
+        assert link.goodbye and (link.goodbye.reason, link.goodbye.is_lost) == (reason, True)
+        if drain is not None:
+            await drain
         assert f"in_flight=1 traces={1:032x}" in caplog.text
         assert link.last_delta(1) is None
         assert_nothing_left(replica)
@@ -308,7 +313,7 @@ async def test_a_frozen_rank_is_a_stall(tmp_path: Path) -> None:
             reason = await replica.lost()
             assert reason.startswith("no step for ")
             await link.ended()
-            assert link.goodbye == reason
+            assert link.goodbye and (link.goodbye.reason, link.goodbye.is_lost) == (reason, True)
             assert_nothing_left(replica)
 
 
@@ -337,7 +342,7 @@ async def test_drain_lets_live_answers_finish_and_refuses_new_ones(tmp_path: Pat
         assert link.draining == "scale down"
         await replica.supervisor.stop("scaled down")
         await link.ended()
-        assert link.goodbye == "scaled down"
+        assert link.goodbye == link_pb2.Goodbye(reason="scaled down")
         assert replica.fatal_reasons == []
 
 

@@ -12,6 +12,7 @@ from cluster.commands.status_screen import describe_cost, render_answers, render
 from cluster.replies import (
     Energy,
     Final,
+    FleetEvent,
     ModelState,
     RankState,
     ReplicaState,
@@ -106,6 +107,18 @@ def test_a_model_without_replicas_is_still_listed() -> None:
     console.print(render_models(make_state()))
     assert "granite-moe-demo" in out.getvalue()
     assert "0/1" in out.getvalue()
+
+
+def test_a_model_short_of_replicas_is_followed_by_what_happened_to_it() -> None:
+    lost = FleetEvent(
+        model="granite-moe-demo", replica_id="granite#1", kind="lost", reason="rank 0 was killed", age_s=12.0
+    )
+    state = replace(make_state(), events=(replace(lost, model="other"), lost))
+    for now, count in ((state, 1), (replace(state, models=()), 0)):
+        console, out = make_console()
+        console.print(render_models(now))
+        assert out.getvalue().count("ago  ") == count
+        assert out.getvalue().count(" 12s ago  granite#1  lost: rank 0 was killed") == count
 
 
 def test_energy_table_fits_eighty_columns() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from cluster.commands.event_line import show_duration
 from cluster.commands.top_screen import (
     HISTORY_POINTS,
     TopScreen,
@@ -14,7 +15,6 @@ from cluster.commands.top_screen import (
     describe_source,
     draw_line,
     share_cells,
-    show_duration,
 )
 from cluster.replies import (
     ExpertState,

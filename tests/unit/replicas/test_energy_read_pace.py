@@ -21,25 +21,25 @@ def pace() -> ReadPace:
 
 
 def test_the_first_read_is_at_once_and_later_ones_are_rare_while_nothing_runs(pace: ReadPace) -> None:
-    assert pace.due_ns() <= 0
+    assert pace.due_ns <= 0
     pace.note_read(0)
-    assert pace.due_ns() == SECOND_NS
+    assert pace.due_ns == SECOND_NS
 
 
 def test_while_requests_run_a_read_comes_every_half_second(pace: ReadPace) -> None:
     pace.note_read(0)
     pace.hear(100 * MS, has_ask=False)
-    assert pace.due_ns() == 500 * MS
+    assert pace.due_ns == 500 * MS
     pace.note_read(4_000 * MS)
-    assert pace.due_ns() == 5_000 * MS
+    assert pace.due_ns == 5_000 * MS
 
 
 def test_a_read_that_is_asked_for_is_half_a_poll_behind_the_last_one(pace: ReadPace) -> None:
     pace.note_read(0)
     pace.hear(10 * MS, has_ask=True)
-    assert pace.due_ns() == 25 * MS
+    assert pace.due_ns == 25 * MS
     pace.note_read(50 * MS)
-    assert pace.due_ns() == 550 * MS
+    assert pace.due_ns == 550 * MS
 
 
 def test_who_asks_all_the_time_is_taken_to_ask_for_the_next_three_reads_as_well(pace: ReadPace) -> None:
@@ -47,13 +47,13 @@ def test_who_asks_all_the_time_is_taken_to_ask_for_the_next_three_reads_as_well(
     now_ns = 0
     while not pace.num_assumed:
         pace.hear(now_ns + MS, has_ask=True)
-        now_ns = pace.due_ns()
+        now_ns = pace.due_ns
         pace.note_read(now_ns)
-    reads_ns = [pace.due_ns()]
+    reads_ns = [pace.due_ns]
     for _ in range(3):
         assert pace.is_asked
-        pace.note_read(pace.due_ns())
-        reads_ns.append(pace.due_ns())
+        pace.note_read(pace.due_ns)
+        reads_ns.append(pace.due_ns)
     assert not pace.is_asked
     assert [later - earlier for earlier, later in pairwise(reads_ns)] == [110 * MS, 110 * MS, 500 * MS]
 
@@ -61,13 +61,13 @@ def test_who_asks_all_the_time_is_taken_to_ask_for_the_next_three_reads_as_well(
 def test_a_long_poll_is_the_shortest_wait_of_all() -> None:
     pace = ReadPace(poll_ns=SECOND_NS, now_ns=0)
     pace.note_read(0)
-    assert pace.due_ns() == 2 * SECOND_NS
+    assert pace.due_ns == 2 * SECOND_NS
 
 
 def test_for_a_watcher_that_cannot_ask_a_read_comes_every_tenth_of_a_second(pace: ReadPace) -> None:
     pace.is_silent = True
     pace.note_read(0)
-    assert pace.due_ns() == 100 * MS
+    assert pace.due_ns == 100 * MS
     assert pace.edge_due_ns(0) == 100 * MS
 
 
@@ -92,11 +92,11 @@ def test_however_often_it_is_asked_reads_come_in_time_and_nine_a_second(pauses_m
     pace.note_read(0)
     for pause_ms in pauses_ms:
         asked_ns = now_ns + pause_ms * MS
-        while pace.due_ns() < asked_ns:
-            reads_ns.append(pace.due_ns())
-            pace.note_read(pace.due_ns())
+        while pace.due_ns < asked_ns:
+            reads_ns.append(pace.due_ns)
+            pace.note_read(pace.due_ns)
         now_ns = asked_ns
         pace.hear(now_ns, has_ask=True)
-        assert pace.due_ns() - now_ns <= 110 * MS
+        assert pace.due_ns - now_ns <= 110 * MS
     assert all(later - earlier >= POLL_NS // 2 for earlier, later in pairwise(reads_ns))
     assert len(reads_ns) <= 12 + now_ns / (110 * MS)

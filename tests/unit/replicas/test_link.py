@@ -16,7 +16,7 @@ from replicas.config import ReplicaConfig
 from replicas.frames import Cancel, Stop, Submit
 from replicas.link.link import LinkSession, RouterLink
 from replicas.link.links import LinkPool, resolve_target
-from replicas.link.messages import Drain, ReplicaCard, ReplicaLoad, RouterCommand
+from replicas.link.messages import Drain, Goodbye, ReplicaCard, ReplicaLoad, RouterCommand
 from replicas.link.outbox import Outbox, Parcel
 from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.request import (
@@ -128,14 +128,14 @@ class Recorder:
 
 
 @asynccontextmanager
-async def linked(router: SmallRouter, *, max_pending_tokens: int = 1 << 18) -> AsyncIterator[Recorder]:
+async def linked(router: SmallRouter, *, max_pending_bytes: int = 1 << 20) -> AsyncIterator[Recorder]:
     recorder = Recorder()
     link = RouterLink(
         target=router.address,
         handler=recorder,
         attached={},
         random=Random(1),
-        make_outbox=lambda: Outbox(max_pending_tokens=max_pending_tokens),
+        make_outbox=lambda: Outbox(max_pending_bytes=max_pending_bytes),
     )
     task = asyncio.create_task(link.run())
     try:
@@ -214,7 +214,7 @@ async def test_a_router_that_hangs_up_is_dialled_again() -> None:
 
 
 async def test_a_router_that_does_not_read_loses_its_link() -> None:
-    async with SmallRouter() as router, linked(router, max_pending_tokens=1_000_000) as recorder:
+    async with SmallRouter() as router, linked(router, max_pending_bytes=4_000_000) as recorder:
         replica = await router.attached()
         replica.is_reading.clear()
         outbox = recorder.sessions[0].outbox
@@ -322,10 +322,10 @@ async def test_goodbye_is_the_last_word_and_arrives_behind_the_tokens() -> None:
             request_id=1, attempt=1, first_offset=0, token_ids=(7,), finish=FinishReason.STOP
         )
         recorder.sessions[0].outbox.add_deltas(1, [last])
-        await pool.close("a rank is lost", num_unproven=3)
+        await pool.close(Goodbye(reason="a rank is lost", is_lost=True, num_unproven=3))
         await replica.ended()
-        assert (replica.token_ids(1), replica.goodbye) == ([7], "a rank is lost")
-        assert replica.num_unproven == 3
+        assert replica.token_ids(1) == [7]
+        assert replica.goodbye == link_pb2.Goodbye(reason="a rank is lost", is_lost=True, num_unproven=3)
         async with asyncio.timeout(WAIT_S):
             await task
 
@@ -348,7 +348,7 @@ async def test_one_router_behind_two_addresses_has_one_stream() -> None:
             other.cancel()
         assert list(pool.attached) == ["router-a"]
         assert len(recorder.sessions) == 1
-        await pool.close("done")
+        await pool.close(Goodbye(reason="done"))
         await asyncio.wait({task})
 
 
@@ -367,7 +367,7 @@ async def test_routers_that_join_the_name_are_dialled() -> None:
         await second.attached()
         await recorder.wait(num_sessions=2)
         assert sorted(pool.attached) == ["a", "b"]
-        await pool.close("done")
+        await pool.close(Goodbye(reason="done"))
         await asyncio.wait({task})
 
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 from replicas.energy.bill import METHOD, RequestJoules
 from replicas.energy.meter import Source
 from replicas.link.messages import EnergyStatement
-from replicas.link.outbox import Outbox, Parcel
+from replicas.link.outbox import TOKEN_BYTES, Outbox, Parcel
 from replicas.request import FinishReason, SequenceDelta, SequenceTiming, TokenLogprobs
 from replicas.step_report import TokenColumns
+from replicas.wire.deltas import delta_to_wire
 
 TIMING = SequenceTiming(
     queue_us=1, prefill_us=2, decode_us=3, cached_tokens=0, wasted_tokens=0, preemptions=0
@@ -102,13 +103,32 @@ async def test_taken_things_are_gone() -> None:
 
 
 async def test_too_many_tokens_overflow() -> None:
-    outbox = Outbox(max_pending_tokens=3)
+    outbox = Outbox(max_pending_bytes=3 * TOKEN_BYTES)
     overflow = asyncio.create_task(outbox.overflow())
     outbox.add_tokens(1, [(1, 1, 0, (1, 2, 3))])
     await asyncio.sleep(0)
     assert not overflow.done()
     outbox.add_tokens(2, [(1, 1, 3, (4,))])
     await asyncio.wait_for(overflow, timeout=5.0)
+
+
+async def test_too_many_logprobs_overflow() -> None:
+    """What was estimated is what is sent, within a third."""
+    likely = tuple((100_000 + index, -1.5) for index in range(20))
+    said = TokenLogprobs(logprob=-0.5, top=likely)
+    delta = replace(make_delta(1, 0, (100_000,) * 50), logprobs=(said,) * 50)
+    size_bytes = delta_to_wire(delta).ByteSize()
+    assert not await has_overflown(Outbox(max_pending_bytes=size_bytes * 4 // 3), delta)
+    assert await has_overflown(Outbox(max_pending_bytes=size_bytes * 2 // 3), delta)
+
+
+async def has_overflown(outbox: Outbox, delta: SequenceDelta) -> bool:
+    overflow = asyncio.create_task(outbox.overflow())
+    outbox.add_deltas(1, [delta])
+    await asyncio.sleep(0)
+    has_ended = overflow.done()
+    overflow.cancel()
+    return has_ended
 
 
 async def test_too_many_entries_overflow() -> None:
