@@ -79,10 +79,12 @@ def _refuse_inside(value: object, name: str) -> None:
 
 
 def _refusal(error: ValidationError) -> InvalidRequest:
-    """The first thing that is wrong. No value of the request is in it: it may be the prompt."""
-    problem: dict[str, Any] = dict(
-        error.errors(include_url=False, include_input=False, include_context=False)[0]
-    )
+    """The first thing that is wrong, or what is too long. No value of the request is in it: a prompt may be.
+
+    A union tells of each of its kinds, and that a long list is no text says nothing.
+    """
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    problem: dict[str, Any] = dict(next((one for one in problems if one["type"] == "too_long"), problems[0]))
     if problem["type"] == "json_invalid":
         return InvalidRequest(field="body", got="no valid JSON", limit="a JSON object", fix="send one")
     names = [str(part) for part in problem["loc"] if not _is_branch(part)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.foreign.json_body import Body
-from cluster.foreign.sampling_body import SamplingBody, TokenIds, Uint32
+from cluster.foreign.sampling_body import Few, SamplingBody, TokenIds, Uint32
 
 
 class StreamOptions(Body):
@@ -30,7 +30,7 @@ class AnswerBody(SamplingBody):
 class CompletionBody(AnswerBody):
     """`POST /v1/completions`."""
 
-    prompt: str | TokenIds | list[str] | list[TokenIds]
+    prompt: str | TokenIds | Few[str] | Few[TokenIds]
     echo: bool | None = None
     logprobs: Uint32 | None = None
 
@@ -44,13 +44,13 @@ class ContentPart(Body):
 
 class MessageBody(Body):
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | Few[ContentPart] | None = None
 
 
 class ChatBody(AnswerBody):
     """`POST /v1/chat/completions`."""
 
-    messages: list[MessageBody]
+    messages: Few[MessageBody]
     max_completion_tokens: Uint32 | None = None
     logprobs: bool | None = None
     top_logprobs: Uint32 | None = None

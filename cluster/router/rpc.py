@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import grpc
@@ -120,8 +120,9 @@ class RpcGuard:
         except (Exception, asyncio.CancelledError) as error:
             code, status = _verdict(error, rpc, context, method)
             if status is None:
-                raise
-            await tell(status.message)
+                raise asyncio.CancelledError from error  # Not a fault of one request, to end the others with.
+            with suppress(grpc.aio.InternalError):  # Nobody is there to be told.
+                await tell(status.message)
         finally:
             rpc.span.end(code.name)
             self._metrics.count_request(rpc.model, code.name)
@@ -154,8 +155,9 @@ def _verdict(
         return status.code, status
     if isinstance(error, MalformedMessage):
         return grpc.StatusCode.INVALID_ARGUMENT, None
-    # A write that fails because the caller is gone raises an internal type of gRPC.
-    if isinstance(error, asyncio.CancelledError) or context.cancelled() or context.done():
+    # A write that fails because the caller is gone raises an internal type, maybe before the context knows.
+    is_gone = isinstance(error, grpc.aio.InternalError) or context.cancelled() or context.done()
+    if is_gone or isinstance(error, asyncio.CancelledError):
         return _cancel_code(context), None
     logger.exception("rpc_failed method=%s request_id=%s", method, rpc.request_id)
     code, message = grpc.StatusCode.INTERNAL, f"internal error; its id is {rpc.request_id}"

@@ -6,8 +6,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from threading import current_thread
-from typing import Any
+from typing import Any, cast
 
+import grpc
 import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
@@ -294,6 +295,39 @@ async def test_a_caller_that_leaves_a_stream_cancels_all_of_it(
         await replica.wait_command("submit", count=3)
         asking.cancel()
         await replica.wait_command("cancel", count=3)
+
+
+class GoneCaller:
+    """The context of a call whose caller is gone: gRPC may say it of a write before it does of the call."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def time_remaining(self) -> None:
+        return None
+
+    def cancelled(self) -> bool:
+        return False
+
+    done = cancelled
+
+    async def write(self, _: object) -> None:
+        raise grpc.aio.InternalError("the batch failed")
+
+
+async def test_a_write_to_a_caller_who_is_gone_is_no_fault_of_ours(
+    router: TestRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def requests() -> AsyncIterator[service_pb2.ModelInferRequest]:
+        for text in (b"answered", b""):
+            request = service_pb2.ModelInferRequest(model_name=MODEL)
+            request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+            request.raw_input_contents.append(len(text).to_bytes(4, "little") + text)
+            yield request
+
+    async with router.replica():
+        await router.router._oip.ModelStreamInfer(requests(), cast(Any, GoneCaller()))
+    assert [record.message for record in caplog.records if record.name == "cluster.router.rpc"] == []
 
 
 async def test_it_can_be_switched_off() -> None:
