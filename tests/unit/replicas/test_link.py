@@ -17,7 +17,7 @@ from replicas.frames import Cancel, Stop, Submit
 from replicas.link.link import LinkSession, RouterLink
 from replicas.link.links import LinkPool, resolve_target
 from replicas.link.messages import Drain, Goodbye, ReplicaCard, ReplicaLoad, RouterCommand
-from replicas.link.outbox import Outbox, Parcel
+from replicas.link.outbox import Outbox
 from replicas.link.protocol import PROTOCOL_VERSION
 from replicas.request import (
     CacheChange,
@@ -246,13 +246,13 @@ async def test_a_router_that_does_not_welcome_is_dialled_again(monkeypatch: pyte
 
 
 class LateCancel(Outbox):
-    """Cancels the link's task while its stream is being torn down."""
+    """Cancels the link's task while its stream is being torn down: only then does the wait for this end."""
 
     task: asyncio.Task[None]
 
-    async def take(self) -> Parcel:
+    async def overflow(self) -> None:
         try:
-            return await super().take()
+            await super().overflow()
         except asyncio.CancelledError:
             self.task.cancel()
             raise
