@@ -147,8 +147,8 @@ class FakeReplica:
             asyncio.create_task(work) for work in (self._read_commands(), self._run_steps(), self._beat())
         ]
 
-    async def leave(self, *, says_goodbye: bool = True) -> None:
-        """Go: politely, or as a process that was killed. Safe to call twice."""
+    async def leave(self, *, says_goodbye: bool = True, is_lost: bool = False) -> None:
+        """Go: politely, or as a process that was killed. Safe to call twice. `is_lost`: so it says."""
         reading, *speaking = self._tasks or (None,)
         async with self._writing:  # A write that is cancelled under way would break the stream.
             for task in speaking:
@@ -156,7 +156,7 @@ class FakeReplica:
         self._awake.set()
         if self._call is not None and not self._call.done() and says_goodbye:
             with suppress(grpc.RpcError, asyncio.InvalidStateError, TimeoutError):
-                await self.send(link.FromReplica(goodbye=link.Goodbye(reason="test")))
+                await self.send(link.FromReplica(goodbye=link.Goodbye(reason="test", is_lost=is_lost)))
                 await self._call.done_writing()
                 async with asyncio.timeout(HANG_UP_S):
                     await self._call.code()
@@ -188,8 +188,7 @@ class FakeReplica:
                 await self.leave()
             case Fate.LOST_WHILE_DRAINING:
                 await self.say_draining()
-                await self.send(link.FromReplica(goodbye=link.Goodbye(reason="test", is_lost=True)))
-                await self.leave(says_goodbye=False)
+                await self.leave(is_lost=True)
             case Fate.FROZEN:
                 self.freeze()
 

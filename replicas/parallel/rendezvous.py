@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import socket
 
-import psutil
-
 from replicas.config import Rendezvous
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -45,6 +43,8 @@ def interface_to(host: str) -> str:
     with socket.socket(_family(host), socket.SOCK_DGRAM) as probe:
         probe.connect((host, _ANY_PORT))
         own = probe.getsockname()[0]
+    import psutil  # noqa: PLC0415 (groups over hosts alone need it; the GPU check goes without)
+
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address.partition("%")[0] == own for address in addresses):
             return str(name)
