@@ -75,7 +75,13 @@ class EdgeLock:
         return None if self._period_ns is None else round(self._period_ns)
 
     def due_ns(self, now_ns: int, *, after_ns: int) -> int:
-        """When to read next: an edge is wanted that is later than about `after_ns`, and than now."""
+        """When to read next: an edge is wanted that is later than about `after_ns`, and than now.
+
+        Whatever the counter does, two reads are 3 ms apart.
+        """
+        return max(self._expected_ns(now_ns, after_ns), self._read_ns + _SCAN_STEP_NS)
+
+    def _expected_ns(self, now_ns: int, after_ns: int) -> int:
         period_ns = self._period_ns
         if period_ns is None:
             return self._read_ns + (_SCAN_STEP_NS if self._read_ns >= self._scan_ns else self._poll_ns)
@@ -90,12 +96,12 @@ class EdgeLock:
             self._target_ns = target_ns
         if self._is_armed:
             return self._target_ns
+        begin_ns, half_ns = self._target_ns - _NEAR * period_ns, self._target_ns - round(period_ns / 2)
         # A read just before the edge may find it already, and the next one would wait for it in vain.
-        if now_ns > self._target_ns - _BLUR_NS:
+        if now_ns > self._target_ns - _BLUR_NS or self._read_ns >= half_ns:
             return self._target_ns + _AGAIN_NS
-        # Awake between the last edge before it and this one, for whatever reason: that read serves.
-        half_ns = self._target_ns - round(period_ns / 2)
-        return now_ns if self._target_ns - _NEAR * period_ns <= now_ns < half_ns else half_ns
+        # Awake between the last edge before it and this one, for whatever reason: that read serves, once.
+        return now_ns if self._read_ns < begin_ns <= now_ns < half_ns else half_ns
 
     def edge_ns(self, now_ns: int) -> int:
         """Where the last edge is that a read now finds: as expected, else halfway from the last read."""
@@ -164,11 +170,11 @@ class EdgeLock:
 
     def _miss(self, now_ns: int, period_ns: float) -> None:
         """The counter stood still: the edge comes later than expected, or not at all."""
-        if self._is_armed:
-            self._num_again += self._target_ns is not None and now_ns >= self._target_ns
+        if self._target_ns is not None and now_ns >= self._target_ns:
+            self._num_again += 1
             if self._num_again > _MOST_AGAIN:
                 self._lose(now_ns)
-        elif now_ns - self._read_ns > 1.5 * period_ns:
+        elif not self._is_armed and now_ns - self._read_ns > 1.5 * period_ns:
             self._lose(now_ns)
 
     def _lose(self, now_ns: int) -> None:

@@ -13,9 +13,9 @@ _IDLE_POLLS = 20
 _IDLE_NS = 1_000_000_000
 _RUNNING_NS = 3_000_000_000
 """Watchers say every 2 s that requests run (`ask_pipe.py`)."""
-_PRICE_POLLS = 2.2
+_PRICE_POLLS = 2
 _CREDIT_READS = 10
-_TRAIN_READS = 3
+_TRAIN_READS = 1
 
 
 class ReadPace:
@@ -23,8 +23,8 @@ class ReadPace:
     not less than one each half second and each second, unless a unit is longer.
 
     A read that is asked for comes at once, but half of one after the last at the earliest, and on average at
-    most one in 2.2: reads that were not needed are saved up, ten of them. Who has used them up is taken to
-    ask for the next three reads as well: to listen costs as much as to read. A watcher that cannot ask
+    most one in 2: reads that were not needed are saved up, ten of them. Who has used them up is taken to
+    ask for the next read as well: to listen costs as much as to read. A watcher that cannot ask
     (`is_silent`) gets one every 2, always. A counter that moves by itself (`edge_due_ns`) has edges when its
     driver moves it, and no two that are asked for within 2 of these.
     """
@@ -38,7 +38,7 @@ class ReadPace:
         self._silent_ns = _SILENT_POLLS * poll_ns
         self._usual_ns = max(self._silent_ns, min(_USUAL_POLLS * poll_ns, _USUAL_NS))
         self._idle_ns = max(self._silent_ns, min(_IDLE_POLLS * poll_ns, _IDLE_NS))
-        self._price_ns = round(_PRICE_POLLS * poll_ns)
+        self._price_ns = _PRICE_POLLS * poll_ns
         self._last_ns = now_ns - self._idle_ns
         self._paid_ns = now_ns
         """Reads up to now are paid for until then."""

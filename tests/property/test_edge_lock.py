@@ -100,6 +100,7 @@ def test_whatever_the_counter_does_it_is_read_in_time_and_not_too_often(
     parts: list[Stretch], late_ms: list[float]
 ) -> None:
     run = read_as_told(parts, late_ms)
+    assert all(later_ns - earlier_ns >= 3 * MS for earlier_ns, later_ns in pairwise(run.reads_ns))
     for earlier_ns, later_ns in pairwise([0, *run.reads_ns]):
         # A gap, one period of the slowest counter, and the lateness of the reads themselves.
         assert later_ns - earlier_ns <= GAP_NS + 250 * MS + 2 * 20 * MS
