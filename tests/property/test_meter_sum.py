@@ -47,6 +47,11 @@ def shuffled(draw: st.DataObject, found: list[list[Reading]]) -> list[tuple[int,
     return [(index, next(left[index])) for index in order]
 
 
+def edges_of_the_sum(draw: st.DataObject, found: list[list[Reading]]) -> list[Reading]:
+    meter_sum = MeterSum(len(found))
+    return [edge for arrival in shuffled(draw, found) if (edge := meter_sum.add(*arrival)) is not None]
+
+
 def bounds_mj(one: list[Reading], t_ns: int) -> tuple[int, int]:
     """The counts of the edges around an instant."""
     before = max((edge for edge in one if edge.t_ns <= t_ns), key=lambda edge: edge.t_ns)
@@ -59,8 +64,7 @@ def bounds_mj(one: list[Reading], t_ns: int) -> tuple[int, int]:
 def test_the_sum_lies_between_the_edges_of_its_meters_and_never_falls(
     found: list[list[Reading]], data: st.DataObject
 ) -> None:
-    meter_sum = MeterSum(len(found))
-    made = [edge for arrival in shuffled(data, found) if (edge := meter_sum.add(*arrival)) is not None]
+    made = edges_of_the_sum(data, found)
     for edge in made:
         bounds = [bounds_mj(one, edge.t_ns) for one in found]
         assert sum(low for low, _ in bounds) <= edge.energy_mj <= sum(high for _, high in bounds)
@@ -98,8 +102,7 @@ def test_where_all_are_read_at_once_it_is_exact(found: list[list[Reading]], data
 def test_a_gap_of_any_meter_is_a_gap_of_each_window_it_touches(
     found: list[list[Reading]], data: st.DataObject
 ) -> None:
-    meter_sum = MeterSum(len(found))
-    made = [edge for arrival in shuffled(data, found) if (edge := meter_sum.add(*arrival)) is not None]
+    made = edges_of_the_sum(data, found)
     spans = [span for one in found for span in pairwise(one)]
     for earlier, later in pairwise(made):
         touched = [end for start, end in spans if start.t_ns < later.t_ns and end.t_ns > earlier.t_ns]
@@ -112,8 +115,7 @@ def test_the_hosts_count_is_told_only_where_none_of_them_began_anew(
     found: list[list[Reading]], data: st.DataObject
 ) -> None:
     """Else one that fell would hide behind one that rose."""
-    meter_sum = MeterSum(len(found))
-    made = [edge for arrival in shuffled(data, found) if (edge := meter_sum.add(*arrival)) is not None]
+    made = edges_of_the_sum(data, found)
     spans = [span for one in found for span in pairwise(one)]
     for earlier, later in pairwise(made):
         if later.host_mj is None or earlier.host_mj is None:
