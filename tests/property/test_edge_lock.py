@@ -205,5 +205,4 @@ def test_a_counter_that_changes_its_period_jumps_or_stands_still_is_locked_again
 def test_a_counter_without_rhythm_is_read_blindly_every_poll() -> None:
     edges = [Stretch(lasts_ms=40 + 37 * (k * k % 7), period_ms=300.0, phase=0.0) for k in range(300)]
     run = read_as_told(edges)
-    waits_ns = sorted(read_ns - edge_ns for edge_ns, read_ns, _ in run.found)
-    assert waits_ns[int(0.98 * len(waits_ns))] <= POLL_NS + MS
+    assert max(read_ns - edge_ns for edge_ns, read_ns, _ in run.found) <= POLL_NS + MS
